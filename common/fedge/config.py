@@ -1,0 +1,360 @@
+"""One typed configuration for a simulation and a deployment, checked in full before anything runs.
+
+Units stand in the names (`_s`, `_ms`, `_bytes`); fractions are of 1. `docs/configuration.md` lists every
+key with its default; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
+
+from fedge.errors import ConfigError
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+LossName = Literal["cross_entropy", "focal", "multi_margin"]
+OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
+FilterName = Literal["none", "median", "gaussian", "clip"]
+MetricName = Literal["accuracy", "macro_f1", "auc", "recall"]
+
+_AUGMENT = re.compile(r"(flip|shift:[1-9]\d?|noise:(0?\.\d+|\d+(\.\d+)?)|mask:0?\.\d+)")
+_PARTITION = re.compile(r"(iid|natural|dirichlet:(\d+(\.\d+)?|\.\d+)|shards:[1-9]\d*)")
+_TARGET = re.compile(r"(accuracy|macro_f1|auc|loss)\s*(>=|<=)\s*(\d*\.?\d+)")
+
+
+def _matching(pattern: re.Pattern[str], forms: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not pattern.fullmatch(value):
+            raise ValueError(f"must be one of {forms}")
+        return value
+
+    return AfterValidator(check)
+
+
+Augmentation = Annotated[str, _matching(_AUGMENT, "'flip', 'shift:PIXELS', 'noise:STD', 'mask:SHARE'")]
+PartitionName = Annotated[
+    str, _matching(_PARTITION, "'iid', 'natural', 'dirichlet:ALPHA', 'shards:PER_CLIENT'")
+]
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Target:
+    """A metric of the global model and the value that ends training."""
+
+    metric: str
+    at_least: bool
+    value: float
+
+    def reached(self, metrics: Mapping[str, float]) -> bool:
+        """Whether the metrics of a round satisfy it; a metric that is absent does not."""
+        value = metrics.get(self.metric)
+        if value is None:
+            return False
+        return value >= self.value if self.at_least else value <= self.value
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Read 'accuracy>=0.97' or 'loss<=0.1'."""
+        match = _TARGET.fullmatch(text.strip())
+        if match is None:
+            raise ValueError("must be like 'accuracy>=0.97'; metrics: accuracy, macro_f1, auc, loss")
+        return cls(match[1], match[2] == ">=", float(match[3]))
+
+
+def _parses_as_target(text: str) -> str:
+    Target.parse(text)
+    return text
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Model:
+    """`[model]`: the global model and the pre-processing that stays with it."""
+
+    name: str = ""  # a model of the task; empty: the task's default
+    standardise: bool = True  # by mean and deviation computed federated
+    filter: FilterName = "none"  # noise filter: images median or gaussian (3x3), tables clip (5 deviations)
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Clients:
+    """`[clients]`: who takes part (a simulation makes them; a deployment has them)."""
+
+    count: Count | None = None  # None: 10, or as many as the data has natural clients
+    partition: PartitionName = "iid"
+    seconds_per_example: Positive = 0.001  # simulated time to train on one example once
+    speed_sigma: NotNegative = 0.0  # spread of the clients' speeds: sigma of a log-normal
+
+    @property
+    def wanted(self) -> int:
+        """How many clients an artificial partition makes."""
+        return self.count if self.count is not None else 10
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Rounds:
+    """`[rounds]`: how long, with how many, and when a round closes."""
+
+    count: Count = 20  # at most this many rounds
+    fraction: Fraction = 1.0  # of the clients, drawn anew each round
+    quorum: Fraction = 1.0  # of a round's clients: so many valid updates close it early
+    min_updates: Count = 1  # fewer valid updates than this: the round does not count
+    deadline_s: Positive | None = None  # after this it closes with what has come
+    target: Annotated[str, AfterValidator(_parses_as_target)] | None = None  # "accuracy>=0.97"
+    patience: Count | None = None  # stop after so many rounds without a gain of min_gain
+    min_gain: NotNegative = 0.001  # of the target's metric, or accuracy
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Train:
+    """`[train]`: what a client does with its own data in one round."""
+
+    epochs: Count = 1  # passes over the client's data (fedsgd makes exactly one)
+    batch_size: Count = 32
+    learning_rate: Positive = 0.05
+    optimizer: OptimizerName = "sgd"
+    momentum: Share = 0.9  # sgd and rmsprop only
+    weight_decay: NotNegative = 0.0
+    loss: LossName = "cross_entropy"
+    label_smoothing: Share = 0.0  # cross_entropy only
+    augment: tuple[Augmentation, ...] = ()  # images: flip, shift:PIXELS; any: noise:STD, mask:SHARE
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class StrategyConfig:
+    """`[strategy]`: the aggregation rule; every further key of the table is that rule's own."""
+
+    name: str = "fedavg"
+    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Evaluate:
+    """`[evaluate]`: which data the server keeps, for what, and what it measures on it."""
+
+    metrics: tuple[MetricName, ...] = ("accuracy", "macro_f1", "auc", "recall")
+    holdout_fraction: Share = 0.2  # of all data, stratified, where the file has no split of its own
+    gate_fraction: Fraction = 0.5  # of the hold-out: for the release gate and nothing else
+    proxy_fraction: Share = 0.1  # of the training data: the server's own, to distil and calibrate with
+    leave_one_client_out: bool = False  # also train without each client and test on it
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Distil:
+    """`[compress.distil]`: how a student learns from the global model."""
+
+    mode: Literal["soft", "hard", "both"] = "both"
+    temperature: Positive = 2.0
+    hard_weight: Annotated[float, Field(ge=0, le=1)] = 0.5  # weight of true labels, mode "both"
+    epochs: Count = 60
+    batch_size: Count = 64
+    learning_rate: Positive = 0.003  # Adam, one-cycle
+    augment: tuple[Augmentation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Prune:
+    """`[compress.prune]`: structured pruning along the dependency graph."""
+
+    criterion: Literal["l1", "l2", "lp", "random"] = "l2"
+    p: Positive = 3.0  # exponent of the norm, criterion "lp"
+    ratios: tuple[Share, ...] = (0.5, 0.75)  # channels removed; one candidate each
+    recovery_epochs: Count = 20  # of distillation from the unpruned model
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Gate:
+    """`[compress.gate]`: how sure the evidence must be."""
+
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95  # one-sided, over all attempts of a tier
+    resamples: Annotated[int, Field(ge=200, le=100_000)] = 4000
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Compress:
+    """`[compress]`: settings of the stages that make variants."""
+
+    distil: Distil = Distil()
+    prune: Prune = Prune()
+    gate: Gate = Gate()
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Tier:
+    """`[tiers.NAME]`: the budgets of one class of devices; None: no limit."""
+
+    max_wire_bytes: Count | None = None  # what crosses the network
+    max_memory_bytes: Count | None = None  # installed model plus its largest activations
+    max_latency_ms: Positive | None = None  # median at batch 1, one thread, on the machine that compresses
+    max_drop: Share = 0.01  # accuracy that may be lost, upper confidence bound
+    max_class_drop: Share | None = None  # the same for the recall of each class
+
+
+TierName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Config:
+    """A whole run. Build it with `load`, `from_mapping` or keyword arguments; it is checked either way."""
+
+    task: str = "digits"  # digits, images, tables, or package.module:TASK
+    data: str | None = None  # file or folder; digits needs none
+    data_label: str = "y"  # tables: the column that holds the label
+    data_client: str | None = None  # tables: the column that holds the natural client
+    data_size: tuple[Count, Count] | None = None  # image folders: resize to (height, width)
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    model: Model = Model()
+    clients: Clients = Clients()
+    rounds: Rounds = Rounds()
+    train: Train = Train()
+    strategy: StrategyConfig = StrategyConfig()
+    evaluate: Evaluate = Evaluate()
+    compress: Compress = Compress()
+    tiers: Mapping[TierName, Tier] = field(default_factory=dict)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Config:
+        """Check a nested mapping, as a TOML file gives it.
+
+        Raises:
+            ConfigError: an unknown key or an unusable value; the line names it and the nearest valid one.
+        """
+        nested = dict(values)
+        strategy = nested.get("strategy")
+        if isinstance(strategy, Mapping):
+            options = {key: value for key, value in strategy.items() if key != "name"}
+            name = {"name": strategy["name"]} if "name" in strategy else {}
+            nested["strategy"] = {**name, "options": options}
+        try:
+            return _ADAPTER.validate_python(nested)
+        except ValidationError as error:
+            raise ConfigError(_one_line(error)) from error
+
+    @classmethod
+    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Config:
+        """Read a TOML file and apply `key=value` overrides; `data` is relative to the file's folder.
+
+        Raises:
+            ConfigError: the file is absent or no TOML, or a key or value is wrong.
+        """
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"configuration {path}: cannot be read ({error.strerror})") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration {path}: not valid TOML ({error})") from error
+        if isinstance(values.get("data"), str):
+            values["data"] = str(path.parent / values["data"])
+        try:
+            return cls.from_mapping(override(values, overrides))
+        except ConfigError as error:
+            raise ConfigError(f"configuration {path}: {error}") from error
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The nested plain form: `Config.from_mapping(config.to_mapping()) == config`."""
+        plain: dict[str, Any] = _ADAPTER.dump_python(self, mode="json", exclude_none=True)
+        strategy = plain.pop("strategy")
+        return {**plain, "strategy": {"name": strategy["name"], **strategy["options"]}}
+
+    def section_json(self, name: str) -> str:
+        """One section as JSON, to travel in a message."""
+        section = getattr(self, name)
+        return TypeAdapter(type(section)).dump_json(section).decode()
+
+
+_ADAPTER = TypeAdapter(Config)
+
+
+def parse_train(text: str) -> Train:
+    """Read a `[train]` section that came in a message.
+
+    Raises:
+        ConfigError: it is malformed or out of range.
+    """
+    try:
+        return TypeAdapter(Train).validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"train settings in the message: {_one_line(error)}") from error
+
+
+def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Apply `a.b=value` assignments; a value is read as TOML, else taken as a string.
+
+    Raises:
+        ConfigError: an assignment has no '=' or goes through a key that is not a table.
+    """
+    result = _copy(values)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {assignment!r}: write it as key=value, such as --set rounds.count=5")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        table = result
+        *path, last = key.strip().split(".")
+        for part in path:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {assignment!r}: {part!r} is a value, not a table")
+        table[last] = value
+    return result
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def suggestion(name: str, valid: Sequence[str]) -> str:
+    """'did you mean ...?' for a misspelt name, or the list of the valid ones."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line, with a count of the others."""
+    details = error.errors()
+    first, more = details[0], len(details) - 1
+    return _describe(first) + (f" (and {more} more)" if more else "")
+
+
+def _describe(detail: ErrorDetails) -> str:
+    path = [str(part) for part in detail["loc"]]
+    key = ".".join(path) or "configuration"
+    kind, value = detail["type"], detail["input"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown key {key!r}: {suggestion(path[-1], _keys_at(path[:-1]))}"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        return f"{key} = {value!r}: {suggestion(str(value), choices)}"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{key} = {value!r}: {message}"
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    section: Any = Config
+    for part in path:
+        section = Tier if section == "tiers" else _type_of(section, part)
+    return ["NAME"] if section == "tiers" else list(section.__dataclass_fields__)
+
+
+def _type_of(section: Any, name: str) -> Any:
+    if name == "tiers":
+        return "tiers"
+    return type(section.__dataclass_fields__[name].default)

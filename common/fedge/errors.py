@@ -1,0 +1,67 @@
+"""Every error that fedge raises on purpose, in one tree.
+
+FedgeError                  the work failed                        exit code 1
+├── UserError               the user can mend it                   exit code 2
+│   ├── ConfigError         a key or value of the configuration
+│   └── DataError           a data file, its arrays or its values
+├── RoundError              a federated round could not be completed
+├── CompressionError        a stage could not produce a variant
+└── TrustError              something from outside was refused
+    ├── FormatError         malformed, truncated or larger than it may be
+    ├── SignatureError      not signed by a trusted key
+    ├── DigestError         the bytes are not the ones that were signed
+    └── DowngradeError      older than what the device may run
+
+Foreign exceptions are wrapped where they enter. A message says what was wrong, with which value, and
+what to do about it, in one line.
+"""
+
+from __future__ import annotations
+
+
+class FedgeError(Exception):
+    """The work failed; the message says why."""
+
+    exit_code = 1
+
+
+class UserError(FedgeError):
+    """The user can mend this: one clear line, no traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A key or a value of the configuration is wrong."""
+
+
+class DataError(UserError):
+    """A data file is missing, malformed or holds values that cannot be used."""
+
+
+class RoundError(FedgeError):
+    """A federated round could not be completed."""
+
+
+class CompressionError(FedgeError):
+    """A compression stage could not produce a variant."""
+
+
+class TrustError(FedgeError):
+    """Something that came from outside was refused."""
+
+
+class FormatError(TrustError):
+    """Malformed, truncated, or larger than its stated maximum."""
+
+
+class SignatureError(TrustError):
+    """Not signed by a key that is trusted here."""
+
+
+class DigestError(TrustError):
+    """The bytes are not the bytes that were signed."""
+
+
+class DowngradeError(TrustError):
+    """Older than what this device may run."""

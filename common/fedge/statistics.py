@@ -1,0 +1,65 @@
+"""Moments of raw inputs that add up over clients, so that nobody has to pool data to standardise it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedge.errors import FormatError
+from fedge.spec import Spec
+
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Counts and sums per channel (image) or column (table); missing values are left out.
+
+    Two clients' moments added are the moments of their data together (Chan, Golub, LeVeque 1979, in
+    the plain form: sums are float64).
+    """
+
+    count: Vector  # (C,) number of values that are present
+    total: Vector  # (C,) sum of values
+    squares: Vector  # (C,) sum of squared values
+
+    @classmethod
+    def of(cls, x: npt.NDArray[np.generic], spec: Spec) -> Moments:
+        """Moments of x, (N, *spec.shape); images are summed over their pixels."""
+        values = x.astype(np.float64).reshape(-1, spec.channels)  # (N * pixels, C)
+        present = ~np.isnan(values)
+        values = np.where(present, values, 0.0)
+        return cls(present.sum(0).astype(np.float64), values.sum(0), np.square(values).sum(0))
+
+    @classmethod
+    def sum(cls, parts: Iterable[Moments]) -> Moments:
+        """The moments of all parts' data together.
+
+        Raises:
+            FormatError: there is no part, or the parts are not of one width.
+        """
+        parts = list(parts)
+        if not parts or len({part.count.shape for part in parts}) != 1:
+            raise FormatError("moments: nothing to add, or parts of different widths")
+        return cls(
+            np.sum([part.count for part in parts], axis=0),
+            np.sum([part.total for part in parts], axis=0),
+            np.sum([part.squares for part in parts], axis=0),
+        )
+
+    @property
+    def mean(self) -> Vector:
+        """(C,) mean of the values present; 0 where none is."""
+        return np.divide(self.total, self.count, out=np.zeros_like(self.total), where=self.count > 0)
+
+    @property
+    def std(self) -> Vector:
+        """(C,) population standard deviation; 1 where it is 0 or nothing is present."""
+        safe = np.maximum(self.count, 1.0)
+        variance = np.maximum(self.squares / safe - np.square(self.mean), 0.0)
+        # A constant column leaves rounding noise of about eps * mean^2: treat it as constant.
+        constant = variance <= 1e-12 * np.maximum(np.square(self.mean), 1e-30)
+        return np.where(constant, 1.0, np.sqrt(variance))
