@@ -151,6 +151,7 @@ class Evaluate:
     holdout_fraction: Share = 0.2  # of all data, stratified, where the file has no split of its own
     gate_fraction: Fraction = 0.5  # of the hold-out: for the release gate and nothing else
     proxy_fraction: Share = 0.1  # of the training data: the server's own, to distil and calibrate with
+    federated: bool = False  # also let the clients of each round evaluate the global model
     leave_one_client_out: bool = False  # also train without each client and test on it
 
 

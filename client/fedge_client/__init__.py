@@ -1,0 +1,1 @@
+"""The device side of fedge: training client, updater and runtime."""

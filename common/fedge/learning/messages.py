@@ -1,0 +1,172 @@
+"""The one typed view of what server and clients say to each other inside Flower messages.
+
+| message type | server sends | client replies |
+|---|---|---|
+| query.moments | config | moments (arrays), metrics: num-examples |
+| train | arrays (global state), config | arrays (state, or gradients), metrics: num-examples, train_loss |
+| evaluate | arrays (global state), config | metrics: num-examples, loss, accuracy |
+
+Keys that Flower's own strategies add to the config (`server-round`, `proximal-mu`) are read here too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedge.config import FilterName, Train, parse_train
+from fedge.errors import FormatError
+from fedge.spec import Spec
+from fedge.statistics import Moments
+
+ARRAYS, CONFIG, METRICS, MOMENTS = "arrays", "config", "metrics", "moments"
+EXAMPLES, TRAIN_LOSS = "num-examples", "train_loss"  # Flower's own default names
+QUERY_MOMENTS = "query.moments"
+
+Update = Literal["weights", "gradient"]
+T = TypeVar("T", int, float)
+NamedArrays = Mapping[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class Instructions:
+    """What a client must know to take part; the same for every client of a round."""
+
+    task: str  # the client offers it under this name, or refuses
+    spec: Spec  # the run's input and labels; a client's data must fit it
+    model: str  # architecture of the global model
+    noise_filter: FilterName
+    moments: Moments | None  # federated; None while they are still being asked for, or switched off
+    train: Train
+    seed: int
+    update: Update  # what the strategy aggregates
+    round: int = 0  # 0 before the first
+    proximal_mu: float = 0.0  # FedProx's mu; 0: no such term
+
+    def to_config(self) -> ConfigRecord:
+        """The record that a strategy hands to its clients."""
+        record = ConfigRecord(
+            {
+                "task": self.task,
+                "spec": json.dumps(self.spec.to_json()),
+                "model": self.model,
+                "filter": self.noise_filter,
+                "train": _train_json(self.train),
+                "seed": self.seed,
+                "update": self.update,
+                "server-round": self.round,
+            }
+        )
+        if self.moments is not None:
+            for name in ("count", "total", "squares"):
+                record[f"moments-{name}"] = [float(value) for value in getattr(self.moments, name)]
+        return record
+
+    @classmethod
+    def of(cls, message: Message) -> Instructions:
+        """Read a message's config, which came over a network.
+
+        Raises:
+            FormatError: a key is absent or of another type.
+            ConfigError: the train settings are out of range.
+        """
+        try:
+            config = message.content.config_records[CONFIG]
+            update, noise_filter = config["update"], config["filter"]
+            if update not in get_args(Update) or noise_filter not in get_args(FilterName):
+                raise ValueError(f"update {update!r}, filter {noise_filter!r}")
+            return cls(
+                task=_text(config, "task"),
+                spec=Spec.from_json(json.loads(_text(config, "spec"))),
+                model=_text(config, "model"),
+                noise_filter=noise_filter,  # type: ignore[arg-type]  # checked above
+                moments=_moments(config),
+                train=parse_train(_text(config, "train")),
+                seed=_number(config, "seed", int),
+                update=update,  # type: ignore[arg-type]  # checked above
+                round=_number(config, "server-round", int),
+                proximal_mu=float(_number(config, "proximal-mu", float)) if "proximal-mu" in config else 0.0,
+            )
+        except (KeyError, ValueError) as error:
+            raise FormatError(f"message: config is malformed ({type(error).__name__}: {error})") from error
+
+
+def _train_json(train: Train) -> str:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Train).dump_json(train).decode()
+
+
+def _text(config: ConfigRecord, key: str) -> str:
+    value = config[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is a {type(value).__name__}, not text")
+    return value
+
+
+def _number(config: ConfigRecord, key: str, kind: type[T]) -> T:
+    value = config[key]
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ValueError(f"{key} is a {type(value).__name__}, not a number")
+    return kind(value)
+
+
+def _moments(config: ConfigRecord) -> Moments | None:
+    if "moments-count" not in config:
+        return None
+    parts = [np.asarray(config[f"moments-{name}"], dtype=np.float64) for name in ("count", "total", "squares")]
+    return Moments(*parts)
+
+
+def to_record(arrays: NamedArrays) -> ArrayRecord:
+    """Named arrays as Flower's record, names and order kept."""
+    return ArrayRecord({name: Array(np.asarray(value)) for name, value in arrays.items()})
+
+
+def from_record(record: ArrayRecord) -> dict[str, npt.NDArray[np.generic]]:
+    """Flower's record as named arrays; `np.load` inside refuses pickles."""
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def moments_reply(message: Message, moments: Moments, examples: int) -> Message:
+    """A client's answer to query.moments."""
+    arrays = {"count": moments.count, "total": moments.total, "squares": moments.squares}
+    content = RecordDict({MOMENTS: to_record(arrays), METRICS: MetricRecord({EXAMPLES: examples})})
+    return Message(content=content, reply_to=message)
+
+
+def moments_of(reply: Message) -> Moments:
+    """Read a client's answer to query.moments.
+
+    Raises:
+        FormatError: an array is absent, not float64 of one width, or holds what no data can give.
+    """
+    try:
+        arrays = from_record(reply.content.array_records[MOMENTS])
+        parts = [arrays[name] for name in ("count", "total", "squares")]
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"moments: malformed ({type(error).__name__}: {error})") from error
+    if any(part.dtype != np.float64 or part.ndim != 1 or part.shape != parts[0].shape for part in parts):
+        raise FormatError("moments: must be three float64 vectors of one width")
+    found = Moments(*(part.astype(np.float64) for part in parts))
+    if not all(np.isfinite(part).all() for part in parts) or (found.count < 0).any() or (found.squares < 0).any():
+        raise FormatError("moments: hold values that no data can give (not finite, or negative counts)")
+    return found
+
+
+def train_reply(message: Message, arrays: NamedArrays, *, examples: int, loss: float) -> Message:
+    """A client's update; QFedAvg needs the loss, so it is always sent."""
+    metrics = MetricRecord({EXAMPLES: examples, TRAIN_LOSS: loss})
+    return Message(content=RecordDict({ARRAYS: to_record(arrays), METRICS: metrics}), reply_to=message)
+
+
+def evaluate_reply(message: Message, *, examples: int, loss: float, accuracy: float) -> Message:
+    """A client's evaluation of the global model on its own data."""
+    metrics = MetricRecord({EXAMPLES: examples, "loss": loss, "accuracy": accuracy})
+    return Message(content=RecordDict({METRICS: metrics}), reply_to=message)

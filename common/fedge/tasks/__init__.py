@@ -1,0 +1,7 @@
+"""The built-in tasks, by the name that the configuration uses."""
+
+BUILT_IN = {
+    "digits": "fedge.tasks.digits",
+    "images": "fedge.tasks.images",
+    "tables": "fedge.tasks.tables",
+}

@@ -1,0 +1,31 @@
+"""`images`: grey or colour images of one size, from an .npz or a folder of images by class."""
+
+from __future__ import annotations
+
+from fedge.dataset import Dataset
+from fedge.learning import models
+from fedge.readers import read_image_folder, read_npz, require
+from fedge.task import Source, Task
+
+
+def read(source: Source) -> Dataset:
+    """Read an .npz with x (N, H, W) or (N, H, W, C), or a folder of images by class.
+
+    Raises:
+        DataError: the file is absent, malformed, or holds values that cannot be used.
+    """
+    path = require(source, "images")
+    return read_image_folder(path, source) if path.is_dir() else read_npz(path, "image")
+
+
+TASK = Task(
+    name="images",
+    read=read,
+    models={"cnn": models.cnn, "mlp": models.mlp(200, 200), "logistic": models.logistic},
+    default_model="cnn",
+    students={
+        "cnn-16-64": models.small_cnn(16, 64),
+        "cnn-8-32": models.small_cnn(8, 32),
+        "mlp-32": models.mlp(32),
+    },
+)

@@ -1,0 +1,63 @@
+"""The server's own data: what it distils, tests and gates with. Clients' data never comes here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedge.config import Config
+from fedge.dataset import Dataset, Examples, Split, split
+from fedge.spec import Spec
+from fedge.task import Source, Task
+
+
+@dataclass(frozen=True, slots=True)
+class ServerData:
+    """Examples by purpose; no example serves two."""
+
+    spec: Spec
+    proxy: Examples  # in the training distribution: distillation and calibration; may be empty
+    test: Examples  # accuracy of each round, and when to stop
+    gate: Examples  # the release gate, and nothing else
+
+
+def source_of(config: Config) -> Source:
+    """The configuration's `data*` keys."""
+    return Source(
+        Path(config.data) if config.data is not None else None,
+        config.data_label,
+        config.data_client,
+        config.data_size,
+    )
+
+
+def split_of(config: Config, dataset: Dataset) -> Split:
+    """The configuration's split of a data set by purpose."""
+    settings = config.evaluate
+    return split(
+        dataset,
+        holdout=settings.holdout_fraction,
+        gate=settings.gate_fraction,
+        proxy=settings.proxy_fraction,
+        seed=config.seed,
+    )
+
+
+def server_part(dataset: Dataset, parts: Split) -> ServerData:
+    """The server's share of a data set that a simulation divides among server and clients."""
+    whole = dataset.examples
+    return ServerData(dataset.spec, whole.take(parts.proxy), whole.take(parts.test), whole.take(parts.gate))
+
+
+def own_data(config: Config, task: Task) -> ServerData:
+    """A deployed server's data: all of its file is its own, so its training part is proxy data too.
+
+    Raises:
+        DataError: the file cannot be used.
+    """
+    dataset = task.read(source_of(config))
+    parts = split_of(config, dataset)
+    proxy = np.sort(np.concatenate([parts.train, parts.proxy]))
+    return server_part(dataset, Split(parts.train, proxy, parts.test, parts.gate))

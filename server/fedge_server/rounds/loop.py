@@ -1,0 +1,292 @@
+"""The round loop over Flower's Strategy seam: what `Strategy.start` does, with commit and resume.
+
+The six steps of distributed training, and where each stands: data is **partitioned** before (every client
+holds its own); `_initialise` **initialises** the global model; a client's local step
+(`fedge.learning.local`) does **forward and backward**; `strategy.aggregate_train` **aggregates** and
+**updates the global model**; `learn` **repeats** until `stopping` says why not.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import nn
+
+from fedge.config import Config
+from fedge.errors import FedgeError, FormatError, RoundError
+from fedge.learning import local, messages
+from fedge.learning.messages import Instructions
+from fedge.learning.metrics import evaluate
+from fedge.learning.state import NamedArrays, arrays_of, cast_like, load_arrays
+from fedge.learning.whole import WholeModel
+from fedge.statistics import Moments
+from fedge.task import Task
+from fedge_server import strategies
+from fedge_server.data import ServerData
+from fedge_server.registry.database import Registry
+from fedge_server.rounds.closing import Collected, collect, payload_bytes
+from fedge_server.rounds.record import Metric, RoundRecord
+from fedge_server.rounds.stopping import why_stop
+from fedge_server.strategies.state import capture, restore
+
+Observer = Callable[[RoundRecord], None]
+"""Told of each round once it is committed; on resume, of the earlier ones first."""
+
+MAX_FAILED_ROUNDS = 3  # in a row without enough valid updates: something is wrong that waiting does not mend
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """The result of a run's rounds."""
+
+    model: WholeModel  # with the weights of the last committed round
+    model_sha256: str  # of those weights in the store
+    records: tuple[RoundRecord, ...]  # rounds 1 .. last
+    reason: str  # why it stopped
+
+
+def learn(
+    grid: Grid, config: Config, task: Task, data: ServerData, registry: Registry, run_id: str, observe: Observer
+) -> Learned:
+    """Run rounds from the last committed one until target, patience or count ends them.
+
+    Raises:
+        ConfigError: the strategy, model or pre-processing is not as configured.
+        RoundError: no client answered, or several rounds in a row had too few valid updates.
+    """
+    run = _Run.prepare(grid, config, task, data, registry, run_id)
+    for record in run.records[1:]:
+        observe(record)
+    while (reason := why_stop(run.records, config.rounds)) is None:
+        observe(run.next_round())
+    run.load_global()
+    registry.end_run(run_id, "done", reason)
+    return Learned(run.model, run.model_sha256, tuple(run.records[1:]), reason)
+
+
+@dataclass(slots=True)
+class _Run:
+    """The moving parts of a run between two rounds."""
+
+    grid: Grid
+    config: Config
+    data: ServerData
+    registry: Registry
+    run_id: str
+    instructions: Instructions
+    model: WholeModel  # scratch: weights are loaded before each use
+    chosen: strategies.Chosen
+    arrays: NamedArrays  # the global state
+    model_sha256: str
+    records: list[RoundRecord]
+
+    @classmethod
+    def prepare(
+        cls, grid: Grid, config: Config, task: Task, data: ServerData, registry: Registry, run_id: str
+    ) -> _Run:
+        """Go on from the last committed round, or ask for moments and commit the initial model as round 0."""
+        registry.begin_run(run_id, task=config.task, seed=config.seed, config=config.to_mapping())
+        network = _initialise(task, config, data)
+        names = tuple(name for name, _ in network.named_parameters())
+        chosen = strategies.build(config, clients=len(list(grid.get_node_ids())), parameter_names=names)
+        ask = Instructions(
+            task=config.task,
+            spec=data.spec,
+            model=config.model.name or task.default_model,
+            noise_filter=config.model.filter,
+            moments=None,
+            train=config.train,
+            seed=config.seed,
+            update=chosen.update,
+        )
+        last = registry.last_round(run_id)
+        if last is None:
+            moments = federated_moments(grid, ask, config) if config.model.standardise else None
+            arrays = arrays_of(network)
+        else:
+            moments = _kept_moments(last.model)
+            arrays = {name: value for name, value in last.model.items() if not name.startswith(_MOMENTS)}
+            restore(chosen.strategy, last.state)
+        model = WholeModel(task.preprocess(data.spec, moments, config.model.filter), network)
+        run = cls(
+            grid, config, data, registry, run_id, replace(ask, moments=moments), model, chosen, arrays, "", []
+        )
+        if last is None:
+            run.commit(RoundRecord(0, run.evaluate_centrally()))
+        else:
+            run.records = registry.records(run_id)
+            run.model_sha256 = last.model_sha256
+        return run
+
+    def next_round(self) -> RoundRecord:
+        """One whole round: configure, send, collect, aggregate, evaluate, commit."""
+        started, number = time.perf_counter(), self.records[-1].round + 1
+        asked = list(self.configure(number, MessageType.TRAIN))
+        collected = collect(
+            self.grid.send_and_receive(asked, timeout=self.config.rounds.deadline_s),
+            like=self.arrays,
+            asked={message.metadata.dst_node_id for message in asked},
+            quorum=self.config.rounds.quorum,
+        )
+        counted = len(collected.valid) >= self.config.rounds.min_updates
+        metrics = self.aggregate(number, collected) if counted else None
+        record = RoundRecord(
+            round=number,
+            metrics=self.evaluate_centrally(),
+            clients=len(collected.valid) if counted else 0,
+            asked=len(asked),
+            rejected=collected.rejected,
+            train_loss=_scalar(metrics, messages.TRAIN_LOSS),
+            seconds=time.perf_counter() - started,
+            bytes_up=collected.bytes_up,
+            bytes_down=sum(payload_bytes(message) for message in asked),
+            updates=collected.digest() if counted else "",
+            counted=counted,
+            client_metrics=self.evaluate_on_clients(number) if self.config.evaluate.federated else {},
+        )
+        self.commit(record)
+        self.give_up_when_hopeless()
+        return record
+
+    def configure(self, number: int, kind: str) -> Iterable[Message]:
+        """The round's messages, as the strategy makes them from the same seed however often it is asked."""
+        _reseed(self.config.seed, number, kind)
+        strategy = self.chosen.strategy
+        make = strategy.configure_train if kind == MessageType.TRAIN else strategy.configure_evaluate
+        record = ConfigRecord({**self.instructions.to_config(), **self.chosen.client_config})
+        return make(number, messages.to_record(self.arrays), record, self.grid)
+
+    def aggregate(self, number: int, collected: Collected) -> MetricRecord | None:
+        """Let the strategy turn the updates into the next global state."""
+        _reseed(self.config.seed, number, "aggregate")
+        try:
+            found, metrics = self.chosen.strategy.aggregate_train(number, collected.valid)
+        except FedgeError:
+            raise
+        except Exception as error:  # a strategy may be anyone's code
+            raise RoundError(
+                f"round {number}: strategy {self.config.strategy.name!r} could not aggregate "
+                f"{len(collected.valid)} updates ({type(error).__name__}: {error})"
+            ) from error
+        if found is None:
+            raise RoundError(f"round {number}: strategy {self.config.strategy.name!r} gave no global model")
+        self.arrays = cast_like(messages.from_record(found), self.arrays)
+        if not all(np.isfinite(value).all() for value in self.arrays.values() if value.dtype.kind == "f"):
+            raise RoundError(
+                f"round {number}: the global model is no longer finite; lower the server's or the clients' "
+                "learning rate"
+            )
+        return metrics
+
+    def evaluate_centrally(self) -> dict[str, Metric]:
+        """Metrics of the global model on the server's test data."""
+        self.load_global()
+        return score(self.model, self.data, self.config)
+
+    def evaluate_on_clients(self, number: int) -> dict[str, float]:
+        """Metrics that clients measure on their own data, as the strategy averages them."""
+        asked = list(self.configure(number, MessageType.EVALUATE))
+        replies = list(self.grid.send_and_receive(asked, timeout=self.config.rounds.deadline_s))
+        valid = [reply for reply in replies if not reply.has_error()]
+        found = self.chosen.strategy.aggregate_evaluate(number, valid) if valid else None
+        return {key: value for key, value in (found or {}).items() if isinstance(value, float)}
+
+    def load_global(self) -> None:
+        """Put the global state into the scratch model."""
+        load_arrays(self.model.network, self.arrays)
+
+    def commit(self, record: RoundRecord) -> None:
+        """Make the round count."""
+        state = capture(self.chosen.strategy)
+        kept = {**self.arrays, **_moments_arrays(self.instructions.moments)}
+        self.model_sha256 = self.registry.commit_round(self.run_id, record, kept, state)
+        self.records.append(record)
+
+    def give_up_when_hopeless(self) -> None:
+        """Stop when several rounds in a row did not count."""
+        tail = self.records[-MAX_FAILED_ROUNDS:]
+        if len(tail) < MAX_FAILED_ROUNDS or any(record.counted for record in tail):
+            return
+        last = tail[-1]
+        why = last.rejected[0].reason if last.rejected else "no answer before the deadline"
+        reason = f"{MAX_FAILED_ROUNDS} rounds in a row had too few valid updates; the last: {why}"
+        self.registry.end_run(self.run_id, "failed", reason)
+        raise RoundError(f"round {last.round}: {reason}")
+
+
+def score(model: WholeModel, data: ServerData, config: Config) -> dict[str, Metric]:
+    """Metrics of a model on the server's test data."""
+    raw = torch.from_numpy(np.ascontiguousarray(data.test.x))
+    probabilities = local.logits(model, raw).softmax(1).numpy()
+    if not np.isfinite(probabilities).all():
+        raise RoundError("the global model answers NaN; lower train.learning_rate")
+    return evaluate(probabilities, data.test.y, config.evaluate.metrics)
+
+
+def federated_moments(grid: Grid, ask: Instructions, config: Config) -> Moments:
+    """Moments of all clients' data together, from sums that each client computes alone.
+
+    Raises:
+        RoundError: no client sent usable moments.
+    """
+    content = RecordDict({messages.CONFIG: ask.to_config()})
+    asked = [Message(content, node, messages.QUERY_MOMENTS) for node in grid.get_node_ids()]
+    parts, faults = [], []
+    replies = grid.send_and_receive(asked, timeout=config.rounds.deadline_s)
+    for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
+        if reply.has_error():
+            faults.append(reply.error.reason or "unknown error")
+            continue
+        try:
+            part = messages.moments_of(reply)
+        except FormatError as error:
+            faults.append(str(error))
+            continue
+        if part.count.shape == (ask.spec.channels,):
+            parts.append(part)
+    if not parts:
+        reason = faults[0].strip().splitlines()[-1] if faults else "nobody answered"
+        raise RoundError(f"moments: none of {len(asked)} clients sent any ({reason})")
+    return Moments.sum(parts)
+
+
+_MOMENTS = "moments."
+
+
+def _moments_arrays(moments: Moments | None) -> NamedArrays:
+    if moments is None:
+        return {}
+    return {f"{_MOMENTS}{name}": getattr(moments, name) for name in ("count", "total", "squares")}
+
+
+def _kept_moments(arrays: NamedArrays) -> Moments | None:
+    if f"{_MOMENTS}count" not in arrays:
+        return None
+    return Moments(*(arrays[f"{_MOMENTS}{name}"].astype(np.float64) for name in ("count", "total", "squares")))
+
+
+def _initialise(task: Task, config: Config, data: ServerData) -> nn.Module:
+    """The global model's first weights, decided by the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return task.model(config.model.name)(data.spec)
+
+
+def _reseed(seed: int, number: int, purpose: str) -> None:
+    """Flower samples clients from the global `random` and draws noise from numpy's global generator."""
+    words = np.random.SeedSequence([seed, number, *purpose.encode()]).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))  # noqa: NPY002 - Flower reads this one
+
+
+def _scalar(metrics: MetricRecord | None, key: str) -> float | None:
+    value = None if metrics is None else metrics.get(key)
+    return float(value) if isinstance(value, (int, float)) else None

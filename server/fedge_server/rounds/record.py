@@ -1,0 +1,68 @@
+"""What is written down about a round; a round counts when its record is committed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Metric = float | list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A client whose answer was not used, and why."""
+
+    client: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """One committed round."""
+
+    round: int  # from 1; 0 is the initial model
+    metrics: Mapping[str, Metric]  # of the global model on the server's test data: loss, accuracy, ...
+    clients: int = 0  # updates aggregated
+    asked: int = 0  # clients asked
+    rejected: tuple[Rejected, ...] = ()  # answers that were errors or did not pass validation
+    train_loss: float | None = None  # mean of the clients' training losses, weighted by examples
+    seconds: float = 0.0  # wall time of the whole round
+    bytes_up: int = 0  # arrays received
+    bytes_down: int = 0  # arrays sent
+    updates: str = ""  # SHA-256 of the anonymous set of updates aggregated
+    counted: bool = True  # False: too few updates, so the global model stayed as it was
+    client_metrics: Mapping[str, float] = field(default_factory=dict)  # of federated evaluation, if asked for
+
+    @property
+    def failures(self) -> int:
+        """Clients asked whose update was not used: rejected, late, or never answered."""
+        return self.asked - self.clients
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain values."""
+        return {
+            "round": self.round,
+            **self.metrics,
+            "clients": self.clients,
+            "failures": self.failures,
+            "asked": self.asked,
+            "rejected": [{"client": r.client, "reason": r.reason} for r in self.rejected],
+            "train_loss": self.train_loss,
+            "seconds": round(self.seconds, 4),
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "updates": self.updates,
+            "counted": self.counted,
+            **({"client_metrics": dict(self.client_metrics)} if self.client_metrics else {}),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RoundRecord:
+        """Rebuild from `to_json`'s value, read from our own database."""
+        rest = dict(value)
+        rest.pop("failures")
+        rejected = tuple(Rejected(item["client"], item["reason"]) for item in rest.pop("rejected"))
+        names = set(cls.__dataclass_fields__) - {"metrics", "rejected"}
+        own = {name: rest.pop(name) for name in list(rest) if name in names}
+        return cls(metrics=rest, rejected=rejected, **own)

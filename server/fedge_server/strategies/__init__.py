@@ -1,0 +1,131 @@
+"""Aggregation rules by name: Flower's Message-API strategies, taken from Flower as they are, and ours.
+
+FedXgb* are left out: they aggregate trees. The differential-privacy wrappers go around a base strategy
+(`base = "fedavg"`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from fedge.config import Config, StrategyConfig, suggestion
+from fedge.errors import ConfigError
+from fedge.learning.messages import TRAIN_LOSS, Update
+from fedge_server.strategies.fedsgd import FedSgd
+
+PLAIN: Mapping[str, type[FedAvg]] = {
+    **{
+        name.lower(): found
+        for name in flower.__all__
+        if inspect.isclass(found := getattr(flower, name)) and issubclass(found, FedAvg) and "Xgb" not in name
+    },
+    "fedsgd": FedSgd,
+}
+WRAPPERS: Mapping[str, type[Strategy]] = {
+    "dp-server-fixed": flower.DifferentialPrivacyServerSideFixedClipping,
+    "dp-server-adaptive": flower.DifferentialPrivacyServerSideAdaptiveClipping,
+    "dp-client-fixed": flower.DifferentialPrivacyClientSideFixedClipping,
+    "dp-client-adaptive": flower.DifferentialPrivacyClientSideAdaptiveClipping,
+}
+NAMES = tuple(sorted([*PLAIN, *WRAPPERS]))
+
+# Set by fedge from the rest of the configuration, so not a user's option.
+_OURS = {
+    "self", "fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes",
+    "min_available_nodes", "weighted_by_key", "arrayrecord_key", "configrecord_key", "train_loss_key",
+    "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "strategy", "num_sampled_clients", "accountant",
+    "parameter_names", "kwargs", "args",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A strategy ready to run, and what clients must be told besides."""
+
+    strategy: Strategy
+    update: Update  # what clients send
+    client_config: Mapping[str, str]  # further keys of the train messages
+
+
+def build(config: Config, *, clients: int, parameter_names: tuple[str, ...]) -> Chosen:
+    """The strategy that `[strategy]` names, with the run's sampling and its own options.
+
+    Args:
+        config: the run's configuration.
+        clients: how many there are; the differential-privacy wrappers scale their noise by the sample.
+        parameter_names: trainable entries of the model's state; the others are buffers.
+
+    Raises:
+        ConfigError: unknown name or option (the line names the nearest), or a value the strategy refuses.
+    """
+    chosen = config.strategy
+    if chosen.name in WRAPPERS:
+        return _wrapped(config, clients, parameter_names)
+    if chosen.name not in PLAIN:
+        raise ConfigError(f"strategy.name = {chosen.name!r}: {suggestion(chosen.name, NAMES)}")
+    made, update = _plain(config, chosen, parameter_names)
+    return Chosen(made, update, {})
+
+
+def _plain(config: Config, chosen: StrategyConfig, parameter_names: tuple[str, ...]) -> tuple[FedAvg, Update]:
+    found = PLAIN[chosen.name]
+    ours: dict[str, Any] = {
+        "fraction_train": config.rounds.fraction,
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": 1,
+    }
+    if chosen.name == "fedsgd":
+        ours["parameter_names"] = parameter_names
+    if chosen.name == "qfedavg":
+        ours |= {"train_loss_key": TRAIN_LOSS}
+        chosen = StrategyConfig(
+            name=chosen.name, options={"client_learning_rate": config.train.learning_rate, **chosen.options}
+        )
+    return _construct(found, chosen, ours), "gradient" if chosen.name == "fedsgd" else "weights"
+
+
+def _wrapped(config: Config, clients: int, parameter_names: tuple[str, ...]) -> Chosen:
+    options = dict(config.strategy.options)
+    base_name = str(options.pop("base", "fedavg"))
+    if base_name not in PLAIN or base_name == "fedsgd":
+        valid = [name for name in PLAIN if name != "fedsgd"]
+        raise ConfigError(f"strategy.base = {base_name!r}: {suggestion(base_name, valid)}")
+    base, update = _plain(config, StrategyConfig(name=base_name), parameter_names)
+    ours = {"strategy": base, "num_sampled_clients": max(int(clients * config.rounds.fraction), 1)}
+    outer = StrategyConfig(name=config.strategy.name, options=options)
+    made = _construct(WRAPPERS[outer.name], outer, ours)
+    told = {"clipping": "adaptive"} if outer.name == "dp-client-adaptive" else {}
+    return Chosen(made, update, told)
+
+
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """The options that a strategy of this name takes in the configuration."""
+    found = PLAIN.get(name) or WRAPPERS[name]
+    parameters = inspect.signature(found.__init__).parameters
+    return {key: parameter for key, parameter in parameters.items() if key not in _OURS}
+
+
+def _construct(found: Any, chosen: StrategyConfig, ours: Mapping[str, Any]) -> Any:
+    valid = options_of(chosen.name)
+    for key in chosen.options:
+        if key not in valid:
+            names = [*valid, "base"] if chosen.name in WRAPPERS else list(valid)
+            hint = suggestion(key, names) if names else "it takes none"
+            raise ConfigError(f"unknown key 'strategy.{key}' for strategy {chosen.name!r}: {hint}")
+    for key, parameter in valid.items():
+        if parameter.default is inspect.Parameter.empty and key not in chosen.options:
+            raise ConfigError(f"strategy {chosen.name!r} needs the key 'strategy.{key}'")
+        value = chosen.options.get(key)
+        if value is not None and isinstance(value, str) != ("str" in str(parameter.annotation)):
+            raise ConfigError(f"strategy.{key} = {value!r}: must be {parameter.annotation}")
+    try:
+        return found(**ours, **chosen.options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"strategy {chosen.name!r}: {error}") from error

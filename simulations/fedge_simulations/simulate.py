@@ -1,0 +1,223 @@
+"""A whole run on one machine: rounds, compression, release, devices, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, RecordDict
+
+from fedge import tensors
+from fedge.config import Config
+from fedge.errors import FedgeError, UserError
+from fedge.files import sha256, write_atomically
+from fedge.learning.models import parameters
+from fedge_server import app as server_app
+from fedge_server.compression import TierOutcome, compress
+from fedge_server.registry.database import Registry
+from fedge_server.release import publish_outcomes
+from fedge_server.report import Report, write_report
+from fedge_server.rounds.loop import Learned, Observer
+from fedge_server.rounds.stopping import reached_target_at
+from fedge_simulations.devices import DeviceResult, deliver
+from fedge_simulations.grid import RUN_ID, SERVER_NODE
+from fedge_simulations.world import World, prepare
+
+Say = Callable[[str], None]
+"""Takes one line of progress."""
+
+SUMMARY, HISTORY, MODEL, REPORT = "summary.json", "history.jsonl", "model.safetensors", "report.html"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a simulation gave; `folder` holds the files when one was named."""
+
+    summary: dict[str, Any]  # as in summary.json
+    learned: Learned  # the global model and its rounds
+    outcomes: tuple[TierOutcome, ...]  # one per tier
+    devices: tuple[DeviceResult, ...]  # one per published variant
+    folder: Path | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tier got a variant and every device answered as the gate scored."""
+        return all(o.variant for o in self.outcomes) and all(d.same_as_gate for d in self.devices)
+
+
+def run(
+    config: Config,
+    out: Path | None = None,
+    *,
+    overwrite: bool = False,
+    say: Say = lambda _: None,
+    observe: Observer = lambda _: None,
+) -> Result:
+    """Simulate a configuration from data to answering devices.
+
+    Args:
+        config: the whole run.
+        out: run folder; an interrupted run of the same configuration in it is resumed. None: nothing is kept.
+        overwrite: replace an earlier run in that folder.
+        say: hears of each stage.
+        observe: hears of each committed round.
+
+    Raises:
+        UserError: configuration, data or folder cannot be used; nothing has been written then.
+        FedgeError: the work failed.
+    """
+    started = time.perf_counter()
+    world = prepare(config)
+    with ExitStack() as stack:
+        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedge-")))
+        if _claim(folder, config, overwrite=overwrite):
+            say(f"resuming the interrupted run in {folder}")
+        registry = stack.enter_context(Registry.open(folder))
+        say(_describe(world))
+        run_id = f"run-{_config_digest(config)[:12]}"
+        learned = learn(world, folder, run_id, _both(_history_writer(folder / HISTORY), observe))
+        say(f"stopped: {learned.reason}")
+        write_atomically(folder / MODEL, registry.store.get(learned.model_sha256))
+        outcomes = _compress(world, learned, say)
+        release = publish_outcomes(folder, registry, run_id, learned, world.server.spec, outcomes)
+        if release is not None:
+            say(f"release {release.version} published in {folder / 'release'}")
+        devices = deliver(folder, outcomes, world.server.gate, say) if release is not None else ()
+        left_out = _leave_one_out(world, say) if config.evaluate.leave_one_client_out else []
+        summary = summarise(world, learned, outcomes, devices, left_out, time.perf_counter() - started)
+        write_report(folder / REPORT, Report.of(config, world.dataset, world.clients, world.names, learned, outcomes, summary))
+        write_atomically(folder / SUMMARY, json.dumps(summary, indent=2).encode())  # last: the run is whole
+        return Result(summary, learned, outcomes, devices, out)
+
+
+def learn(world: World, home: Path, run_id: str, observe: Observer) -> Learned:
+    """Run the ServerApp over the world's Grid and hand back what it learned."""
+    results: list[Learned] = []
+    app = server_app.build(lambda *_: world.server, observe, results.append)
+    settings = server_app.run_config(world.config, home, run_id)
+    app(world.grid(settings), Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
+    return results[0]
+
+
+def _compress(world: World, learned: Learned, say: Say) -> tuple[TierOutcome, ...]:
+    if not world.config.tiers:
+        return ()
+    server = world.server
+    return compress(learned.model, world.task, server.spec, server.proxy, server.gate, world.config, say)
+
+
+def _leave_one_out(world: World, say: Say) -> list[dict[str, Any]]:
+    """Train without each client in turn and test on all of its data."""
+    found = []
+    for i, name in enumerate(world.names):
+        held = world.without(i)
+        with tempfile.TemporaryDirectory(prefix="fedge-") as home:
+            learned = learn(held, Path(home), f"without-{i}", lambda _: None)
+        metrics = learned.records[-1].metrics
+        scalars = {key: value for key, value in metrics.items() if isinstance(value, float)}
+        found.append({"client": name, "examples": len(held.server.test), **scalars})
+        say(f"left out client {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in scalars.items()))
+    return found
+
+
+def summarise(
+    world: World,
+    learned: Learned,
+    outcomes: tuple[TierOutcome, ...],
+    devices: tuple[DeviceResult, ...],
+    left_out: list[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """The run in one JSON object (summary.json); parts that do not exist are left out."""
+    network, last = learned.model.network, learned.records[-1]
+    scalars = {key: value for key, value in last.metrics.items() if isinstance(value, float)}
+    summary = {
+        "task": world.config.task,
+        "seed": world.config.seed,
+        "rounds": last.round,
+        "stopped": learned.reason,
+        "reached_target_at": reached_target_at(learned.records, world.config.rounds),
+        "clients": len(world.clients),
+        "global_model": {
+            **scalars,
+            "parameters": parameters(network),
+            "bytes": _fp32_bytes(network),
+            "sha256": learned.model_sha256,
+        },
+        "leave_one_client_out": left_out,
+        "variants": [outcome.to_json() for outcome in outcomes],
+        "devices": [device.to_json() for device in devices],
+        "seconds": round(seconds, 2),
+    }
+    return {key: value for key, value in summary.items() if value not in (None, [])}
+
+
+def _fp32_bytes(network: Any) -> int:
+    return len(tensors.dump({name: value.numpy() for name, value in network.state_dict().items()}))
+
+
+def _claim(folder: Path, config: Config, *, overwrite: bool) -> bool:
+    """Whether the folder holds an interrupted run of this very configuration.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    is_run = (folder / "fedge.db").exists()
+    if is_run and overwrite:
+        shutil.rmtree(folder)
+        return False
+    if not is_run:
+        raise UserError(f"{folder} is not empty and holds no run of fedge; choose another --out")
+    if (folder / SUMMARY).exists():
+        raise UserError(f"{folder} holds a finished run; choose another --out, or --overwrite it")
+    with Registry.open(folder) as registry:
+        known = [run["id"] for run in registry.runs()]
+    if known and f"run-{_config_digest(config)[:12]}" not in known:
+        raise UserError(
+            f"{folder} holds an interrupted run of another configuration; choose another --out, or --overwrite it"
+        )
+    return True
+
+
+def _config_digest(config: Config) -> str:
+    return sha256(json.dumps(config.to_mapping(), sort_keys=True).encode())
+
+
+def _history_writer(path: Path) -> Observer:
+    """Append each round as one JSON line; a resumed run is told the earlier rounds again, so it starts anew."""
+
+    def write(record: Any) -> None:
+        with path.open("w" if record.round == 1 else "a", encoding="utf-8") as file:
+            file.write(json.dumps(record.to_json()) + "\n")
+
+    return write
+
+
+def _both(first: Observer, second: Observer) -> Observer:
+    def observe(record: Any) -> None:
+        first(record)
+        second(record)
+
+    return observe
+
+
+def _describe(world: World) -> str:
+    sizes = sorted(len(part) for part in world.clients)
+    server = world.server
+    return (
+        f"task {world.config.task}: {len(world.clients)} clients with {sizes[0]} to {sizes[-1]} examples "
+        f"({sum(sizes)} in all, {world.config.clients.partition}); server: {len(server.proxy)} proxy, "
+        f"{len(server.test)} test, {len(server.gate)} gate"
+    )
+
+
+__all__ = ["FedgeError", "Result", "run"]
