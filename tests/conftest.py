@@ -1,9 +1,152 @@
+"""Real tiny models and a real publisher, shared by the tests of both sides."""
+
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
+
+from fedge import signing
+from fedge.artefact import pack
+from fedge.manifest import Lineage, Release, VariantEntry
+from fedge.spec import Spec
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 # A slow or busy machine must not fail a test; the same examples come every time.
 settings.register_profile(
     "fedge", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("fedge")
+
+LABELS = ("zero", "one", "two")
+IMAGES = Spec("image", (8, 8), "uint8", LABELS)
+REPORT = b'{"gate":"passed"}'
+
+
+def linear_model(
+    spec: Spec, weights: npt.NDArray[Any], bias: npt.NDArray[Any], *, filler: bytes = b""
+) -> bytes:
+    """softmax(x @ weights + bias) as the ONNX graph of a variant; weights (F, classes), bias (classes,)."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    inputs = {"uint8": TensorProto.UINT8, "float32": TensorProto.FLOAT}[spec.dtype]
+    constants = {
+        "weights": weights.astype(np.float32),
+        "bias": bias.astype(np.float32),
+        "flat": np.array([-1, weights.shape[0]], np.int64),
+        "names": np.array(spec.labels, object),
+    }
+    nodes = [
+        helper.make_node("Cast", ["input"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["numbers", "flat"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "weights"], ["products"]),
+        helper.make_node("Add", ["products", "bias"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+        helper.make_node("ArgMax", ["probabilities"], ["best"], axis=1, keepdims=0),
+        helper.make_node("Gather", ["names", "best"], ["label"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "variant",
+        [helper.make_tensor_value_info("input", inputs, ["B", *spec.shape])],
+        [
+            helper.make_tensor_value_info("label", TensorProto.STRING, ["B"]),
+            helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["B", spec.classes]),
+        ],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        doc_string=filler.hex(),
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def constant_model(answer: int, spec: Spec = IMAGES, filler: bytes = b"") -> bytes:
+    """A variant that always answers the label of this index, with probability e^4 / (e^4 + classes - 1)."""
+    bias = np.zeros(spec.classes)
+    bias[answer] = 4.0
+    return linear_model(spec, np.zeros((int(np.prod(spec.shape)), spec.classes)), bias, filler=filler)
+
+
+def entry_of(tier: str, model: bytes, **changes: Any) -> tuple[VariantEntry, bytes]:
+    """The manifest entry of a model, and its wire bytes."""
+    wire = pack(model)
+    values = {
+        "tier": tier,
+        "recipe": "distil + int8",
+        "wire_sha256": hashlib.sha256(wire).hexdigest(),
+        "wire_bytes": len(wire),
+        "installed_sha256": hashlib.sha256(model).hexdigest(),
+        "installed_bytes": len(model),
+        "evidence_sha256": hashlib.sha256(REPORT).hexdigest(),
+        "evidence": {"drop_upper": 0.008, "gate": "passed"},
+    }
+    return VariantEntry(**{**values, **changes}), wire
+
+
+def release_of(version: int, entries: tuple[VariantEntry, ...], **changes: Any) -> Release:
+    values: dict[str, Any] = {
+        "version": version,
+        "task": "digits",
+        "created": "2026-01-31T12:00:00Z",
+        "spec": IMAGES,
+        "lineage": Lineage("run-1", 7, "a" * 64, "b" * 64),
+        "variants": entries,
+    }
+    return Release(**{**values, **changes})
+
+
+@dataclass
+class Publisher:
+    """A published folder and its key. `place` writes any envelope there, as a hostile mirror could."""
+
+    folder: Path
+    keys: tuple[bytes, bytes] = field(default_factory=signing.generate_key)
+
+    @property
+    def trusted(self) -> list[bytes]:
+        return [self.keys[1]]
+
+    def place(
+        self, release: Release, objects: tuple[bytes, ...] = (), *, private: bytes | None = None
+    ) -> None:
+        (self.folder / "objects").mkdir(parents=True, exist_ok=True)
+        for data in objects:
+            (self.folder / "objects" / hashlib.sha256(data).hexdigest()).write_bytes(data)
+        envelope = signing.sign(release.to_bytes(), private or self.keys[0])
+        (self.folder / "release.json").write_bytes(envelope)
+
+    def offer(self, version: int, *, answer: int, tier: str = "micro", **changes: Any) -> Release:
+        """Offer a release whose variant always gives this answer."""
+        model = constant_model(answer, changes.get("spec", IMAGES))
+        entry, wire = entry_of(tier, model)
+        release = release_of(version, (entry,), **changes)
+        self.place(release, (wire, REPORT))
+        return release
+
+
+@pytest.fixture
+def publisher(tmp_path: Path) -> Publisher:
+    return Publisher(tmp_path / "published")
+
+
+@pytest.fixture(scope="session")
+def tools() -> Any:
+    """The builders of this file, for tests that need other models or manifests."""
+
+    class Tools:
+        linear_model = staticmethod(linear_model)
+        constant_model = staticmethod(constant_model)
+        entry_of = staticmethod(entry_of)
+        release_of = staticmethod(release_of)
+        images = IMAGES
+        labels = LABELS
+        report = REPORT
+
+    return Tools

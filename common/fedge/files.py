@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -45,11 +46,15 @@ def read_bounded(path: Path, maximum: int) -> bytes:
     """The whole file, which may hold at most `maximum` bytes.
 
     Raises:
-        FormatError: it is absent, unreadable or longer.
+        FormatError: it is absent, unreadable, longer, or no regular file.
     """
     try:
         with path.open("rb") as file:
-            data = file.read(maximum + 1)
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                raise FormatError(f"{path}: is not a regular file")
+            # Python allocates what it is asked to read, so ask for what is there, not for the maximum.
+            data = file.read(min(state.st_size, maximum) + 1)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
     if len(data) > maximum:

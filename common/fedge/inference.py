@@ -41,7 +41,7 @@ class CompactModel:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a device has other work
         try:
             self._session = ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001 - onnxruntime raises bare RuntimeErrors of many kinds
+        except Exception as error:  # onnxruntime raises bare RuntimeErrors of many kinds
             raise FormatError(f"model: onnxruntime cannot load it ({_first_line(error)})") from error
         self.spec = spec
         self._check_signature()
@@ -57,18 +57,32 @@ class CompactModel:
                 f"model: takes {inputs[0].type} {inputs[0].shape}, but its spec says "
                 f"{self.spec.dtype} (B, *{self.spec.shape})"
             )
+        if [item.type for item in outputs] != ["tensor(string)", "tensor(float)"]:
+            raise FormatError(
+                f"model: gives {outputs[0].type} and {outputs[1].type}, not text labels and float32 numbers"
+            )
 
     def run(self, x: npt.NDArray[Any]) -> tuple[list[str], Float32]:
         """Labels (length B) and probabilities (B, classes) of a batch x (B, *spec.shape).
 
         Raises:
-            FormatError: x has another shape or dtype than the spec.
+            FormatError: x has another shape or dtype than the spec, the graph fails on it, or its answer
+                is not one label and `classes` probabilities for each example.
         """
         if x.ndim == 0 or x.shape[1:] != self.spec.shape or x.dtype != np.dtype(self.spec.dtype):
             raise FormatError(
-                f"input: {x.dtype} {x.shape} does not fit; this model takes {self.spec.dtype} (B, *{self.spec.shape})"
+                f"input: {x.dtype} {x.shape} does not fit; "
+                f"this model takes {self.spec.dtype} (B, *{self.spec.shape})"
             )
-        labels, probabilities = self._session.run([LABEL, PROBABILITIES], {INPUT: x})
+        try:
+            labels, probabilities = self._session.run([LABEL, PROBABILITIES], {INPUT: x})
+        except Exception as error:  # onnxruntime raises bare RuntimeErrors of many kinds
+            raise FormatError(f"model: cannot be run ({_first_line(error)})") from error
+        if len(labels) != len(x) or probabilities.shape != (len(x), self.spec.classes):
+            raise FormatError(
+                f"model: {len(x)} examples give {len(labels)} labels and probabilities "
+                f"{probabilities.shape}, not {(len(x), self.spec.classes)}"
+            )
         return [str(label) for label in labels], probabilities
 
     def run_each(self, x: npt.NDArray[Any]) -> Float32:

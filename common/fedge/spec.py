@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ class Spec:
             raise FormatError(f"spec: kind {self.kind!r} is unknown; it must be 'image' or 'features'")
         if len(self.shape) not in ranks[self.kind] or any(side < 1 for side in self.shape):
             raise FormatError(f"spec: shape {self.shape} does not fit kind {self.kind!r}")
-        if int(np.prod(self.shape, dtype=np.int64)) > MAX_ELEMENTS:
+        if math.prod(self.shape) > MAX_ELEMENTS:  # exact: numpy's product would wrap around
             raise FormatError(f"spec: shape {self.shape} is larger than {MAX_ELEMENTS} elements")
         if self.kind == "image" and len(self.shape) == 3 and self.shape[2] not in (1, 3):
             raise FormatError(f"spec: an image has 1 or 3 channels, not {self.shape[2]}")
@@ -87,6 +88,8 @@ class Spec:
         """
         try:
             labels, features, shape = value["labels"], value.get("features", []), value["shape"]
+            if not all(isinstance(part, list) for part in (labels, features, shape)) or len(shape) > 3:
+                raise TypeError("labels, features and shape must be lists, shape of 3 numbers at most")
             if not all(isinstance(name, str) for name in [*labels, *features]):
                 raise TypeError("names must be strings")
             if not all(type(side) is int for side in shape):

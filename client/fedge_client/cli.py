@@ -1,0 +1,320 @@
+"""`fedge-client`: install a release on a device, ask it, look at it, go one release back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from fedge import cli
+from fedge.errors import FedgeError, FormatError, UserError
+from fedge_client.device import Device, Installed, previous
+
+_MIN_FREE_BYTES: Final = 16 * 1024**2  # below this a next installation is doubtful
+_CLOCK_SLACK_S: Final = 24 * 3600  # a clock may lag the publisher's by this much
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 the work failed, 2 the user's mistake."""
+    parser = cli.parser(
+        "fedge-client",
+        "Install, verify and run fedge releases on this device.",
+        "  fedge-client install /mnt/published --tier micro --trust signing.pub\n"
+        "  fedge-client infer picture.png\n"
+        "  fedge-client status --format json",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_install(commands)
+    _add_infer(commands)
+    for name, run, summary in (
+        ("status", _status, "Show what is installed, where it comes from, and whether it is whole."),
+        ("preflight", _preflight, "Check that this device can install and run a release."),
+    ):
+        made = cli.subcommand(
+            commands,
+            name,
+            run,
+            summary=summary,
+            examples=f"  fedge-client {name}\n  fedge-client {name} --home /var/lib/fedge --format json",
+        )
+        _add_home(made)
+        _add_format(made)
+    made = cli.subcommand(
+        commands,
+        "rollback",
+        _rollback,
+        summary="Go back to the previous release, which is kept on this device. No network is needed.",
+        examples="  fedge-client rollback",
+    )
+    _add_home(made)
+    return cli.run(parser, argv)
+
+
+def _add_install(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    made = cli.subcommand(
+        commands,
+        "install",
+        _install,
+        summary="Install the newest release of a published folder. The first time, say which tier and key.",
+        examples="  fedge-client install /mnt/published --tier micro --trust signing.pub   (first time)\n"
+        "  fedge-client install /mnt/published                                    (afterwards)",
+    )
+    made.add_argument(
+        "folder", type=Path, metavar="PUBLISHED_FOLDER", help="it holds release.json and objects/"
+    )
+    made.add_argument("--tier", help="the class of devices that this one belongs to; first time only")
+    made.add_argument(
+        "--trust",
+        type=Path,
+        action="append",
+        metavar="KEY.pub",
+        help="the publisher's public key; first time only",
+    )
+    made.add_argument("--again", action="store_true", help="take back a release that a rollback left")
+    _add_home(made)
+
+
+def _add_infer(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    made = cli.subcommand(
+        commands,
+        "infer",
+        _infer,
+        summary="Ask the installed model about a file: a line with label and confidence for each example.",
+        examples="  fedge-client infer picture.png\n  fedge-client infer rows.csv --format json",
+    )
+    made.add_argument("file", type=Path, help="an image, .npy, .npz; for tables .csv, .json, .npy, .npz")
+    _add_home(made)
+    _add_format(made)
+
+
+def _add_home(parser: argparse.ArgumentParser) -> None:
+    default = Path(os.environ.get("FEDGE_HOME") or Path.home() / ".fedge")
+    parser.add_argument(
+        "--home", type=Path, default=default, help="the device's folder (default: $FEDGE_HOME, else ~/.fedge)"
+    )
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+
+
+def _install(arguments: argparse.Namespace) -> int:
+    from fedge_client.updater import Updater, folder_fetch
+
+    if not arguments.folder.is_dir():
+        raise UserError(
+            f"{arguments.folder} is no folder; give the publisher's folder, which holds release.json"
+        )
+    fetch = folder_fetch(arguments.folder)
+    first = not (arguments.home / "device.json").exists()
+    device = _new_device(arguments) if first else _known_device(arguments)
+    before = device.current()
+    installed = Updater(device.home, device.tier, device.trusted, fetch).install(again=arguments.again)
+    if before and before.identity == installed.identity:
+        _say(f"nothing to do: release {installed.release.version} runs (tier {device.tier})")
+        if before.left:
+            _say(f"release {before.left} was left by a rollback; --again takes it back")
+        return 0
+    entry = installed.entry
+    _say(
+        f"installed release {installed.release.version} (tier {device.tier}, {entry.recipe}): "
+        f"{entry.wire_bytes} bytes fetched, {entry.installed_bytes} installed"
+    )
+    return 0
+
+
+def _new_device(arguments: argparse.Namespace) -> Device:
+    """Make the device once the release is known to be good for it: a mistake leaves nothing behind."""
+    from fedge_client.updater import Updater, folder_fetch
+
+    if not arguments.tier or not arguments.trust:
+        raise UserError(
+            f"no device at {arguments.home}: the first time, give --tier TIER and --trust KEY.pub"
+        )
+    keys = [_read_key(path) for path in arguments.trust]
+    Updater(arguments.home, arguments.tier, keys, folder_fetch(arguments.folder)).check()
+    return Device.create(arguments.home, arguments.tier, keys)
+
+
+def _known_device(arguments: argparse.Namespace) -> Device:
+    device = Device.open(arguments.home)
+    if arguments.tier not in (None, device.tier):
+        raise UserError(f"this device is of tier {device.tier!r}; for {arguments.tier!r} make another --home")
+    given = {_read_key(path) for path in arguments.trust or ()}
+    if not given <= set(device.trusted):
+        raise UserError("--trust: the keys of a device are fixed; for another one make another --home")
+    return device
+
+
+def _read_key(path: Path) -> bytes:
+    from fedge import signing
+    from fedge.files import read_bounded
+
+    try:
+        pem = read_bounded(path, signing.MAX_KEY_BYTES)
+        signing.key_id(pem)
+    except FormatError as error:
+        raise UserError(f"--trust {path}: {error}") from error
+    return pem
+
+
+def _infer(arguments: argparse.Namespace) -> int:
+    from fedge_client.runtime import Runtime, read_input
+
+    runtime = Runtime.open(arguments.home)
+    predictions = runtime.infer(read_input(arguments.file, runtime.spec))
+    if arguments.format == "json":
+        answers = [
+            {"label": p.label, "confidence": p.confidence, "probabilities": dict(p.probabilities)}
+            for p in predictions
+        ]
+        _say(json.dumps({"release": runtime.release.version, "predictions": answers}))
+    else:
+        for prediction in predictions:
+            _say(f"{prediction.label} {prediction.confidence:.4f}")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    device = Device.open(arguments.home)
+    current = device.current()
+    shown: dict[str, Any] = {"home": str(device.home), "tier": device.tier, "installed": None}
+    if current is None:
+        _print_status(shown, arguments.format)
+        return 0
+    back = previous(device, current)
+    shown |= {
+        "installed": current.version,
+        "previous": back.release.version if back else None,
+        "floor": current.floor,
+        "left": current.left or None,
+    }
+    try:
+        installed, _ = device.running()
+    except FedgeError as error:
+        _print_status({**shown, "damaged": str(error)}, arguments.format)
+        return error.exit_code
+    _print_status({**shown, **_described(installed)}, arguments.format)
+    return 0
+
+
+def _described(installed: Installed) -> dict[str, Any]:
+    entry, release = installed.entry, installed.release
+    return {
+        "task": release.task,
+        "created": release.created,
+        "recipe": entry.recipe,
+        "wire_bytes": entry.wire_bytes,
+        "installed_bytes": entry.installed_bytes,
+        "lineage": asdict(release.lineage),
+    }
+
+
+def _print_status(shown: dict[str, Any], form: str) -> None:
+    if form == "json":
+        _say(json.dumps(shown))
+        return
+    for name, value in shown.items():
+        parts = value if isinstance(value, dict) else {"": value}
+        for part, item in parts.items():
+            _say(f"{(name + ' ' + part).strip():<22}{'none' if item is None else item}")
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from fedge_client.updater import Updater
+
+    device = Device.open(arguments.home)
+    back = Updater(device.home, device.tier, device.trusted, _no_fetch).return_to_previous()
+    _say(
+        f"returned to release {back.release.version}; "
+        "to take the other one back: fedge-client install FOLDER --again"
+    )
+    return 0
+
+
+def _no_fetch(name: str, maximum: int) -> bytes:
+    raise FedgeError(f"{name}: a rollback reads nothing from elsewhere")
+
+
+def _preflight(arguments: argparse.Namespace) -> int:
+    """Try each thing that an installation or an answer needs; every check is tried, whatever fails."""
+    checks: dict[str, Callable[[Path], str]] = {
+        "home": _check_home,
+        "space": _check_space,
+        "keys": _check_keys,
+        "clock": _check_clock,
+        "model": _check_model,
+    }
+    results = {name: _tried(check, arguments.home) for name, check in checks.items()}
+    if arguments.format == "json":
+        _say(json.dumps({name: {"ok": ok, "detail": detail} for name, (ok, detail) in results.items()}))
+    else:
+        for name, (ok, detail) in results.items():
+            _say(f"{'ok  ' if ok else 'FAIL'} {name}: {detail}")
+    return 0 if all(ok for ok, _ in results.values()) else 1
+
+
+def _tried(check: Callable[[Path], str], home: Path) -> tuple[bool, str]:
+    try:
+        return True, check(home)
+    except FedgeError as error:
+        return False, str(error)
+    except OSError as error:
+        return False, f"{error.filename or home}: {error.strerror}"
+
+
+def _check_home(home: Path) -> str:
+    from fedge.files import write_atomically
+
+    probe = home / ".preflight"
+    Device.open(home)
+    write_atomically(probe, b"")
+    probe.unlink()
+    return f"{home} can be written"
+
+
+def _check_space(home: Path) -> str:
+    free = shutil.disk_usage(home).free
+    if free < _MIN_FREE_BYTES:
+        raise FedgeError(f"{free} bytes are free, under {_MIN_FREE_BYTES}; make room")
+    return f"{free} bytes are free"
+
+
+def _check_keys(home: Path) -> str:
+    device = Device.open(home)
+    return f"tier {device.tier}, {len(device.trusted)} trusted key(s)"
+
+
+def _check_clock(home: Path) -> str:
+    """The clock must not lag the newest thing that this device has verified."""
+    created = Device.open(home).running()[0].release.created
+    now = datetime.now(UTC)
+    if time.time() < datetime.fromisoformat(created).timestamp() - _CLOCK_SLACK_S:
+        raise FedgeError(
+            f"it says {now:%Y-%m-%d}, before the installed release was made ({created}); set the clock"
+        )
+    return f"{now:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _check_model(home: Path) -> str:
+    from fedge_client.runtime import Runtime
+
+    runtime = Runtime.open(home)
+    runtime.infer(runtime.spec.zeros(1))
+    return f"release {runtime.release.version} loads and answers"
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
