@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,7 @@ def linear_model(
     return bytes(model.SerializeToString())
 
 
+@lru_cache
 def constant_model(answer: int, spec: Spec = IMAGES, filler: bytes = b"") -> bytes:
     """A variant that always answers the label of this index, with probability e^4 / (e^4 + classes - 1)."""
     bias = np.zeros(spec.classes)
@@ -74,9 +76,12 @@ def constant_model(answer: int, spec: Spec = IMAGES, filler: bytes = b"") -> byt
     return linear_model(spec, np.zeros((int(np.prod(spec.shape)), spec.classes)), bias, filler=filler)
 
 
+packed = lru_cache(pack)
+
+
 def entry_of(tier: str, model: bytes, **changes: Any) -> tuple[VariantEntry, bytes]:
     """The manifest entry of a model, and its wire bytes."""
-    wire = pack(model)
+    wire = packed(model)
     values = {
         "tier": tier,
         "recipe": "distil + int8",

@@ -186,13 +186,13 @@ def _infer(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     device = Device.open(arguments.home)
     current = device.current()
-    shown: dict[str, Any] = {"home": str(device.home), "tier": device.tier, "installed": None}
+    shown: dict[str, Any] = {"home": str(device.home), "tier": device.tier, "version": None}
     if current is None:
         _print_status(shown, arguments.format)
         return 0
     back = previous(device, current)
     shown |= {
-        "installed": current.version,
+        "version": current.version,
         "previous": back.release.version if back else None,
         "floor": current.floor,
         "left": current.left or None,

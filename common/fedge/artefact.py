@@ -18,7 +18,7 @@ def pack(installed: bytes) -> bytes:
 
 
 def unpack(wire: bytes, installed_bytes: int) -> bytes:
-    """Undo `pack`; the result has exactly `installed_bytes` bytes, and no more is ever allocated.
+    """Undo `pack`; the result has exactly `installed_bytes` bytes, and no more of it is ever made.
 
     Raises:
         FormatError: truncated, damaged, trailing bytes, or another length than declared.

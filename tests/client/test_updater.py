@@ -376,10 +376,10 @@ def test_damaged_files_of_the_device_are_one_clear_line(
 # Faults
 
 
-STEPS = (
-    (os, "fsync"), (os, "replace"), (os, "mkdir"), (os, "fdopen"), (os, "unlink"), (os, "chmod"), (os, "open"),
+STEPS = [
+    *[(os, name) for name in ("fsync", "replace", "mkdir", "fdopen", "unlink", "chmod", "open")],
     (tempfile, "mkstemp"),
-)  # fmt: skip
+]
 
 
 class Faults:
@@ -453,7 +453,7 @@ Updater.of(Device.open(home), folder_fetch(published)).install()
 LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n" + INSTALL
 
 STEP_BY_STEP = """
-import os, sys, tempfile
+import os, shutil, sys, tempfile
 from pathlib import Path
 from fedge_client.updater import Device, Updater, folder_fetch
 home, published, copies = map(Path, sys.argv[1:])
@@ -478,7 +478,7 @@ step = 0
 while True:
     step += 1
     place = copies / str(step)
-    os.system(f"cp -r {home} {place}")
+    shutil.copytree(home, place)
     child = os.fork()
     if child == 0:
         killed_at(step, place)
