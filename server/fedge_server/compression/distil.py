@@ -116,7 +116,7 @@ def _threads_for(network: nn.Module, batch: Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def multiply_adds(network: nn.Module, x: Tensor) -> int:
-    """How many a batch x (B, ...) takes in the linear and convolutional layers; the network is not changed."""
+    """Those that a batch x (B, ...) takes in linear and convolutional layers; the network is not changed."""
     counts: list[int] = []
 
     def count(layer: nn.Module, _inputs: Any, output: Tensor) -> None:

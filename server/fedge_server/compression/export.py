@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -34,11 +35,16 @@ def export(model: WholeModel, spec: Spec) -> bytes:
     the exporter leaves that is not computed is gone. The model itself is not touched.
 
     Raises:
-        CompressionError: torch cannot export it, or onnxruntime's answer differs from torch's by more
-            than `TOLERANCE`; nothing that was not compared is ever returned.
+        CompressionError: it does not answer one value per class, torch cannot export it, or onnxruntime
+            differs from torch by more than `TOLERANCE`; nothing that was not compared is ever returned.
     """
     probabilities = _Probabilities(copy.deepcopy(model)).eval()
-    graph = _exported(probabilities, torch.from_numpy(spec.zeros(2)))
+    example = torch.from_numpy(spec.zeros(2))
+    with torch.inference_mode():
+        answer = tuple(probabilities(example).shape)
+    if answer != (2, spec.classes):
+        raise CompressionError(f"export: to two examples the model answers {answer}, not {(2, spec.classes)}")
+    graph = _exported(probabilities, example)
     data = dump(stripped(with_labels(_marked(graph), spec.labels)))
     difference = largest_difference(probabilities, data, spec)
     if not difference <= TOLERANCE:
@@ -138,7 +144,7 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             yield

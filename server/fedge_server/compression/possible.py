@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from fedge.artefact import pack
 from fedge.config import Config, Tier
 from fedge.dataset import Examples
-from fedge.errors import CompressionError, ConfigError
+from fedge.errors import CompressionError, ConfigError, FormatError
 from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
 from fedge.statistics import Moments
@@ -65,7 +65,7 @@ def check_possible(
     for recipe in _smallest_first(recipes(task, config.compress.prune, proxy=len(sample) > 0), workshop):
         try:
             cost = measure(workshop.build(recipe), spec)
-        except CompressionError:
+        except (CompressionError, FormatError):
             continue
         for name in list(waiting):
             waiting[name][recipe.name] = found = _generous(config.tiers[name], cost)

@@ -17,7 +17,7 @@ import torch
 from fedge.artefact import unpack
 from fedge.config import Config, Tier
 from fedge.dataset import Examples, stratified
-from fedge.errors import CompressionError
+from fedge.errors import CompressionError, FormatError
 from fedge.inference import CompactModel, Float32
 from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
@@ -119,7 +119,7 @@ def compress(
         try:
             candidates.append(_candidate(recipe, workshop, selection, spec))
             progress(f"compress: {_line(candidates[-1])}")
-        except CompressionError as error:
+        except (CompressionError, FormatError) as error:
             failed.append(Trial(recipe.name, f"not built: {error}"))
             progress(f"compress: {recipe.name} is no candidate: {error}")
     exam = _Exam(teacher, gate, spec, config)
@@ -198,13 +198,13 @@ def _outcome(name: str, candidates: list[Candidate], failed: tuple[Trial, ...], 
     fitting.sort(key=lambda candidate: (-_known(candidate.accuracy), len(candidate.cost.wire)))
     trials: list[Trial] = []
     variant = None
-    for candidate in fitting:
-        if variant is not None or len(trials) == MAX_ATTEMPTS:
+    for attempt, candidate in enumerate(fitting, start=1):
+        if variant is not None or attempt > MAX_ATTEMPTS:
             trials.append(
                 _trial(candidate, "not needed" if variant else f"not tried after {MAX_ATTEMPTS} failed")
             )
             continue
-        report = exam.sit(candidate, tier, attempt=len(trials) + 1)
+        report = exam.sit(candidate, tier, attempt)
         trials.append(_trial(candidate, _verdict(report), report))
         if report.passed:
             variant = _variant(name, candidate, report, exam)

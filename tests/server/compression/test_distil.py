@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedge.config import Distil
+from fedge.errors import CompressionError, ConfigError
+from fedge_server.compression.distil import _loss, _threads_for, distil, multiply_adds, preprocessed
+
+QUICK = Distil(epochs=30, learning_rate=0.01)
+
+
+@pytest.fixture
+def data(digits):
+    x = torch.from_numpy(digits.proxy.x).float().flatten(1) / 8 - 1
+    return x, torch.from_numpy(digits.proxy.y)
+
+
+@pytest.fixture
+def student(helpers):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return helpers.mlp(16)
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard", "both"])
+def test_a_student_learns_in_every_mode(mode, teacher, student, data, digits, helpers):
+    before = helpers.share_right(student, digits.gate)
+    learned = distil(
+        teacher.network, student, *data, Distil(mode=mode, epochs=30, learning_rate=0.01), seed=0
+    )
+    assert before < 0.3
+    assert helpers.share_right(learned, digits.gate) > 0.88
+
+
+def test_neither_teacher_nor_student_nor_the_global_random_state_is_changed(teacher, student, data, helpers):
+    teacher.network.train()
+    kept = helpers.weights(teacher), helpers.weights(student), torch.get_rng_state(), torch.get_num_threads()
+    distil(teacher.network, student, *data, Distil(epochs=2, augment=("noise:0.1",)), seed=0)
+    assert helpers.same(kept[0], helpers.weights(teacher))
+    assert helpers.same(kept[1], helpers.weights(student))
+    assert teacher.network.training
+    assert student.training
+    assert torch.equal(kept[2], torch.get_rng_state())
+    assert kept[3] == torch.get_num_threads()
+
+
+def test_the_same_seed_gives_the_same_weights_even_with_dropout(teacher, data, helpers):
+    student = nn.Sequential(nn.Linear(64, 16), nn.Dropout(0.2), nn.ReLU(), nn.Linear(16, 10))
+    settings = Distil(epochs=3, augment=("noise:0.1", "mask:0.1"))
+    runs = [helpers.weights(distil(teacher.network, student, *data, settings, seed=s)) for s in (0, 0, 1)]
+    assert helpers.same(runs[0], runs[1])
+    assert not helpers.same(runs[0], runs[2])
+
+
+def test_the_soft_loss_is_the_divergence_at_the_temperature_times_its_square():
+    # Teacher (ln 4, 0) at T = 2: softened logits (ln 2, 0), so (2/3, 1/3); the student says (1/2, 1/2).
+    divergence = 2 / 3 * math.log(4 / 3) + 1 / 3 * math.log(2 / 3)
+    answers, targets = torch.zeros(1, 2), torch.tensor([[math.log(4), 0.0]])
+    y = torch.tensor([0])
+    soft = _loss(answers, targets, y, Distil(mode="soft", temperature=2.0))
+    both = _loss(answers, targets, y, Distil(mode="both", temperature=2.0, hard_weight=0.25))
+    assert soft.item() == pytest.approx(4 * divergence, rel=1e-5)
+    assert both.item() == pytest.approx(0.25 * math.log(2) + 0.75 * 4 * divergence, rel=1e-5)
+
+
+def test_no_batch_of_one_breaks_batch_normalisation(teacher, data):
+    student = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
+    x, y = data
+    distil(teacher.network, student, x[:65], y[:65], Distil(epochs=1, batch_size=64), seed=0)
+
+
+def test_one_example_is_refused(teacher, student, data):
+    x, y = data
+    with pytest.raises(CompressionError, match="1 examples are too few"):
+        distil(teacher.network, student, x[:1], y[:1], QUICK, seed=0)
+
+
+def test_a_loss_that_is_no_number_is_an_error_and_names_the_learning_rate(teacher, student, data):
+    x, y = data
+    with pytest.raises(CompressionError, match=r"compress\.distil\.learning_rate"):
+        distil(teacher.network, student, x * float("inf"), y, QUICK, seed=0)
+
+
+def test_an_augmentation_that_does_not_fit_is_the_users_mistake(teacher, student, data):
+    with pytest.raises(ConfigError, match=r"compress\.distil\.augment"):
+        distil(teacher.network, student, *data, Distil(epochs=1, augment=("flip",)), seed=0)
+
+
+def test_small_steps_run_on_one_thread_and_the_setting_comes_back(data, student):
+    before = torch.get_num_threads()
+    with _threads_for(student, data[0][:64]):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+    assert multiply_adds(student, data[0][:2]) == 2 * (64 * 16 + 16 * 16 + 16 * 10)
+
+
+def test_a_convolution_counts_its_kernel_at_every_position():
+    network = nn.Conv2d(2, 4, 3, padding=1)
+    assert multiply_adds(network, torch.zeros(1, 2, 5, 5)) == 25 * 4 * 2 * 9
+
+
+def test_preprocessing_in_parts_equals_preprocessing_at_once(helpers, digits):
+    whole = helpers.Scale()(torch.from_numpy(digits.train.x))
+    assert torch.equal(preprocessed(helpers.Scale(), digits.train.x), whole)
+    assert np.shape(whole) == (700, 64)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from fedge.artefact import pack
+from fedge.errors import CompressionError
+from fedge.inference import CompactModel
+from fedge.learning.whole import WholeModel
+from fedge_server.compression.export import export
+from fedge_server.compression.quantise import quantise
+
+
+@pytest.fixture(scope="module")
+def exported(trained, digits):
+    return export(trained, digits.spec)
+
+
+@pytest.fixture(scope="module")
+def quantised(exported, digits):
+    return quantise(exported, digits.proxy.x[:64])
+
+
+def test_eight_bits_agree_with_the_original_and_take_a_third_of_the_bytes(exported, quantised, digits):
+    before = CompactModel(exported, digits.spec).run(digits.gate.x)[1]
+    after = CompactModel(quantised, digits.spec).run(digits.gate.x)[1]
+    assert (before.argmax(1) == after.argmax(1)).mean() > 0.985
+    assert np.abs(before - after).mean() < 0.005
+    assert len(pack(quantised)) < len(pack(exported)) / 3
+
+
+def test_weights_are_int8_within_seven_bits_per_channel(quantised):
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in _graph(quantised).initializer}
+    matrices = [value for value in tensors.values() if value.dtype == np.int8 and value.ndim == 2]
+    assert len(matrices) == 3
+    assert all(np.abs(value.astype(int)).max() <= 64 for value in matrices)
+    widths = {value.shape for value in tensors.values() if value.dtype == np.float32 and value.ndim == 1}
+    assert {(64,), (10,)} <= widths  # a scale for each output channel
+
+
+def test_preprocessing_and_softmax_stay_float_and_logits_are_not_rounded(quantised):
+    makers = {name: node for node in _graph(quantised).node for name in node.output}
+    softmax = next(node for node in makers.values() if node.op_type == "Softmax")
+    assert makers[softmax.input[0]].op_type == "Gemm"
+    first = next(node for node in _graph(quantised).node if node.op_type == "QuantizeLinear")
+    assert makers[first.input[0]].op_type == "Reshape"  # the end of the pre-processing
+
+
+def test_a_convolution_of_the_preprocessing_is_not_quantised(digits):
+    class Smooth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kernel", torch.full((1, 1, 3, 3), 1 / 9))
+
+        def forward(self, raw: torch.Tensor) -> torch.Tensor:
+            return torch.conv2d(raw.float().unsqueeze(1) / 16, self.kernel)
+
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
+    data = quantise(export(WholeModel(Smooth(), network), digits.spec), digits.proxy.x[:32])
+    makers = {name: node for node in _graph(data).node for name in node.output}
+    sources = [makers[n.input[0]].op_type for n in _graph(data).node if n.op_type == "Conv"]
+    assert sorted(sources) == ["DequantizeLinear", "Div"]
+
+
+def test_the_same_input_gives_the_same_bytes_without_metadata(exported, quantised, digits):
+    assert quantise(exported, digits.proxy.x[:64]) == quantised
+    model = onnx.load_model_from_string(quantised)
+    onnx.checker.check_model(model, full_check=True)
+    assert (model.producer_name, len(model.metadata_props), len(model.graph.value_info)) == ("", 0, 0)
+    assert not any(node.name or node.doc_string for node in model.graph.node)
+
+
+def test_no_file_is_left_and_nothing_is_printed(exported, digits, tmp_path, monkeypatch, capfd, caplog):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    quantise(exported, digits.proxy.x[:32])
+    assert list(Path(tmp_path).iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
+
+
+def test_no_calibration_data_is_refused(exported, digits):
+    with pytest.raises(CompressionError, match="no calibration data"):
+        quantise(exported, digits.proxy.x[:0])
+
+
+def test_a_network_without_layers_is_refused(digits, helpers):
+    class Ten(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, :10]
+
+    data = export(WholeModel(helpers.Scale(), Ten()), digits.spec)
+    with pytest.raises(CompressionError, match="none of Conv"):
+        quantise(data, digits.proxy.x[:8])
+
+
+def test_bytes_that_are_no_model_are_refused(digits):
+    with pytest.raises(CompressionError, match="no readable model"):
+        quantise(b"nonsense", digits.proxy.x[:8])
+
+
+def _graph(data: bytes) -> onnx.GraphProto:
+    return onnx.load_model_from_string(data).graph

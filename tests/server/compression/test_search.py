@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedge.artefact import pack, unpack
+from fedge.config import Config
+from fedge.errors import ConfigError
+from fedge.inference import CompactModel
+from fedge.task import Task
+from fedge_server.compression import check_possible, compress
+from fedge_server.compression.budgets import Figure, shortage
+from fedge_server.compression.possible import packed_floor
+from fedge_server.compression.recipes import recipes
+from fedge_server.compression.search import parts
+
+STAGES = {
+    "distil": {"epochs": 30, "learning_rate": 0.01},
+    "prune": {"ratios": [0.5], "recovery_epochs": 10},
+}
+FEW = {**STAGES, "prune": {"ratios": []}}  # fewer candidates, where they do not matter
+
+
+def configured(stages=STAGES, **tiers):
+    return Config.from_mapping({"compress": stages, "tiers": tiers})
+
+
+@pytest.fixture(scope="module")
+def found(trained, digits):
+    """One search over three tiers, what it said, and what it changed."""
+    lines: list[str] = []
+    config = configured(
+        micro={"max_wire_bytes": 4000, "max_drop": 0.15, "max_class_drop": 0.6},
+        gateway={"max_drop": 0.05},
+        none={"max_wire_bytes": 900},
+    )
+    outcomes = compress(trained, _task(), digits.spec, digits.proxy, digits.gate, config, lines.append)
+    return {outcome.tier: outcome for outcome in outcomes}, lines
+
+
+def _task():
+    def student(_spec):
+        return nn.Sequential(nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10))
+
+    return Task(
+        name="tiny", read=lambda _source: None, models={"mlp": student}, default_model="mlp",
+        students={"s": student},
+    )  # fmt: skip
+
+
+def test_each_tier_gets_a_variant_within_its_budgets_that_passed_the_gate(found, digits):
+    micro, gateway = (found[0][name].variant for name in ("micro", "gateway"))
+    assert micro.gate.passed
+    assert gateway.gate.passed
+    assert len(micro.wire) <= 4000
+    assert micro.recipe == "student-s+int8"
+    assert micro.parameters == 65 * 20 + 21 * 10
+    assert gateway.accuracy >= gateway.gate.teacher_accuracy - 0.03
+    assert "passed at attempt 1" in found[0]["micro"].reason
+
+
+def test_what_the_gate_scored_is_what_ships(found, digits):
+    variant = found[0]["micro"].variant
+    installed = unpack(variant.wire, len(variant.installed))
+    assert installed == variant.installed
+    assert variant.wire == pack(variant.installed)
+    scored = CompactModel(installed, digits.spec).run_each(digits.gate.x)
+    np.testing.assert_array_equal(scored, variant.probabilities)
+    assert variant.accuracy == pytest.approx((scored.argmax(1) == digits.gate.y).mean())
+
+
+def test_a_tier_that_nothing_meets_says_by_how_much(found):
+    outcome = found[0]["none"]
+    assert outcome.variant is None
+    assert "max_wire_bytes = 900, but the least is" in outcome.reason
+    assert "(student-s+int8)" in outcome.reason
+    assert all("over budget: max_wire_bytes is 900, it needs" in trial.result for trial in outcome.tried)
+
+
+def test_every_recipe_is_listed_with_its_figures_and_built_once(found):
+    names = {"fp32", "int8", "prune50+int8", "student-s", "student-s+int8"}
+    for outcome in found[0].values():
+        assert {trial.recipe for trial in outcome.tried} == names
+        assert all(trial.wire_bytes and trial.latency_us and trial.accuracy for trial in outcome.tried)
+    built = [line for line in found[1] if "on selection data" in line]
+    assert len(built) == len(names)
+
+
+def test_candidates_face_the_gate_by_accuracy_on_the_selection_data(found):
+    within = [trial for trial in found[0]["gateway"].tried if "over budget" not in trial.result]
+    accuracies = [trial.accuracy for trial in within]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert [trial.result for trial in within][1:] == ["not needed"] * (len(within) - 1)
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_bytes_and_the_teacher_is_not_changed(found, teacher, digits, helpers):
+    before, state = helpers.weights(teacher), torch.get_rng_state()
+    config = configured(FEW, micro={"max_wire_bytes": 4000, "max_drop": 0.15})
+    (again,) = compress(teacher, _task(), digits.spec, digits.proxy, digits.gate, config, lambda _line: None)
+    assert again.variant.wire == found[0]["micro"].variant.wire
+    assert helpers.same(before, helpers.weights(teacher))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_without_proxy_data_only_the_unchanged_model_is_tried_and_that_is_said(teacher, digits):
+    lines: list[str] = []
+    none = digits.proxy.take(np.zeros(0, np.int64))
+    config = configured(any={"max_drop": 0.02}, small={"max_wire_bytes": 4000})
+    outcomes = compress(teacher, _task(), digits.spec, none, digits.gate, config, lines.append)
+    assert "no proxy data" in lines[0]
+    assert [trial.recipe for trial in outcomes[0].tried] == ["fp32"]
+    assert outcomes[0].variant.recipe == "fp32"
+    assert outcomes[0].variant.gate.drop == 0
+    assert outcomes[1].variant is None
+
+
+@pytest.mark.slow
+def test_no_more_than_three_candidates_face_the_gate(teacher, digits):
+    few = digits.gate.take(np.arange(40))
+    config = configured({**FEW, "distil": {"epochs": 1}}, strict={"max_drop": 0.01})
+    (outcome,) = compress(teacher, _task(), digits.spec, digits.proxy, few, config, lambda _line: None)
+    assert outcome.variant is None
+    assert [trial.gate and trial.gate.attempt for trial in outcome.tried] == [1, 2, 3, None]
+    assert outcome.tried[3].result == "not tried after 3 failed"
+    assert "no candidate passed the gate in 3 attempts" in outcome.reason
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_loses_one_candidate_and_not_the_search(teacher, digits, helpers):
+    lone = copy.deepcopy(teacher)
+    lone.network = nn.Sequential(nn.Linear(64, 10))  # nothing in it can be pruned
+    config = configured(any={"max_drop": 0.9})
+    (outcome,) = compress(
+        lone, helpers.task(), digits.spec, digits.proxy, digits.gate, config, lambda _line: None
+    )
+    assert outcome.variant is not None
+    assert outcome.tried[-1].recipe == "prune50+int8"
+    assert "too small" in outcome.tried[-1].result
+
+
+def test_no_tier_is_no_work(teacher, digits):
+    assert compress(teacher, _task(), digits.spec, digits.proxy, digits.gate, Config(), print) == ()
+
+
+def test_training_and_selection_share_no_example_and_hold_every_class(digits):
+    training, selection = parts(digits.proxy, seed=3)
+    assert len(training) + len(selection) == len(digits.proxy)
+    assert len(selection) == pytest.approx(0.3 * len(digits.proxy), abs=6)
+    rows = {row.tobytes() for row in training.x}
+    assert not any(row.tobytes() in rows for row in selection.x)
+    assert set(training.y) == set(selection.y) == set(range(10))
+
+
+def test_one_example_of_a_class_is_too_little_to_select_with(digits):
+    training, selection = parts(digits.proxy.take(np.arange(1)), seed=0)
+    assert (len(training), len(selection)) == (0, 0)
+
+
+def test_recipes_are_named_after_their_stages(helpers):
+    task = helpers.task(small=8)
+    names = [recipe.name for recipe in recipes(task, Config().compress.prune, proxy=True)]
+    assert names == ["fp32", "int8", "prune50+int8", "prune75+int8", "student-small", "student-small+int8"]
+
+
+def test_impossible_budgets_are_refused_before_training_with_the_best_figures(digits, helpers):
+    config = configured(FEW, micro={"max_wire_bytes": 500, "max_memory_bytes": 100, "max_latency_ms": 0.0001})
+    with pytest.raises(ConfigError) as caught:
+        check_possible(helpers.task(small=8), digits.spec, config, digits.proxy.x[:32])
+    message = str(caught.value)
+    assert message.startswith(
+        "tiers.micro: no candidate of task 'tiny' can meet it: max_wire_bytes = 500, but"
+    )
+    assert "max_memory_bytes = 100, but the least is" in message
+    assert "max_latency_ms = 0.0001, but the least is" in message
+    assert "(student-small+int8)" in message
+
+
+def test_a_tier_that_a_student_can_meet_is_let_through(digits, helpers):
+    config = configured(micro={"max_wire_bytes": 2500, "max_latency_ms": 50.0}, free={})
+    check_possible(helpers.task(small=8), digits.spec, config, digits.proxy.x[:32])
+
+
+@pytest.mark.slow
+def test_without_proxy_data_the_students_do_not_count(digits, helpers):
+    config = configured(micro={"max_wire_bytes": 2500})
+    with pytest.raises(ConfigError, match=r"\(fp32\)"):
+        check_possible(helpers.task(small=8), digits.spec, config, digits.proxy.x[:0])
+
+
+def test_a_gate_set_too_small_for_the_limit_is_refused(digits, helpers):
+    config = configured(strict={"max_drop": 0.01})
+    few = digits.gate.take(np.arange(100))
+    with pytest.raises(
+        ConfigError, match=r"tiers\.strict\.max_drop = 0\.01: the 100 gate examples cannot show"
+    ):
+        check_possible(helpers.task(), digits.spec, config, digits.proxy.x[:8], gate=few)
+    config = configured(strict={"max_drop": 0.5, "max_class_drop": 0.01})
+    with pytest.raises(ConfigError, match=r"tiers\.strict\.max_class_drop"):
+        check_possible(helpers.task(), digits.spec, config, digits.proxy.x[:8], gate=digits.gate)
+
+
+def test_an_augmentation_that_does_not_fit_is_refused_before_training(digits, helpers):
+    stages = {"distil": {"augment": ["flip"]}}
+    with pytest.raises(ConfigError, match=r"compress\.distil\.augment"):
+        check_possible(helpers.task(), digits.spec, configured(stages, any={}), digits.proxy.x[:8])
+
+
+def test_the_floor_lies_between_empty_and_random_weights(found):
+    installed = found[0]["micro"].variant.installed  # 1.5 kB of weights and 0.9 kB of graph
+    assert 0.55 * len(pack(installed)) < packed_floor(installed) < 0.85 * len(pack(installed))
+
+
+def test_the_nearest_candidate_is_named_when_the_budgets_cannot_be_kept_together():
+    rows = {
+        "big": (Figure("max_wire_bytes", 300, 200), Figure("max_latency_ms", 1.0, 2.0)),
+        "slow": (Figure("max_wire_bytes", 100, 200), Figure("max_latency_ms", 9.0, 2.0)),
+    }
+    assert shortage(rows) == (
+        "each budget can be kept, but not all at once; nearest is big: max_wire_bytes is 200, it needs 300"
+    )
