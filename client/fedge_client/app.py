@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
 from torch import nn
@@ -101,7 +101,7 @@ def client_seed(run_seed: int, server_round: int, node_id: int) -> int:
 
 def _clip_when_asked(message: Message, context: Context, call_next: ClientCall) -> Message:
     """Flower's client-side clipping mods, switched on by the keys their server-side halves send."""
-    config = message.content.config_records.get(messages.CONFIG, {})
+    config = message.content.config_records.get(messages.CONFIG, ConfigRecord())
     if "clipping_norm" not in config:
         return call_next(message, context)
     mod = adaptiveclipping_mod if config.get("clipping") == "adaptive" else fixedclipping_mod
@@ -126,7 +126,7 @@ def _cached_blank(build_model: Callable[[Spec], nn.Module], spec: Spec) -> nn.Mo
 
 
 def _blank(task: Task, name: str, spec: Spec) -> nn.Module:
-    """A model of this architecture; its weights are about to be overwritten, so one instance serves all rounds."""
+    """A model whose weights are about to be overwritten, so that one instance serves all rounds."""
     return _cached_blank(task.model(name), spec)
 
 

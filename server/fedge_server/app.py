@@ -8,6 +8,7 @@ key is an override such as `rounds.count`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,9 @@ def config_of(context: Context) -> Config:
     """
     values = json.loads(str(context.run_config.get(CONFIG, "{}")))
     overrides = [
-        f"{key}={json.dumps(value)}" for key, value in context.run_config.items() if key not in (CONFIG, HOME, RUN)
+        f"{key}={json.dumps(value)}"
+        for key, value in context.run_config.items()
+        if key not in (CONFIG, HOME, RUN)
     ]
     return Config.from_mapping(override(values, overrides))
 
@@ -53,6 +56,9 @@ def build(
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
+        logging.getLogger("flwr").setLevel(
+            logging.WARNING
+        )  # `observe` reports rounds; Flower's lines repeat it
         config = config_of(context)
         task = resolve(config.task)
         home = Path(str(context.run_config.get(HOME) or os.environ.get("FEDGE_HOME", "fedge-home")))

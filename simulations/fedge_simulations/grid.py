@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from flwr.common.typing import Run
 from flwr.serverapp import Grid
+from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 UserConfig = dict[str, bool | float | int | str]
@@ -69,7 +70,12 @@ class SequentialGrid(Grid):
         return list(self._contexts)
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """A message from the server to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -98,7 +104,9 @@ class SequentialGrid(Grid):
         due = sorted(item for item in under_way if item.arrives <= self.clock_s)
         return [self._answer(item) for item in due]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Send, and iterate over replies as they arrive until `timeout` simulated seconds have passed.
 
         The replies can be iterated again. Whatever an earlier call still had under way is dropped: a
@@ -125,7 +133,8 @@ class SequentialGrid(Grid):
         try:
             # The same content goes to every client of a round; a copy of the records' table keeps one
             # client's mods from changing what the next one is sent. The arrays are shared, read-only.
-            sent = Message(metadata=message.metadata, content=RecordDict(dict(message.content)))
+            sent = copy.copy(message)
+            sent.content = RecordDict(dict(message.content))
             return self._app(sent, self._contexts[message.metadata.dst_node_id])
         except Exception as error:  # noqa: BLE001 - a client's failure is its reply, whatever it was
             reason = f"{type(error).__name__}: {error}"

@@ -20,8 +20,10 @@ def iid(n: int, clients: int, rng: np.random.Generator) -> list[Indices]:
     return [np.sort(part) for part in np.array_split(rng.permutation(n), clients)]
 
 
-def dirichlet(y: npt.NDArray[np.int64], clients: int, alpha: float, rng: np.random.Generator) -> list[Indices]:
-    """Each class is divided by its own draw from a Dirichlet distribution; small alpha: few classes per client.
+def dirichlet(
+    y: npt.NDArray[np.int64], clients: int, alpha: float, rng: np.random.Generator
+) -> list[Indices]:
+    """Divide each class by its own draw from a Dirichlet distribution; small alpha: few classes per client.
 
     Hsu, Qi and Brown 2019, Measuring the Effects of Non-Identical Data Distribution. Drawn anew until
     every client has an example.
@@ -40,12 +42,14 @@ def dirichlet(y: npt.NDArray[np.int64], clients: int, alpha: float, rng: np.rand
         if min(map(len, dealt)) > 0:
             return dealt
     raise ConfigError(
-        f"clients.partition = 'dirichlet:{alpha:g}': leaves a client without data among {clients} clients and "
-        f"{len(y)} examples in {MAX_DRAWS} draws; raise alpha or lower clients.count"
+        f"clients.partition = 'dirichlet:{alpha:g}': leaves a client without data among {clients} clients "
+        f"and {len(y)} examples in {MAX_DRAWS} draws; raise alpha or lower clients.count"
     )
 
 
-def shards(y: npt.NDArray[np.int64], clients: int, per_client: int, rng: np.random.Generator) -> list[Indices]:
+def shards(
+    y: npt.NDArray[np.int64], clients: int, per_client: int, rng: np.random.Generator
+) -> list[Indices]:
     """Sort by label, cut into clients * per_client shards, deal each client `per_client` of them.
 
     McMahan et al. 2017, section 3, the pathological non-iid partition (there 2 per client).
@@ -74,8 +78,8 @@ def natural(client: Indices, names: tuple[str, ...]) -> list[Indices]:
     parts = [np.flatnonzero(client == code) for code in range(len(names))]
     if empty := [name for name, part in zip(names, parts, strict=True) if len(part) == 0]:
         raise DataError(
-            f"data: client {empty[0]!r} has no training example; remove it or lower evaluate.holdout_fraction "
-            "and evaluate.proxy_fraction"
+            f"data: client {empty[0]!r} has no training example; remove it or lower "
+            "evaluate.holdout_fraction and evaluate.proxy_fraction"
         )
     return parts
 
@@ -90,7 +94,9 @@ def deal(dataset: Dataset, train: Indices, clients: Clients, seed: int) -> list[
     kind, _, value = clients.partition.partition(":")
     if kind == "natural":
         if dataset.client is None:
-            raise ConfigError("clients.partition = 'natural': the data names no clients; add an array or column client")
+            raise ConfigError(
+                "clients.partition = 'natural': the data names no clients; add an array or column client"
+            )
         if clients.count not in (None, len(dataset.clients)):
             raise ConfigError(
                 f"clients.count = {clients.count}: the data has {len(dataset.clients)} natural clients; "
@@ -98,7 +104,9 @@ def deal(dataset: Dataset, train: Indices, clients: Clients, seed: int) -> list[
             )
         return [train[part] for part in natural(dataset.client[train], dataset.clients)]
     if clients.wanted > len(train):
-        raise ConfigError(f"clients.count = {clients.wanted}: more clients than the {len(train)} training examples")
+        raise ConfigError(
+            f"clients.count = {clients.wanted}: more clients than the {len(train)} training examples"
+        )
     rng, y = np.random.default_rng([seed, 0xDEA1]), dataset.y[train]
     if kind == "iid":
         parts = iid(len(train), clients.wanted, rng)

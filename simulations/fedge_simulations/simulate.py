@@ -14,18 +14,16 @@ from typing import Any
 
 from flwr.app import Context, RecordDict
 
-from fedge import tensors
 from fedge.config import Config
-from fedge.errors import FedgeError, UserError
+from fedge.errors import UserError
 from fedge.files import sha256, write_atomically
-from fedge.learning.models import parameters
 from fedge_server import app as server_app
 from fedge_server.compression import TierOutcome, compress
 from fedge_server.registry.database import Registry
 from fedge_server.release import publish_outcomes
 from fedge_server.report import Report, write_report
 from fedge_server.rounds.loop import Learned, Observer
-from fedge_server.rounds.stopping import reached_target_at
+from fedge_server.summary import summarise
 from fedge_simulations.devices import DeviceResult, deliver
 from fedge_simulations.grid import RUN_ID, SERVER_NODE
 from fedge_simulations.world import World, prepare
@@ -86,13 +84,29 @@ def run(
         say(f"stopped: {learned.reason}")
         write_atomically(folder / MODEL, registry.store.get(learned.model_sha256))
         outcomes = _compress(world, learned, say)
-        release = publish_outcomes(folder, registry, run_id, learned, world.server.spec, outcomes)
+        release = publish_outcomes(
+            folder, registry, run_id, learned, config.task, world.server.spec, outcomes
+        )
         if release is not None:
             say(f"release {release.version} published in {folder / 'release'}")
-        devices = deliver(folder, outcomes, world.server.gate, say) if release is not None else ()
+        devices = (
+            deliver(folder, outcomes, world.server.gate, world.server.spec.labels)
+            if release is not None
+            else ()
+        )
         left_out = _leave_one_out(world, say) if config.evaluate.leave_one_client_out else []
-        summary = summarise(world, learned, outcomes, devices, left_out, time.perf_counter() - started)
-        write_report(folder / REPORT, Report.of(config, world.dataset, world.clients, world.names, learned, outcomes, summary))
+        summary = summarise(
+            config,
+            learned,
+            outcomes,
+            clients=len(world.clients),
+            seconds=time.perf_counter() - started,
+            further={"leave_one_client_out": left_out, "devices": [device.to_json() for device in devices]},
+        )
+        write_report(
+            folder / REPORT,
+            Report.of(config, world.dataset, world.clients, world.names, learned, outcomes, summary),
+        )
         write_atomically(folder / SUMMARY, json.dumps(summary, indent=2).encode())  # last: the run is whole
         return Result(summary, learned, outcomes, devices, out)
 
@@ -127,42 +141,6 @@ def _leave_one_out(world: World, say: Say) -> list[dict[str, Any]]:
     return found
 
 
-def summarise(
-    world: World,
-    learned: Learned,
-    outcomes: tuple[TierOutcome, ...],
-    devices: tuple[DeviceResult, ...],
-    left_out: list[dict[str, Any]],
-    seconds: float,
-) -> dict[str, Any]:
-    """The run in one JSON object (summary.json); parts that do not exist are left out."""
-    network, last = learned.model.network, learned.records[-1]
-    scalars = {key: value for key, value in last.metrics.items() if isinstance(value, float)}
-    summary = {
-        "task": world.config.task,
-        "seed": world.config.seed,
-        "rounds": last.round,
-        "stopped": learned.reason,
-        "reached_target_at": reached_target_at(learned.records, world.config.rounds),
-        "clients": len(world.clients),
-        "global_model": {
-            **scalars,
-            "parameters": parameters(network),
-            "bytes": _fp32_bytes(network),
-            "sha256": learned.model_sha256,
-        },
-        "leave_one_client_out": left_out,
-        "variants": [outcome.to_json() for outcome in outcomes],
-        "devices": [device.to_json() for device in devices],
-        "seconds": round(seconds, 2),
-    }
-    return {key: value for key, value in summary.items() if value not in (None, [])}
-
-
-def _fp32_bytes(network: Any) -> int:
-    return len(tensors.dump({name: value.numpy() for name, value in network.state_dict().items()}))
-
-
 def _claim(folder: Path, config: Config, *, overwrite: bool) -> bool:
     """Whether the folder holds an interrupted run of this very configuration.
 
@@ -183,7 +161,8 @@ def _claim(folder: Path, config: Config, *, overwrite: bool) -> bool:
         known = [run["id"] for run in registry.runs()]
     if known and f"run-{_config_digest(config)[:12]}" not in known:
         raise UserError(
-            f"{folder} holds an interrupted run of another configuration; choose another --out, or --overwrite it"
+            f"{folder} holds an interrupted run of another configuration; choose another --out, "
+            "or --overwrite it"
         )
     return True
 
@@ -193,7 +172,7 @@ def _config_digest(config: Config) -> str:
 
 
 def _history_writer(path: Path) -> Observer:
-    """Append each round as one JSON line; a resumed run is told the earlier rounds again, so it starts anew."""
+    """Append each round as one JSON line; a resumed run tells the earlier ones again, so it starts anew."""
 
     def write(record: Any) -> None:
         with path.open("w" if record.round == 1 else "a", encoding="utf-8") as file:
@@ -218,6 +197,3 @@ def _describe(world: World) -> str:
         f"({sum(sizes)} in all, {world.config.clients.partition}); server: {len(server.proxy)} proxy, "
         f"{len(server.test)} test, {len(server.gate)} gate"
     )
-
-
-__all__ = ["FedgeError", "Result", "run"]

@@ -100,6 +100,7 @@ def prepare(config: Config) -> World:
 def _check_learnable(world: World) -> None:
     """Build the model and the strategy and push one example through, before anything is written."""
     config, spec = world.config, world.dataset.spec
+    name = config.model.name or world.task.default_model
     moments = Moments.of(spec.zeros(2), spec) if config.model.standardise else None
     preprocess = world.task.preprocess(spec, moments, config.model.filter)
     network = world.task.model(config.model.name)(spec)
@@ -108,13 +109,12 @@ def _check_learnable(world: World) -> None:
     try:
         with torch.no_grad():
             x = preprocess(torch.from_numpy(spec.zeros(2)))
-            for key, names_of in (("train", config.train.augment), ("compress.distil", config.compress.distil.augment)):
+            for names_of in (config.train.augment, config.compress.distil.augment):
                 augment(x, names_of, torch.Generator())
             logits = network.eval()(x)
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"model {config.model.name or world.task.default_model!r}, {key}.augment: {error}") from error
+        raise ConfigError(f"model {name!r} or an augmentation does not fit the data: {error}") from error
     if tuple(logits.shape) != (2, spec.classes):
         raise ConfigError(
-            f"model {config.model.name or world.task.default_model!r}: gives {tuple(logits.shape)} for 2 examples; "
-            f"it must give (2, {spec.classes})"
+            f"model {name!r}: gives {tuple(logits.shape)} for 2 examples; it must give (2, {spec.classes})"
         )

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fedge.config import Train
 from fedge.learning.augment import augment
+from fedge.learning.threads import fitted
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits (B, K) and class indices (B,) to the mean loss, a scalar."""
@@ -67,7 +68,7 @@ class LocalResult:
 
 def batches(n: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Positions of one pass over n examples in random order, in batches of at most `size`."""
-    yield from torch.randperm(n, generator=generator).split(size)
+    yield from torch.split(torch.randperm(n, generator=generator), size)
 
 
 def train(
@@ -93,7 +94,7 @@ def train(
     loss_of, opt = loss_function(settings), optimizer(model, settings)
     anchors = [p.detach().clone() for p in model.parameters()] if proximal_mu else []
     total, seen, steps = 0.0, 0, 0
-    with _seeded(model, seed) as generator:
+    with _seeded(model, seed) as generator, fitted(model, settings.batch_size):
         for _ in range(settings.epochs):
             for indices in batches(len(y), settings.batch_size, generator):
                 inputs = augment(x[indices], settings.augment, generator)
@@ -127,8 +128,9 @@ def gradient(
     loss_of = loss_function(settings)
     model.zero_grad(set_to_none=True)
     total = 0.0
-    with _seeded(model, seed) as generator:
-        for indices in batches(len(y), max(settings.batch_size, 256), generator):
+    size = max(settings.batch_size, 256)
+    with _seeded(model, seed) as generator, fitted(model, size):
+        for indices in batches(len(y), size, generator):
             inputs = augment(x[indices], settings.augment, generator)
             loss = loss_of(model(inputs), y[indices]) * (len(indices) / len(y))
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
@@ -153,6 +155,7 @@ def logits(model: nn.Module, x: torch.Tensor, *, batch_size: int = 1024) -> torc
     was_training = model.training
     model.eval()
     try:
-        return torch.cat([model(part) for part in x.split(batch_size)])
+        with fitted(model, batch_size):
+            return torch.cat([model(part) for part in torch.split(x, batch_size)])
     finally:
         model.train(was_training)

@@ -120,7 +120,9 @@ def _number(config: ConfigRecord, key: str, kind: type[T]) -> T:
 def _moments(config: ConfigRecord) -> Moments | None:
     if "moments-count" not in config:
         return None
-    parts = [np.asarray(config[f"moments-{name}"], dtype=np.float64) for name in ("count", "total", "squares")]
+    parts = [
+        np.asarray(config[f"moments-{name}"], dtype=np.float64) for name in ("count", "total", "squares")
+    ]
     return Moments(*parts)
 
 
@@ -155,7 +157,11 @@ def moments_of(reply: Message) -> Moments:
     if any(part.dtype != np.float64 or part.ndim != 1 or part.shape != parts[0].shape for part in parts):
         raise FormatError("moments: must be three float64 vectors of one width")
     found = Moments(*(part.astype(np.float64) for part in parts))
-    if not all(np.isfinite(part).all() for part in parts) or (found.count < 0).any() or (found.squares < 0).any():
+    if (
+        not all(np.isfinite(part).all() for part in parts)
+        or (found.count < 0).any()
+        or (found.squares < 0).any()
+    ):
         raise FormatError("moments: hold values that no data can give (not finite, or negative counts)")
     return found
 

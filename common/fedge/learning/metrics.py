@@ -1,4 +1,4 @@
-"""Metrics of a classifier from its probabilities, by scikit-learn, under the names that the configuration uses."""
+"""Metrics of a classifier from its probabilities, by scikit-learn, named as in the configuration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def evaluate(
     }
     every = np.arange(classes)
     if "macro_f1" in names:
-        result["macro_f1"] = float(sk.f1_score(y, predicted, average="macro", labels=every, zero_division=0.0))
+        result["macro_f1"] = float(
+            sk.f1_score(y, predicted, average="macro", labels=every, zero_division=0.0)
+        )
     if "recall" in names:
         recall = sk.recall_score(y, predicted, average=None, labels=every, zero_division=0.0)
         result["recall"] = [float(value) for value in recall]

@@ -6,6 +6,7 @@ Legend: B batch, C channels, H W image sides, F features, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from math import prod
 
 from torch import nn
@@ -26,7 +27,7 @@ def logistic(spec: Spec) -> nn.Module:
 
 
 def mlp(*hidden: int) -> Builder:
-    """A multi-layer perceptron with ReLU; mlp(200, 200) is McMahan's 2NN (199,210 parameters on 28x28).
+    """A multi-layer perceptron with ReLU; 200 and 200 hidden units make McMahan's 2NN, 199,210 on 28x28.
 
     McMahan et al. 2017, Communication-Efficient Learning of Deep Networks from Decentralized Data.
     """
@@ -34,7 +35,7 @@ def mlp(*hidden: int) -> Builder:
     def build(spec: Spec) -> nn.Module:
         sizes = (_features(spec), *hidden)
         layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+        for inputs, outputs in pairwise(sizes):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(sizes[-1], spec.classes))
 
@@ -42,7 +43,7 @@ def mlp(*hidden: int) -> Builder:
 
 
 def cnn(spec: Spec) -> nn.Module:
-    """McMahan's CNN: two 5x5 convolutions (32, 64), each max-pooled, dense 512; 1,663,370 parameters on 28x28.
+    """McMahan's CNN: 5x5 convolutions of 32 and 64, max-pooled, dense 512; 1,663,370 parameters on 28x28.
 
     Raises:
         ConfigError: the image is smaller than 4x4, which leaves nothing after two poolings.

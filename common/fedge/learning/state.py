@@ -26,10 +26,12 @@ def load_arrays(model: nn.Module, arrays: Mapping[str, npt.NDArray[np.generic]])
 def cast_like(
     arrays: Mapping[str, npt.NDArray[np.generic]], like: Mapping[str, npt.NDArray[np.generic]]
 ) -> NamedArrays:
-    """The arrays in the dtypes of `like`: an average of float32 may come back as float64, of counters as float."""
+    """The arrays in the dtypes of `like`: an average may come back as float64, that of counters as float."""
     return {
         name: (
-            np.rint(arrays[name]) if model.dtype.kind in "iub" and arrays[name].dtype.kind == "f" else arrays[name]
+            np.rint(arrays[name])
+            if model.dtype.kind in "iub" and arrays[name].dtype.kind == "f"
+            else arrays[name]
         ).astype(model.dtype, copy=False)
         for name, model in like.items()
     }
@@ -41,5 +43,5 @@ def digest(arrays: Mapping[str, npt.NDArray[np.generic]]) -> str:
     for name in sorted(arrays):
         value = np.ascontiguousarray(arrays[name])
         sha.update(f"{name}\0{value.dtype.str}\0{value.shape}\0".encode())
-        sha.update(memoryview(value).cast("B") if value.size else b"")
+        sha.update(value.tobytes())
     return sha.hexdigest()

@@ -23,7 +23,9 @@ def read(source: Source) -> Dataset:
     from sklearn.datasets import load_digits
 
     if source.path is not None:
-        raise DataError(f"data = {str(source.path)!r}: task 'digits' brings its own data; use task 'images' for yours")
+        raise DataError(
+            f"data = {str(source.path)!r}: task 'digits' brings its own data; use task 'images' for yours"
+        )
     bunch = load_digits()
     return assemble("image", bunch.images.astype(np.float32), bunch.target)
 
@@ -33,5 +35,5 @@ TASK = Task(
     read=read,
     models={"mlp": models.mlp(200, 200), "cnn": models.cnn, "logistic": models.logistic},
     default_model="mlp",
-    students={"mlp-64": models.mlp(64), "mlp-24": models.mlp(24), "mlp-12": models.mlp(12)},
+    students={"mlp-64": models.mlp(64), "mlp-32": models.mlp(32)},
 )

@@ -38,7 +38,7 @@ def check_possible(
     What training will change is allowed for. Latency: refused only beyond `LATENCY_SLACK`. Bytes: random
     weights pack worst, so the size of a trained candidate is taken to be at least that of its graph with all
     weights 0, which is a true lower bound, plus `WEIGHT_SHARE` of what its random weights add (measured on
-    trained networks: 0.6 to 1.0). Accuracy cannot be known, except that too small a gate set proves nothing.
+    trained networks: 0.85 to 1.03). Accuracy cannot be known, but too small a gate set proves nothing.
 
     It stops at the first candidate that fits each tier; a tier without budgets costs nothing.
 

@@ -37,7 +37,7 @@ _PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")  # the exporter has 
 
 
 def quantise(onnx_bytes: bytes, calibration: npt.NDArray[Any]) -> bytes:
-    """The same graph with `LAYERS` in int8; pre-processing, softmax and the last sums stay float.
+    """The same graph with `LAYERS` in int8; pre-processing, logits and softmax stay float.
 
     Args:
         onnx_bytes: what `export` returned.

@@ -129,19 +129,28 @@ class Registry:
             if changed.rowcount == 0:
                 connection.execute(
                     _runs.insert().values(
-                        id=run_id, task=task, seed=seed, config=dict(config), status="running", reason="", created=_now()
+                        id=run_id,
+                        task=task,
+                        seed=seed,
+                        config=dict(config),
+                        status="running",
+                        reason="",
+                        created=_now(),
                     )
                 )
 
     def end_run(self, run_id: str, status: str, reason: str) -> None:
         """Set a run to done or failed."""
         with self._engine.begin() as connection:
-            connection.execute(_runs.update().where(_runs.c.id == run_id).values(status=status, reason=reason))
+            connection.execute(
+                _runs.update().where(_runs.c.id == run_id).values(status=status, reason=reason)
+            )
 
-    def runs(self) -> Sequence[Mapping[str, Any]]:
+    def runs(self) -> list[dict[str, Any]]:
         """All runs, oldest first."""
         with self._engine.connect() as connection:
-            return connection.execute(sa.select(_runs).order_by(_runs.c.created)).mappings().all()
+            query = sa.select(_runs).order_by(_runs.c.created)
+            return [dict(row) for row in connection.execute(query).mappings()]
 
     def commit_round(self, run_id: str, record: RoundRecord, model: NamedArrays, state: bytes) -> str:
         """Make a round count: bytes first, then its row; returns the model's SHA-256.
@@ -171,10 +180,15 @@ class Registry:
     def _drop_older_than(self, run_id: str, number: int) -> None:
         """Remove the bytes of a run's older rounds that nothing else names."""
         with self._engine.connect() as connection:
-            rows = connection.execute(sa.select(_rounds.c.run_id, _rounds.c.number, _rounds.c.model, _rounds.c.state))
-            old, needed = set(), set()
+            rows = connection.execute(
+                sa.select(_rounds.c.run_id, _rounds.c.number, _rounds.c.model, _rounds.c.state)
+            )
+            old: set[str] = set()
+            needed: set[str] = set()
             for row in rows:
-                (old if row.run_id == run_id and row.number < number else needed).update((row.model, row.state))
+                (old if row.run_id == run_id and row.number < number else needed).update(
+                    (row.model, row.state)
+                )
             needed |= set(connection.scalars(sa.select(_releases.c.global_model)))
         for name in old - needed:
             self.store.remove(name)
@@ -187,7 +201,9 @@ class Registry:
 
     def last_round(self, run_id: str) -> CommittedRound | None:
         """The last committed round with its model and state, verified against their digests."""
-        query = sa.select(_rounds).where(_rounds.c.run_id == run_id).order_by(_rounds.c.number.desc()).limit(1)
+        query = (
+            sa.select(_rounds).where(_rounds.c.run_id == run_id).order_by(_rounds.c.number.desc()).limit(1)
+        )
         with self._engine.connect() as connection:
             row = connection.execute(query).mappings().first()
         if row is None:
@@ -219,12 +235,15 @@ class Registry:
                 )
             )
             if variants:
-                connection.execute(_variants.insert(), [{"release": version, **variant} for variant in variants])
+                connection.execute(
+                    _variants.insert(), [{"release": version, **variant} for variant in variants]
+                )
 
-    def releases(self) -> Sequence[Mapping[str, Any]]:
+    def releases(self) -> list[dict[str, Any]]:
         """All releases, oldest first."""
         with self._engine.connect() as connection:
-            return connection.execute(sa.select(_releases).order_by(_releases.c.version)).mappings().all()
+            query = sa.select(_releases).order_by(_releases.c.version)
+            return [dict(row) for row in connection.execute(query).mappings()]
 
 
 def _now() -> str:

@@ -65,7 +65,9 @@ def payload_bytes(message: Message) -> int:
     """Bytes of all arrays in a message, as they are serialised."""
     if not message.has_content():
         return 0
-    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+    return sum(
+        len(array.data) for record in message.content.array_records.values() for array in record.values()
+    )
 
 
 def _digest(message: Message) -> str:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedge.config import Config
@@ -54,7 +53,13 @@ class Learned:
 
 
 def learn(
-    grid: Grid, config: Config, task: Task, data: ServerData, registry: Registry, run_id: str, observe: Observer
+    grid: Grid,
+    config: Config,
+    task: Task,
+    data: ServerData,
+    registry: Registry,
+    run_id: str,
+    observe: Observer,
 ) -> Learned:
     """Run rounds from the last committed one until target, patience or count ends them.
 
@@ -270,7 +275,9 @@ def _moments_arrays(moments: Moments | None) -> NamedArrays:
 def _kept_moments(arrays: NamedArrays) -> Moments | None:
     if f"{_MOMENTS}count" not in arrays:
         return None
-    return Moments(*(arrays[f"{_MOMENTS}{name}"].astype(np.float64) for name in ("count", "total", "squares")))
+    return Moments(
+        *(arrays[f"{_MOMENTS}{name}"].astype(np.float64) for name in ("count", "total", "squares"))
+    )
 
 
 def _initialise(task: Task, config: Config, data: ServerData) -> nn.Module:
@@ -284,7 +291,7 @@ def _reseed(seed: int, number: int, purpose: str) -> None:
     """Flower samples clients from the global `random` and draws noise from numpy's global generator."""
     words = np.random.SeedSequence([seed, number, *purpose.encode()]).generate_state(2)
     random.seed(int(words[0]))
-    np.random.seed(int(words[1]))  # noqa: NPY002 - Flower reads this one
+    np.random.seed(int(words[1]))
 
 
 def _scalar(metrics: MetricRecord | None, key: str) -> float | None:

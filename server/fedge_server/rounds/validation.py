@@ -53,7 +53,8 @@ def _arrays_fault(reply: Message, like: Arrays) -> str | None:
     for name, expected in like.items():
         array = record[name]  # its header is checked before its bytes are decoded
         if tuple(array.shape) != expected.shape or np.dtype(array.dtype) != expected.dtype:
-            return f"array {name!r} is {array.dtype} {tuple(array.shape)} instead of {expected.dtype} {expected.shape}"
+            found = f"{array.dtype} {tuple(array.shape)}"
+            return f"array {name!r} is {found} instead of {expected.dtype} {expected.shape}"
         if len(array.data) > expected.nbytes + 1024:  # Flower's .npy header is 128 bytes
             return f"array {name!r} carries {len(array.data)} bytes for {expected.nbytes}"
     try:

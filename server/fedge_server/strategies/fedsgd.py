@@ -18,7 +18,11 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedge.learning.messages import from_record, to_record
 
-OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adagrad": torch.optim.Adagrad,
+}
 
 
 class FedSgd(FedAvg):
@@ -80,7 +84,9 @@ class FedSgd(FedAvg):
     def _step(
         self, weights: dict[str, npt.NDArray[np.generic]], gradients: dict[str, npt.NDArray[np.generic]]
     ) -> dict[str, npt.NDArray[np.generic]]:
-        parameters = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in weights.items()}
+        parameters = {
+            name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in weights.items()
+        }
         extra = {"momentum": self.momentum} if self.optimizer == "sgd" else {}
         optimizer = OPTIMIZERS[self.optimizer](parameters.values(), lr=self.learning_rate, **extra)
         for name, parameter in parameters.items():

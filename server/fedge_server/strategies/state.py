@@ -49,11 +49,14 @@ def _describe(strategy: Strategy, prefix: str, arrays: dict[str, Any]) -> dict[s
         if isinstance(value, Strategy):
             shape[key] = {"kind": "strategy", "value": _describe(value, f"{path}/", arrays)}
         elif isinstance(value, (ArrayRecord, dict, list, tuple)) and _all_arrays(value):
-            names = list(value) if isinstance(value, (ArrayRecord, dict)) else [str(i) for i in range(len(value))]
+            names = (
+                list(value) if isinstance(value, (ArrayRecord, dict)) else [str(i) for i in range(len(value))]
+            )
             values = value.values() if isinstance(value, (ArrayRecord, dict)) else value
             shape[key] = {"kind": _kind(value), "names": names}
             arrays |= {
-                f"{path}/{i}": item.numpy() if isinstance(item, Array) else item for i, item in enumerate(values)
+                f"{path}/{i}": item.numpy() if isinstance(item, Array) else item
+                for i, item in enumerate(values)
             }
         elif isinstance(value, (np.ndarray, np.generic)):
             shape[key] = {"kind": "array"}
@@ -62,8 +65,8 @@ def _describe(strategy: Strategy, prefix: str, arrays: dict[str, Any]) -> dict[s
             shape[key] = {"kind": "plain", "value": value}
         elif not callable(value) and not _is_setting(value):
             raise RoundError(
-                f"strategy {type(strategy).__name__} keeps {key} as a {type(value).__name__}, which cannot be "
-                "saved with the round; keep arrays, numbers or text there"
+                f"strategy {type(strategy).__name__} keeps {key} as a {type(value).__name__}, which cannot "
+                "be saved with the round; keep arrays, numbers or text there"
             )
     return shape
 
@@ -71,7 +74,9 @@ def _describe(strategy: Strategy, prefix: str, arrays: dict[str, Any]) -> dict[s
 def _is_setting(value: Any) -> bool:
     """Collections without arrays that come from construction: names of parameters, an empty ledger."""
     items = value.values() if isinstance(value, dict) else value
-    return isinstance(value, (dict, list, tuple)) and (len(value) == 0 or all(isinstance(v, str) for v in items))
+    return isinstance(value, (dict, list, tuple)) and (
+        len(value) == 0 or all(isinstance(v, str) for v in items)
+    )
 
 
 def _all_arrays(value: Any) -> bool:
@@ -103,4 +108,8 @@ def _value(item: dict[str, Any], path: str, arrays: dict[str, Any]) -> Any:
     if item["kind"] == "list":
         return values
     named = dict(zip(item["names"], values, strict=True))
-    return ArrayRecord({name: Array(value) for name, value in named.items()}) if item["kind"] == "record" else named
+    return (
+        ArrayRecord({name: Array(value) for name, value in named.items()})
+        if item["kind"] == "record"
+        else named
+    )

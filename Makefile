@@ -1,0 +1,42 @@
+# Everything happens inside .venv; `make install` makes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test check format clean
+
+help:
+	@echo "make install   make .venv with everything"
+	@echo "make demo      the whole loop on scikit-learn's digits, into demo-out/"
+	@echo "make check     format, lint, types and fast tests"
+	@echo "make test      all tests"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@# torch first, so that TORCH_INDEX="--index-url URL" can choose a build (CPU only, or another CUDA).
+	$(BIN)/python -m pip install --quiet "torch>=2.13,<2.14" $(TORCH_INDEX)
+	$(BIN)/python -m pip install --quiet --editable ".[all]"
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/fedge-sim demo --out demo-out --overwrite
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -n 2 -m "not slow"
+
+test: install
+	$(BIN)/pytest -q -n 2
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,82 @@
+"""A run in one JSON object, the same whoever ran it: `summary.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from fedge import tensors
+from fedge.config import Config
+from fedge.learning.models import parameters
+from fedge.learning.state import arrays_of
+from fedge_server.compression import TierOutcome
+from fedge_server.rounds.loop import Learned
+from fedge_server.rounds.stopping import reached_target_at
+
+
+def summarise(
+    config: Config,
+    learned: Learned,
+    outcomes: Sequence[TierOutcome],
+    *,
+    clients: int,
+    seconds: float,
+    further: dict[str, Any],
+) -> dict[str, Any]:
+    """What `summary.json` holds; absent parts are left out.
+
+    Args:
+        config: of the run.
+        learned: its rounds and global model.
+        outcomes: one per tier.
+        clients: how many there were.
+        seconds: wall time of the whole run.
+        further: parts that only some worlds have, such as devices.
+    """
+    last = learned.records[-1]
+    scalars = {key: value for key, value in last.metrics.items() if isinstance(value, float)}
+    summary = {
+        "task": config.task,
+        "seed": config.seed,
+        "rounds": last.round,
+        "stopped": learned.reason,
+        "reached_target_at": reached_target_at(learned.records, config.rounds),
+        "clients": clients,
+        "global_model": {
+            **scalars,
+            "parameters": parameters(learned.model.network),
+            "bytes": fp32_bytes(learned.model.network),
+            "sha256": learned.model_sha256,
+        },
+        **further,
+        "variants": [_tier(outcome) for outcome in outcomes],
+        "seconds": round(seconds, 2),
+    }
+    return {key: value for key, value in summary.items() if value not in (None, [])}
+
+
+def fp32_bytes(network: nn.Module) -> int:
+    """Bytes of the network's state as safetensors: what variants are compared with."""
+    return len(tensors.dump(arrays_of(network)))
+
+
+def _tier(outcome: TierOutcome) -> dict[str, Any]:
+    variant = outcome.variant
+    if variant is None:
+        return {"tier": outcome.tier, "gate": f"failed: {outcome.reason}"}
+    return {
+        "tier": outcome.tier,
+        "recipe": variant.recipe,
+        "wire_bytes": len(variant.wire),
+        "installed_bytes": len(variant.installed),
+        "memory_bytes": variant.memory_bytes,
+        "parameters": variant.parameters,
+        "accuracy": variant.accuracy,
+        "drop": variant.gate.drop,
+        "drop_upper": variant.gate.drop_upper,
+        "worst_class_drop": variant.gate.worst_class_drop,
+        "latency_us": round(variant.latency_us, 1),
+        "gate": "passed",
+    }
