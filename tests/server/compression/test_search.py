@@ -223,3 +223,12 @@ def test_the_nearest_candidate_is_named_when_the_budgets_cannot_be_kept_together
     assert shortage(rows) == (
         "each budget can be kept, but not all at once; nearest is big: max_wire_bytes is 200, it needs 300"
     )
+
+
+@pytest.mark.slow
+def test_an_empty_gate_set_lets_nothing_out(teacher, digits):
+    none = digits.gate.take(np.zeros(0, np.int64))
+    config = configured(FEW, any={"max_drop": 0.9})
+    (outcome,) = compress(teacher, _task(), digits.spec, digits.proxy, none, config, lambda _line: None)
+    assert outcome.variant is None
+    assert "the gate set is empty" in outcome.reason
