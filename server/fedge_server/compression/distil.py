@@ -10,8 +10,6 @@ Shapes: N examples, B batch, C classes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy.typing as npt
@@ -22,8 +20,8 @@ from torch import Tensor, nn
 from fedge.config import Distil
 from fedge.errors import CompressionError, ConfigError
 from fedge.learning.augment import augment
+from fedge.learning.threads import fitted
 
-_PARALLEL = 50_000_000  # multiply-adds of a step from which more than one thread pays
 _CHUNK = 256  # examples that go through a network at once where nothing is learned
 
 
@@ -58,7 +56,7 @@ def distil(
         optimizer, settings.learning_rate, total_steps=batches * settings.epochs
     )
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]), _threads_for(student, x[: settings.batch_size]):
+    with torch.random.fork_rng(devices=[]), fitted(student, settings.batch_size):
         torch.manual_seed(seed)
         for _ in range(settings.epochs):
             # Parts of nearly equal size: a last batch of one example would break batch normalisation.
@@ -100,35 +98,6 @@ def logits(network: nn.Module, x: Tensor) -> Tensor:
 def preprocessed(preprocess: nn.Module, raw: npt.NDArray[Any]) -> Tensor:
     """Raw inputs (N, *spec.shape) as a network takes them."""
     return torch.cat([preprocess(torch.from_numpy(raw[i : i + _CHUNK])) for i in range(0, len(raw), _CHUNK)])
-
-
-@contextmanager
-def _threads_for(network: nn.Module, batch: Tensor) -> Iterator[None]:
-    """One thread where a step is small; waiting for others costs more there, on a busy machine many times."""
-    before = torch.get_num_threads()
-    if multiply_adds(network, batch) < _PARALLEL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@torch.no_grad()
-def multiply_adds(network: nn.Module, x: Tensor) -> int:
-    """Those that a batch x (B, ...) takes in linear and convolutional layers; the network is not changed."""
-    counts: list[int] = []
-
-    def count(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-        weight = layer.weight
-        counts.append(output.numel() * weight[0].numel() if isinstance(weight, Tensor) else 0)
-
-    network = copy.deepcopy(network).eval()
-    for module in network.modules():
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            module.register_forward_hook(count)
-    network(x)
-    return sum(counts)
 
 
 def _targets(teacher: nn.Module, inputs: Tensor, known: Tensor | None, settings: Distil) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fedge.config import Distil
 from fedge.errors import CompressionError, ConfigError
-from fedge_server.compression.distil import _loss, _threads_for, distil, multiply_adds, preprocessed
+from fedge_server.compression.distil import _loss, distil, preprocessed
 
 QUICK = Distil(epochs=30, learning_rate=0.01)
 
@@ -89,19 +89,6 @@ def test_a_loss_that_is_no_number_is_an_error_and_names_the_learning_rate(teache
 def test_an_augmentation_that_does_not_fit_is_the_users_mistake(teacher, student, data):
     with pytest.raises(ConfigError, match=r"compress\.distil\.augment"):
         distil(teacher.network, student, *data, Distil(epochs=1, augment=("flip",)), seed=0)
-
-
-def test_small_steps_run_on_one_thread_and_the_setting_comes_back(data, student):
-    before = torch.get_num_threads()
-    with _threads_for(student, data[0][:64]):
-        assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == before
-    assert multiply_adds(student, data[0][:2]) == 2 * (64 * 16 + 16 * 16 + 16 * 10)
-
-
-def test_a_convolution_counts_its_kernel_at_every_position():
-    network = nn.Conv2d(2, 4, 3, padding=1)
-    assert multiply_adds(network, torch.zeros(1, 2, 5, 5)) == 25 * 4 * 2 * 9
 
 
 def test_preprocessing_in_parts_equals_preprocessing_at_once(helpers, digits):
