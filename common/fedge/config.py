@@ -164,7 +164,7 @@ class Distil:
     hard_weight: Annotated[float, Field(ge=0, le=1)] = 0.5  # weight of true labels, mode "both"
     epochs: Count = 60
     batch_size: Count = 64
-    learning_rate: Positive = 0.003  # Adam, one-cycle
+    learning_rate: Positive = 0.01  # Adam, the peak of one cycle
     augment: tuple[Augmentation, ...] = ()
 
 

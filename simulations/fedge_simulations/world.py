@@ -93,7 +93,7 @@ def prepare(config: Config) -> World:
     world = World(config, task, dataset, server_part(dataset, parts), clients, names)
     _check_learnable(world)
     if config.tiers:
-        check_possible(task, dataset.spec, config, world.server.proxy.x[:64])
+        check_possible(task, dataset.spec, config, world.server.proxy.x, gate=world.server.gate)
     return world
 
 

@@ -26,6 +26,7 @@ from fedge.learning.messages import Instructions
 from fedge.learning.metrics import evaluate
 from fedge.learning.state import NamedArrays, arrays_of, cast_like, load_arrays
 from fedge.learning.whole import WholeModel
+from fedge.spec import Spec
 from fedge.statistics import Moments
 from fedge.task import Task
 from fedge_server import strategies
@@ -117,8 +118,8 @@ class _Run:
             moments = federated_moments(grid, ask, config) if config.model.standardise else None
             arrays = arrays_of(network)
         else:
-            moments = _kept_moments(last.model)
-            arrays = {name: value for name, value in last.model.items() if not name.startswith(_MOMENTS)}
+            moments = kept_moments(last.model)
+            arrays = {name: last.model[name] for name in network.state_dict()}  # in the model's own order
             restore(chosen.strategy, last.state)
         model = WholeModel(task.preprocess(data.spec, moments, config.model.filter), network)
         run = cls(
@@ -272,12 +273,28 @@ def _moments_arrays(moments: Moments | None) -> NamedArrays:
     return {f"{_MOMENTS}{name}": getattr(moments, name) for name in ("count", "total", "squares")}
 
 
-def _kept_moments(arrays: NamedArrays) -> Moments | None:
+def kept_moments(arrays: NamedArrays) -> Moments | None:
+    """The federated moments that a committed model's file carries, if it was standardised."""
     if f"{_MOMENTS}count" not in arrays:
         return None
-    return Moments(
-        *(arrays[f"{_MOMENTS}{name}"].astype(np.float64) for name in ("count", "total", "squares"))
-    )
+    names = ("count", "total", "squares")
+    return Moments(*(arrays[f"{_MOMENTS}{name}"].astype(np.float64) for name in names))
+
+
+def recall(registry: Registry, run_id: str, config: Config, task: Task, spec: Spec) -> Learned:
+    """What an earlier run learned, from its last committed round.
+
+    Raises:
+        RoundError: it has none.
+    """
+    last = registry.last_round(run_id)
+    if last is None or last.record.round == 0:
+        raise RoundError(f"run {run_id}: has no committed round yet")
+    network = task.model(config.model.name)(spec)
+    load_arrays(network, {name: last.model[name] for name in network.state_dict()})
+    preprocess = task.preprocess(spec, kept_moments(last.model), config.model.filter)
+    records = tuple(registry.records(run_id)[1:])
+    return Learned(WholeModel(preprocess, network), last.model_sha256, records, "recalled")
 
 
 def _initialise(task: Task, config: Config, data: ServerData) -> nn.Module:

@@ -81,7 +81,9 @@ def _is_setting(value: Any) -> bool:
 
 def _all_arrays(value: Any) -> bool:
     items = value.values() if isinstance(value, (ArrayRecord, dict)) else value
-    return len(value) > 0 and all(isinstance(item, (np.ndarray, Array)) for item in items)
+    # An empty record is one that a strategy of Flower has used up (QFedAvg does).
+    some = len(value) > 0 or isinstance(value, ArrayRecord)
+    return some and all(isinstance(item, (np.ndarray, Array)) for item in items)
 
 
 def _kind(value: Any) -> str:

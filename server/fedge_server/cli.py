@@ -1,0 +1,225 @@
+"""`fedge-server`: look at runs and releases of a home folder, and make variants for further tiers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedge import cli
+from fedge.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from fedge.manifest import Release
+    from fedge_server.registry.database import Registry
+
+_EXAMPLES = """\
+  fedge-server run ls --home out/digits
+  fedge-server compress --home out/digits --tiers tiers.toml
+  fedge-server release show 1 --home out/digits"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0 done, 1 the work failed, 2 the user's mistake."""
+    parser = cli.parser(
+        "fedge-server", "The cloud side: runs, variants and releases of a home folder.", _EXAMPLES
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _group(commands, "run", "what was learned", _run_ls, _run_show, "ID", str)
+    _group(commands, "release", "what devices can install", _release_ls, _release_show, "VERSION", int)
+    compress = cli.subcommand(
+        commands,
+        "compress",
+        _compress,
+        summary="make, gate and publish variants of a run's global model",
+        examples="  fedge-server compress --home out/digits --tiers tiers.toml\n\n"
+        "  tiers.toml holds tables such as:  [micro]\n"
+        "                                    max_wire_bytes = 6_000\n"
+        "                                    max_drop = 0.03",
+    )
+    _common(compress)
+    compress.add_argument(
+        "--tiers", type=Path, metavar="FILE", help="tiers to serve (default: the run's own)"
+    )
+    compress.add_argument("--run", metavar="ID", dest="run_id", help="which run (default: the newest)")
+    return cli.run(parser, argv)
+
+
+def _group(
+    commands: Any, name: str, about: str, ls: cli.Command, show: cli.Command, argument: str, kind: type
+) -> None:
+    group = commands.add_parser(name, help=f"{about}: ls, show", description=about)
+    inner = group.add_subparsers(required=True, metavar="COMMAND")
+    example = f"  fedge-server {name} ls --home out/digits"
+    _common(cli.subcommand(inner, "ls", ls, summary=f"list: {about}", examples=example))
+    example = f"  fedge-server {name} show {argument} --home out/digits --format json"
+    one = cli.subcommand(inner, "show", show, summary=f"show one: {about}", examples=example)
+    one.add_argument("which", metavar=argument, type=kind)
+    _common(one)
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--home", type=Path, metavar="DIR", help="home or run folder (default: FEDGE_HOME)")
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+
+
+def _open(arguments: argparse.Namespace) -> tuple[Path, Registry]:
+    from fedge_server.registry.database import Registry
+
+    chosen = arguments.home or os.environ.get("FEDGE_HOME")
+    if not chosen:
+        raise UserError("which home folder? give --home DIR or set FEDGE_HOME")
+    home = Path(chosen)
+    if not (home / "fedge.db").exists():
+        raise UserError(f"{home} is no home of fedge: it holds no fedge.db")
+    return home, Registry.open(home)
+
+
+def _print(arguments: argparse.Namespace, value: Any, lines: Sequence[str]) -> int:
+    text = json.dumps(value, indent=2) if arguments.format == "json" else "\n".join(lines)
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _run_ls(arguments: argparse.Namespace) -> int:
+    _, registry = _open(arguments)
+    with registry:
+        rows = [_run_row(registry, run) for run in registry.runs()]
+    lines = [f"{r['id']}  {r['status']:8} {r['task']}  {r['rounds']} rounds  {r['created']}" for r in rows]
+    return _print(arguments, rows, lines or ["no runs"])
+
+
+def _run_row(registry: Registry, run: Mapping[str, Any]) -> dict[str, Any]:
+    rounds = max(len(registry.records(run["id"])) - 1, 0)
+    return {key: run[key] for key in ("id", "task", "seed", "status", "reason", "created")} | {
+        "rounds": rounds
+    }
+
+
+def _run_show(arguments: argparse.Namespace) -> int:
+    _, registry = _open(arguments)
+    with registry:
+        run = _find(registry, arguments.which)
+        records = [record.to_json() for record in registry.records(run["id"])[1:]]
+        row = _run_row(registry, run) | {"config": run["config"], "history": records}
+    lines = [f"{key}: {row[key]}" for key in ("id", "task", "seed", "status", "reason", "created")]
+    lines += [
+        f"round {r['round']}: accuracy {r['accuracy']:.4f}, loss {r['loss']:.4f}, {r['clients']} clients, "
+        f"{r['failures']} without an update"
+        for r in records
+    ]
+    return _print(arguments, row, lines)
+
+
+def _find(registry: Registry, run_id: str | None) -> dict[str, Any]:
+    runs = registry.runs()
+    found = [run for run in runs if run_id in (None, run["id"])]
+    if not found:
+        raise UserError(
+            f"run {run_id!r}: there is none; runs: {', '.join(run['id'] for run in runs) or 'none'}"
+        )
+    return found[-1]
+
+
+def _releases(home: Path) -> list[Release]:
+    from fedge_server.registry.publish import published
+    from fedge_server.release import PUBLISHED
+
+    return published(home / PUBLISHED)
+
+
+def _release_ls(arguments: argparse.Namespace) -> int:
+    home, registry = _open(arguments)
+    registry.close()
+    releases = [release.to_json() for release in _releases(home)]
+    lines = [
+        f"{r['version']}  {r['task']}  {r['created']}  tiers: {', '.join(v['tier'] for v in r['variants'])}"
+        for r in releases
+    ]
+    return _print(arguments, releases, lines or ["no releases"])
+
+
+def _release_show(arguments: argparse.Namespace) -> int:
+    home, registry = _open(arguments)
+    with registry:
+        releases = {release.version: release for release in _releases(home)}
+        if arguments.which not in releases:
+            known = ", ".join(map(str, releases)) or "none"
+            raise UserError(f"release {arguments.which}: there is none; releases: {known}")
+        release = releases[arguments.which]
+        lineage = release.lineage
+        records = {r.round: r for r in registry.records(lineage.run)}
+    record = records.get(lineage.round)
+    origin = record.to_json() if record else None
+    lines = [
+        f"release {release.version} of task {release.task}, {release.created}",
+        f"from global model {lineage.global_model[:16]} of run {lineage.run}, round {lineage.round}",
+    ]
+    if record:
+        lines.append(f"which aggregated {record.clients} updates, together {record.updates[:16]}")
+    lines += [
+        f"tier {v.tier}: {v.recipe}, {v.wire_bytes:,} bytes, accuracy {v.evidence.get('accuracy', 0):.4f}, "
+        f"drop at most {100 * v.evidence.get('drop_upper', 1):.2f} points, evidence {v.evidence_sha256[:16]}"
+        for v in release.variants
+    ]
+    return _print(arguments, release.to_json() | {"round": origin}, lines)
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    from fedge.config import Config
+    from fedge.task import resolve
+    from fedge_server.compression import check_possible, compress
+    from fedge_server.data import server_part, source_of, split_of
+    from fedge_server.release import publish_outcomes
+    from fedge_server.rounds.loop import recall
+
+    home, registry = _open(arguments)
+    with registry:
+        run = _find(registry, arguments.run_id)
+        config = Config.from_mapping(run["config"])
+        if arguments.tiers is not None:
+            config = replace(config, tiers=Config.from_mapping({"tiers": _read_tiers(arguments.tiers)}).tiers)
+        if not config.tiers:
+            raise ConfigError("the run names no tiers; give them with --tiers FILE")
+        task = resolve(config.task)
+        dataset = task.read(source_of(config))
+        data = server_part(dataset, split_of(config, dataset))
+        check_possible(task, data.spec, config, data.proxy.x, gate=data.gate)
+        learned = recall(registry, run["id"], config, task, data.spec)
+        say = _silent if arguments.format == "json" else _say
+        outcomes = compress(learned.model, task, data.spec, data.proxy, data.gate, config, say)
+        release = publish_outcomes(home, registry, run["id"], learned, config.task, data.spec, outcomes)
+    value = {
+        "release": release.version if release else None,
+        "tiers": {outcome.tier: outcome.reason for outcome in outcomes},
+    }
+    lines = (
+        [f"release {release.version} published in {home / 'release'}"] if release else ["nothing published"]
+    )
+    _print(arguments, value, lines)
+    return 0 if all(outcome.variant for outcome in outcomes) else 1
+
+
+def _read_tiers(path: Path) -> dict[str, Any]:
+    """Tables of tiers, or a whole configuration's `[tiers.*]`."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"tiers {path}: cannot be read ({error})") from error
+    tiers: dict[str, Any] = values.get("tiers", values)
+    return tiers
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _silent(_: str) -> None:
+    pass

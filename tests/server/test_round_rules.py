@@ -1,0 +1,175 @@
+"""Closing, validation and stopping: the rules of a round, on values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedge.config import Rounds
+from fedge.learning.messages import to_record
+from fedge_server.rounds.closing import collect
+from fedge_server.rounds.record import Rejected, RoundRecord
+from fedge_server.rounds.stopping import reached_target_at, why_stop
+from fedge_server.rounds.validation import fault
+
+LIKE = {"w": np.zeros((2, 3), np.float32), "b": np.zeros(3, np.float32)}
+
+
+@pytest.fixture(autouse=True)
+def identity():
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 9, 1
+
+
+def update(node=1, examples=5, loss=0.5, arrays=None, **records) -> Message:
+    content = {"arrays": to_record(LIKE if arrays is None else arrays)}
+    content["metrics"] = MetricRecord({"num-examples": examples, "train_loss": loss})
+    return Message(RecordDict({**content, **records}), reply_to=Message(RecordDict(), node, "train"))
+
+
+def changed(**arrays) -> dict[str, np.ndarray]:
+    return {**LIKE, **{name: np.asarray(value) for name, value in arrays.items()}}
+
+
+def test_a_good_update_has_no_fault():
+    assert fault(update(), LIKE) is None
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        (lambda: update(arrays=changed(w=np.full((2, 3), np.nan, np.float32))), "'w' holds NaN"),
+        (lambda: update(arrays=changed(b=np.full(3, np.inf, np.float32))), "'b' holds NaN or infinite"),
+        (lambda: update(arrays=changed(w=np.zeros((1,), np.float32))), "'w' is float32 (1,)"),
+        (lambda: update(arrays=changed(w=np.zeros((2, 3), np.float64))), "'w' is float64"),
+        (lambda: update(arrays=changed(extra=np.zeros(1, np.float32))), "names differ: extra"),
+        (lambda: update(arrays={"w": LIKE["w"]}), "names differ: b"),
+        (lambda: update(arrays={"b": LIKE["b"], "w": LIKE["w"]}), "another order"),
+        (lambda: update(examples=0), "num-examples is 0"),
+        (lambda: update(examples=-1), "num-examples is -1"),
+        (lambda: update(examples=10**12), "num-examples is 1000000000000"),
+        (lambda: update(examples=1.5), "num-examples is 1.5"),
+        (lambda: update(loss=float("nan")), "train_loss is nan"),
+        (lambda: update(more=MetricRecord({"x": 1})), "records ['arrays', 'metrics', 'more']"),
+        (
+            lambda: Message(Error(2, "Traceback\nValueError: no data"), reply_to=update()),
+            "client error: ValueError",
+        ),
+    ],
+)
+def test_a_bad_update_is_named(message, says):
+    found = fault(message(), LIKE)
+    assert found is not None
+    assert says in found
+
+
+def test_an_array_whose_bytes_are_not_its_header_is_refused_before_it_allocates():
+    lying = Array("float32", (2, 3), "numpy.ndarray", b"\x93NUMPY\x01\x00garbage")
+    message = update()
+    message.content["arrays"] = ArrayRecord({"w": lying, "b": Array(LIKE["b"])})
+    assert "cannot be decoded" in fault(message, LIKE)
+    bomb = Array("float32", (2, 3), "numpy.ndarray", b"\0" * 10_000)
+    message.content["arrays"] = ArrayRecord({"w": bomb, "b": Array(LIKE["b"])})
+    assert "carries 10000 bytes" in fault(message, LIKE)
+
+
+def test_a_pickle_is_never_loaded():
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    message = update()
+    sneaky = Array("float32", (2, 3), "numpy.ndarray", buffer.getvalue())
+    message.content["arrays"] = ArrayRecord({"w": sneaky, "b": Array(LIKE["b"])})
+    assert "cannot be decoded" in fault(message, LIKE)
+
+
+def collected(messages, asked, quorum=1.0):
+    return collect(iter(messages), like=LIKE, asked=asked, quorum=quorum)
+
+
+def test_the_quorum_closes_a_round_early():
+    later = iter([update(1), update(2), pytest.fail])
+    found = collect(later, like=LIKE, asked={1, 2, 3, 4}, quorum=0.5)
+    assert [m.metadata.src_node_id for m in found.valid] == [1, 2]
+    assert next(later) is pytest.fail  # the third was never waited for
+
+
+def test_a_bad_update_does_not_count_towards_the_quorum():
+    found = collected([update(1, examples=0), update(2), update(3)], {1, 2, 3, 4}, quorum=0.5)
+    assert [m.metadata.src_node_id for m in found.valid] == [2, 3]
+    assert [r.client for r in found.rejected] == [1]
+
+
+def test_a_client_counts_once_and_only_when_asked():
+    found = collected([update(1), update(1, examples=9), update(7)], {1, 2})
+    assert len(found.valid) == 1
+    assert [(r.client, r.reason.split(";")[0]) for r in found.rejected] == [
+        (1, "answered twice"),
+        (7, "was not asked"),
+    ]
+
+
+def test_order_of_arrival_changes_neither_updates_nor_their_digest():
+    one, two = update(1, examples=3), update(2, examples=4)
+    forth, back = collected([one, two], {1, 2}), collected([two, one], {1, 2})
+    assert [m.metadata.src_node_id for m in back.valid] == [1, 2]
+    assert forth.digest() == back.digest()
+
+
+def test_the_digest_of_updates_does_not_depend_on_who_sent_them():
+    assert collected([update(1)], {1}).digest() == collected([update(5)], {5}).digest()
+
+
+def rounds_with(*accuracies: float) -> list[RoundRecord]:
+    return [RoundRecord(i, {"accuracy": value, "loss": 1 - value}) for i, value in enumerate(accuracies)]
+
+
+def test_training_ends_after_its_rounds():
+    settings = Rounds(count=2)
+    assert why_stop(rounds_with(0.1, 0.2), settings) is None
+    assert why_stop(rounds_with(0.1, 0.2, 0.3), settings) == "all 2 rounds done"
+
+
+def test_training_ends_when_the_target_is_reached():
+    settings = Rounds(count=9, target="accuracy>=0.9")
+    assert why_stop(rounds_with(0.1, 0.89), settings) is None
+    assert why_stop(rounds_with(0.1, 0.9), settings) == "target accuracy>=0.9 reached in round 1"
+    assert reached_target_at(rounds_with(0.1, 0.5, 0.95, 0.7), settings) == 2
+
+
+def test_an_initial_model_does_not_reach_the_target():
+    assert reached_target_at(rounds_with(0.95), Rounds(target="accuracy>=0.9")) is None
+
+
+def test_patience_counts_rounds_without_gain():
+    settings = Rounds(count=99, patience=2, min_gain=0.01)
+    assert why_stop(rounds_with(0.1, 0.5, 0.505), settings) is None
+    assert why_stop(rounds_with(0.1, 0.5, 0.505, 0.508), settings) == "no gain of 0.01 in 2 rounds"
+    assert why_stop(rounds_with(0.1, 0.5, 0.505, 0.52), settings) is None
+
+
+def test_a_falling_loss_is_a_gain():
+    settings = Rounds(count=99, patience=1, target="loss<=0.05")
+    assert why_stop(rounds_with(0.1, 0.2, 0.3), settings) is None
+    assert why_stop(rounds_with(0.1, 0.2, 0.96), settings) == "target loss<=0.05 reached in round 2"
+
+
+def test_a_record_survives_json():
+    record = RoundRecord(
+        3,
+        {"accuracy": 0.5, "recall": [0.1, 0.9]},
+        2,
+        3,
+        (Rejected(7, "late"),),
+        0.25,
+        1.5,
+        10,
+        20,
+        "ab",
+        True,
+        {"loss": 0.5},
+    )
+    assert RoundRecord.from_json(record.to_json()) == record
+    assert record.failures == 1

@@ -1,0 +1,80 @@
+"""Small worlds for tests: scikit-learn's digits, few clients, one linear layer."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedge.config import Config
+from fedge_client import app as client_app
+from fedge_server import app as server_app
+from fedge_server.rounds.loop import Learned
+from fedge_server.rounds.record import RoundRecord
+from fedge_simulations.grid import RUN_ID, SERVER_NODE, SequentialGrid
+from fedge_simulations.world import World, prepare
+
+Tamper = Callable[[Message, Message], Message]
+"""Replace a client's reply: (what it was sent, what it would answer) to what it answers."""
+
+
+class Interrupted(Exception):  # noqa: N818 - stands for a power cut
+    """The server died here."""
+
+
+@pytest.fixture
+def small() -> Callable[..., Config]:
+    """A configuration of digits, 5 clients and a linear model, with further sections on top."""
+
+    def make(**sections: Any) -> Config:
+        values: dict[str, Any] = {
+            "model": {"name": "logistic"},
+            "clients": {"count": 5},
+            "rounds": {"count": 3},
+            "train": {"epochs": 1, "batch_size": 32, "learning_rate": 0.05},
+        }
+        for name, section in sections.items():
+            values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+        return Config.from_mapping(values)
+
+    return make
+
+
+@pytest.fixture
+def learn() -> Callable[..., Learned]:
+    """Run a configuration's rounds in a home folder; `stop_after` interrupts, `tamper` corrupts replies."""
+
+    def go(
+        config: Config, home: Path, *, stop_after: int | None = None, tamper: dict[int, Tamper] | None = None
+    ) -> Learned:
+        def observe(record: RoundRecord) -> None:
+            if record.round == stop_after:
+                raise Interrupted
+
+        gc.freeze()  # Flower's QFedAvg and Bulyan call gc.collect for every array record
+        world = prepare(config)
+        results: list[Learned] = []
+        app = server_app.build(lambda *_: world.server, observe, results.append)
+        settings = server_app.run_config(config, home, "test")
+        app(tampered(world, settings, tamper or {}), Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
+        return results[0]
+
+    return go
+
+
+def tampered(world: World, settings: dict[str, Any], tamper: dict[int, Tamper]) -> SequentialGrid:
+    """The world's Grid with some clients answering as `tamper` says."""
+    honest: ClientApp = client_app.build(world.examples_of)
+
+    def call(message: Message, context: Context) -> Message:
+        reply = honest(message, context)
+        change = tamper.get(context.node_id)
+        return reply if change is None or message.metadata.message_type != "train" else change(message, reply)
+
+    nodes: list[Any] = [{"partition-id": i} for i in range(len(world.clients))]
+    return SequentialGrid(call, nodes, settings, world.duration())  # type: ignore[arg-type]  # called alike
