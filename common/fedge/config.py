@@ -22,11 +22,12 @@ from fedge.errors import ConfigError
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+# Strict: `true` is no number, and neither is "5".
+Fraction = Annotated[float, Field(gt=0, le=1, strict=True)]
+Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
+Positive = Annotated[float, Field(gt=0, strict=True)]
+NotNegative = Annotated[float, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=1, lt=2**53, strict=True)]
 
 LossName = Literal["cross_entropy", "focal", "multi_margin"]
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
@@ -34,7 +35,7 @@ FilterName = Literal["none", "median", "gaussian", "clip"]
 MetricName = Literal["accuracy", "macro_f1", "auc", "recall"]
 
 _AUGMENT = re.compile(r"(flip|shift:[1-9]\d?|noise:(0?\.\d+|\d+(\.\d+)?)|mask:0?\.\d+)")
-_PARTITION = re.compile(r"(iid|natural|dirichlet:(\d+(\.\d+)?|\.\d+)|shards:[1-9]\d*)")
+_PARTITION = re.compile(r"(iid|natural|dirichlet:(?=.*[1-9])(\d+(\.\d+)?|\.\d+)|shards:[1-9]\d*)")
 _TARGET = re.compile(r"(accuracy|macro_f1|auc|loss)\s*(>=|<=)\s*(\d*\.?\d+)")
 
 
@@ -161,7 +162,7 @@ class Distil:
 
     mode: Literal["soft", "hard", "both"] = "both"
     temperature: Positive = 2.0
-    hard_weight: Annotated[float, Field(ge=0, le=1)] = 0.5  # weight of true labels, mode "both"
+    hard_weight: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.5  # weight of true labels, mode "both"
     epochs: Count = 60
     batch_size: Count = 64
     learning_rate: Positive = 0.01  # Adam, the peak of one cycle
@@ -182,8 +183,10 @@ class Prune:
 class Gate:
     """`[compress.gate]`: how sure the evidence must be."""
 
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95  # one-sided, over all attempts of a tier
-    resamples: Annotated[int, Field(ge=200, le=100_000)] = 4000
+    confidence: Annotated[float, Field(gt=0.5, lt=1, strict=True)] = (
+        0.95  # one-sided, over all attempts of a tier
+    )
+    resamples: Annotated[int, Field(ge=200, le=100_000, strict=True)] = 4000
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -218,7 +221,7 @@ class Config:
     data_label: str = "y"  # tables: the column that holds the label
     data_client: str | None = None  # tables: the column that holds the natural client
     data_size: tuple[Count, Count] | None = None  # image folders: resize to (height, width)
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0
     model: Model = Model()
     clients: Clients = Clients()
     rounds: Rounds = Rounds()
@@ -254,7 +257,7 @@ class Config:
             ConfigError: the file is absent or no TOML, or a key or value is wrong.
         """
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ConfigError(f"configuration {path}: cannot be read ({error.strerror})") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -330,22 +333,37 @@ def suggestion(name: str, valid: Sequence[str]) -> str:
 
 def _one_line(error: ValidationError) -> str:
     """The first thing that is wrong, in one line, with a count of the others."""
-    details = error.errors()
-    first, more = details[0], len(details) - 1
-    return _describe(first) + (f" (and {more} more)" if more else "")
+    lines = list(dict.fromkeys(_describe(detail) for detail in error.errors()))
+    return lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
 
 
 def _describe(detail: ErrorDetails) -> str:
-    path = [str(part) for part in detail["loc"]]
-    key = ".".join(path) or "configuration"
     kind, value = detail["type"], detail["input"]
+    path = [str(part) for part in detail["loc"] if part != "[key]"]
+    if path[:2] == ["strategy", "options"]:  # nested here, but not in the file
+        key = ".".join(["strategy", *path[2:3]])
+        return f"{key} = {value!r}: must be a number, a text, true or false"
+    if kind == "missing":  # of a pair: the input is the whole of it
+        path = path[:-1]
+    key = ".".join(path) or "configuration"
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"unknown key {key!r}: {suggestion(path[-1], _keys_at(path[:-1]))}"
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
         return f"{key} = {value!r}: {suggestion(str(value), choices)}"
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = _PLAINLY.get(kind) or detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{key} = {value!r}: {message}"
+
+
+_PLAINLY = {  # what pydantic says in terms of Python
+    "dataclass_type": "must be a table",
+    "dict_type": "must be a table",
+    "tuple_type": "must be a list",
+    "missing": "must be a list of two",
+    "too_long": "must be a list of two",
+    "invalid_key": "a key must be text",
+    "string_pattern_mismatch": "must be lower-case letters, digits, '-' and '_', and start with a letter",
+}
 
 
 def _keys_at(path: Sequence[str]) -> list[str]:

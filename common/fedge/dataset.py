@@ -54,14 +54,26 @@ class Dataset:
             raise DataError("data: there is no example in it")
         if self.x.shape[1:] != self.spec.shape or self.x.dtype != np.dtype(self.spec.dtype):
             raise DataError(
-                f"data: x is {self.x.dtype} {self.x.shape}; it must be {self.spec.dtype} (N, *{self.spec.shape})"
+                f"data: x is {self.x.dtype} {self.x.shape}; "
+                f"it must be {self.spec.dtype} (N, *{self.spec.shape})"
             )
-        for name, array in (("y", self.y), ("client", self.client), ("split", self.test)):
+        for name, array, dtype in (
+            ("y", self.y, np.int64),
+            ("client", self.client, np.int64),
+            ("split", self.test, np.bool_),
+        ):
             if array is not None and array.shape != (n,):
                 raise DataError(f"data: {name} has shape {array.shape}, but x holds {n} examples")
+            if array is not None and array.dtype != dtype:
+                raise DataError(f"data: {name} is {array.dtype}; a reader must return {np.dtype(dtype)}")
         if self.y.min() < 0 or self.y.max() >= self.spec.classes:
             wrong = int(self.y[(self.y < 0) | (self.y >= self.spec.classes)][0])
             raise DataError(f"data: label {wrong} is out of range 0 .. {self.spec.classes - 1}")
+        if self.client is not None and not 0 <= self.client.min() <= self.client.max() < len(self.clients):
+            raise DataError(
+                f"data: client holds {self.client.min()} .. {self.client.max()}, "
+                f"but {len(self.clients)} clients are named"
+            )
         if self.x.dtype.kind == "f":
             self._check_values()
 
@@ -69,10 +81,12 @@ class Dataset:
         bad = np.isinf(self.x) if self.spec.kind == "features" else ~np.isfinite(self.x)
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
+            column = f" (column {self.spec.features[where[1]]!r})" if self.spec.features else ""
             raise DataError(
-                f"data: x{list(where)} is {self.x[where]}; "
-                + ("infinite values cannot be used (NaN marks a missing one)" if self.spec.kind == "features"
-                   else "an image may hold finite numbers only: repair or drop it")
+                f"data: x{list(where)}{column} is {self.x[where]}; "
+                + ("infinite values, or such beyond float32, cannot be used (NaN marks a missing one)"
+                   if self.spec.kind == "features"
+                   else "an image may hold numbers within float32 only: repair or drop it")
             )  # fmt: skip
 
     def __len__(self) -> int:
@@ -101,15 +115,37 @@ class Dataset:
         return replace(self, spec=spec, y=order[self.y].astype(np.int64))
 
 
-def stratified(groups: npt.NDArray[np.int64], fraction: float, rng: np.random.Generator) -> tuple[Indices, Indices]:
+def stratified(
+    groups: npt.NDArray[np.int64],
+    fraction: float,
+    rng: np.random.Generator,
+    clients: Indices | None = None,
+) -> tuple[Indices, Indices]:
     """Draw about `fraction` of each group at random: (positions drawn, positions left), both sorted.
 
     Each group is rounded to the nearest whole number, so a group of one example stays whole.
+
+    Args:
+        groups: (N,) class of each example.
+        fraction: to draw.
+        rng: decides which.
+        clients: (N,) natural client of each example. A group is then drawn evenly over its clients, as one
+            sequence: rounding each client by itself would draw nothing from clients with few examples.
+            Every client keeps one example at least.
     """
     drawn = np.zeros(len(groups), dtype=bool)
     for group in np.unique(groups):
         members = rng.permutation(np.flatnonzero(groups == group))
-        drawn[members[: round(len(members) * fraction)]] = True
+        if clients is None:
+            drawn[members[: round(len(members) * fraction)]] = True
+        else:
+            rank = rng.permutation(clients.max() + 1)  # a new order of clients for each group
+            members = members[np.argsort(rank[clients[members]], kind="stable")]
+            drawn[members] = np.diff(np.rint(np.arange(len(members) + 1) * fraction)) > 0
+    if clients is not None:
+        kept = set(clients[~drawn].tolist())
+        for client in sorted(set(clients.tolist()) - kept):
+            drawn[np.flatnonzero(clients == client)[0]] = False
     return np.flatnonzero(drawn), np.flatnonzero(~drawn)
 
 
@@ -123,9 +159,7 @@ class Split:
     gate: Indices  # the server's: the release gate, and nothing else
 
 
-def split(
-    dataset: Dataset, *, holdout: float, gate: float, proxy: float, seed: int
-) -> Split:
+def split(dataset: Dataset, *, holdout: float, gate: float, proxy: float, seed: int) -> Split:
     """Set data apart by purpose, stratified by class and natural client; the same seed, the same split.
 
     Args:
@@ -134,16 +168,18 @@ def split(
         gate: fraction of the hold-out that only the gate sees.
         proxy: fraction of the training data that is the server's own.
         seed: decides all of it.
+
+    Raises:
+        DataError: too few examples for training, test or gate.
     """
     rng = np.random.default_rng([seed, 0x5711])
-    natural = dataset.client if dataset.client is not None else np.zeros(len(dataset), dtype=np.int64)
-    groups = natural * dataset.spec.classes + dataset.y
     if dataset.test is not None:
         held, rest = np.flatnonzero(dataset.test), np.flatnonzero(~dataset.test)
     else:
-        held, rest = stratified(groups, holdout, rng)
+        held, rest = stratified(dataset.y, holdout, rng, dataset.client)
     gated, tested = stratified(dataset.y[held], gate, rng)
-    proxied, trained = stratified(groups[rest], proxy, rng)
+    natural = dataset.client[rest] if dataset.client is not None else None
+    proxied, trained = stratified(dataset.y[rest], proxy, rng, natural)
     parts = Split(rest[trained], rest[proxied], held[tested], held[gated])
     for name in ("train", "test", "gate"):
         if len(getattr(parts, name)) == 0:

@@ -27,6 +27,7 @@ class Source:
     label: str = "y"  # tables: the column that holds the label
     client: str | None = None  # tables: the column that holds the natural client
     size: tuple[int, int] | None = None  # image folders: resize to (height, width)
+    labels: tuple[str, ...] = ()  # on a device: the run's classes, of which it may hold only some
 
 
 Reader = Callable[[Source], Dataset]
@@ -87,7 +88,7 @@ def resolve(name: str) -> Task:
     works without being installed.
 
     Raises:
-        ConfigError: no such built-in task, module or attribute, or it is not a Task.
+        ConfigError: no such built-in task, module or attribute, the module fails, or it is not a Task.
     """
     from fedge.tasks import BUILT_IN
 
@@ -102,8 +103,9 @@ def resolve(name: str) -> Task:
         sys.path.append(here)
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"task = {name!r}: cannot be loaded ({error})") from error
+    except Exception as error:  # a user's own module may raise anything, a SyntaxError too
+        detail = str(error).splitlines()[0] if str(error) else "no message"
+        raise ConfigError(f"task = {name!r}: cannot be loaded ({type(error).__name__}: {detail})") from error
     if not isinstance(found, Task):
         raise ConfigError(f"task = {name!r}: is a {type(found).__name__}, not a fedge.Task")
     return found

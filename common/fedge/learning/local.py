@@ -66,9 +66,20 @@ class LocalResult:
     steps: int  # optimiser steps made
 
 
-def batches(n: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Positions of one pass over n examples in random order, in batches of at most `size`."""
-    yield from torch.split(torch.randperm(n, generator=generator), size)
+def batches(n: int, size: int, generator: torch.Generator, *, least: int = 1) -> Iterator[torch.Tensor]:
+    """Positions of one pass over n examples in random order, in batches of at most `size`.
+
+    A last batch of fewer than `least` examples joins the one before it.
+    """
+    parts = list(torch.split(torch.randperm(n, generator=generator), size))
+    if len(parts) > 1 and len(parts[-1]) < least:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    yield from parts
+
+
+def _least_batch(model: nn.Module) -> int:
+    """Batch normalisation has no variance of a single example: torch refuses it in training."""
+    return 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else 1
 
 
 def train(
@@ -93,10 +104,10 @@ def train(
     """
     loss_of, opt = loss_function(settings), optimizer(model, settings)
     anchors = [p.detach().clone() for p in model.parameters()] if proximal_mu else []
-    total, seen, steps = 0.0, 0, 0
+    total, seen, steps, least = 0.0, 0, 0, _least_batch(model)
     with _seeded(model, seed) as generator, fitted(model, settings.batch_size):
         for _ in range(settings.epochs):
-            for indices in batches(len(y), settings.batch_size, generator):
+            for indices in batches(len(y), settings.batch_size, generator, least=least):
                 inputs = augment(x[indices], settings.augment, generator)
                 opt.zero_grad(set_to_none=True)
                 loss = loss_of(model(inputs), y[indices])  # forward
@@ -130,14 +141,14 @@ def gradient(
     total = 0.0
     size = max(settings.batch_size, 256)
     with _seeded(model, seed) as generator, fitted(model, size):
-        for indices in batches(len(y), size, generator):
+        for indices in batches(len(y), size, generator, least=_least_batch(model)):
             inputs = augment(x[indices], settings.augment, generator)
             loss = loss_of(model(inputs), y[indices]) * (len(indices) / len(y))
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
             total += loss.item()
     decay = settings.weight_decay
     gradients = {
-        name: (p.grad if p.grad is not None else torch.zeros_like(p)) + decay * p.detach()
+        name: p.grad + decay * p.detach() if p.grad is not None else torch.zeros_like(p)
         for name, p in model.named_parameters()
     }
     return gradients, LocalResult(total, len(y), 0)

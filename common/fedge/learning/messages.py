@@ -81,19 +81,20 @@ class Instructions:
             update, noise_filter = config["update"], config["filter"]
             if update not in get_args(Update) or noise_filter not in get_args(FilterName):
                 raise ValueError(f"update {update!r}, filter {noise_filter!r}")
+            spec = Spec.from_json(json.loads(_text(config, "spec")))
             return cls(
                 task=_text(config, "task"),
-                spec=Spec.from_json(json.loads(_text(config, "spec"))),
+                spec=spec,
                 model=_text(config, "model"),
                 noise_filter=noise_filter,  # type: ignore[arg-type]  # checked above
-                moments=_moments(config),
+                moments=_moments(config, spec),
                 train=parse_train(_text(config, "train")),
                 seed=_number(config, "seed", int),
                 update=update,  # type: ignore[arg-type]  # checked above
                 round=_number(config, "server-round", int),
                 proximal_mu=float(_number(config, "proximal-mu", float)) if "proximal-mu" in config else 0.0,
             )
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise FormatError(f"message: config is malformed ({type(error).__name__}: {error})") from error
 
 
@@ -114,15 +115,20 @@ def _number(config: ConfigRecord, key: str, kind: type[T]) -> T:
     value = config[key]
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise ValueError(f"{key} is a {type(value).__name__}, not a number")
+    if not 0 <= value < 2**63:  # NaN neither
+        raise ValueError(f"{key} = {value} is out of range")
     return kind(value)
 
 
-def _moments(config: ConfigRecord) -> Moments | None:
+def _moments(config: ConfigRecord, spec: Spec) -> Moments | None:
     if "moments-count" not in config:
         return None
     parts = [
         np.asarray(config[f"moments-{name}"], dtype=np.float64) for name in ("count", "total", "squares")
     ]
+    for part in parts:
+        if part.shape != (spec.channels,) or not np.isfinite(part).all():
+            raise ValueError(f"moments are not {spec.channels} finite numbers")
     return Moments(*parts)
 
 
@@ -132,8 +138,15 @@ def to_record(arrays: NamedArrays) -> ArrayRecord:
 
 
 def from_record(record: ArrayRecord) -> dict[str, npt.NDArray[np.generic]]:
-    """Flower's record as named arrays; `np.load` inside refuses pickles."""
-    return {name: array.numpy() for name, array in record.items()}
+    """Flower's record as named arrays; `np.load` inside refuses pickles.
+
+    Raises:
+        ValueError: bytes that are no array.
+    """
+    try:
+        return {name: array.numpy() for name, array in record.items()}
+    except Exception as error:  # numpy reads a header with Python's tokenizer, which raises many kinds
+        raise ValueError(f"not an array ({type(error).__name__}: {error})") from error
 
 
 def moments_reply(message: Message, moments: Moments, examples: int) -> Message:

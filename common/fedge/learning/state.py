@@ -41,7 +41,7 @@ def digest(arrays: Mapping[str, npt.NDArray[np.generic]]) -> str:
     """SHA-256 over names, dtypes, shapes and little-endian bytes, in the order of the names."""
     sha = hashlib.sha256()
     for name in sorted(arrays):
-        value = np.ascontiguousarray(arrays[name])
+        value = np.asarray(arrays[name], arrays[name].dtype.newbyteorder("<"))
         sha.update(f"{name}\0{value.dtype.str}\0{value.shape}\0".encode())
         sha.update(value.tobytes())
     return sha.hexdigest()

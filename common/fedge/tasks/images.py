@@ -15,7 +15,7 @@ def read(source: Source) -> Dataset:
         DataError: the file is absent, malformed, or holds values that cannot be used.
     """
     path = require(source, "images")
-    return read_image_folder(path, source) if path.is_dir() else read_npz(path, "image")
+    return read_image_folder(path, source) if path.is_dir() else read_npz(path, "image", source.labels)
 
 
 TASK = Task(

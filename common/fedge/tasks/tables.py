@@ -19,7 +19,9 @@ def read(source: Source) -> Dataset:
         DataError: the file is absent, malformed, or holds values that cannot be used.
     """
     path = require(source, "tables")
-    return read_npz(path, "features") if path.suffix == ".npz" else read_table(path, source)
+    if path.suffix.lower() == ".npz":
+        return read_npz(path, "features", source.labels)
+    return read_table(path, source)
 
 
 TASK = Task(
