@@ -124,11 +124,6 @@ def _round_line(config: Config) -> Any:
 
 
 def _tables(summary: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    # In a pipe rich assumes 80 columns and would cut the table.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
     model = summary["global_model"]
     auc = f", AUC {model['auc']:.4f}" if "auc" in model else ""
     _say(
@@ -136,41 +131,50 @@ def _tables(summary: dict[str, Any]) -> None:
         f"{model['parameters']:,} parameters, {model['bytes']:,} bytes"
     )
     if variants := summary.get("variants"):
-        table = Table(title="one compact version per tier", title_justify="left", box=None, pad_edge=False)
-        for name in (
-            "tier",
-            "recipe",
-            "bytes",
-            "times smaller",
-            "accuracy",
-            "points lost",
-            "at most",
-            "µs",
-            "gate",
-        ):
-            table.add_column(
-                name, no_wrap=True, justify="left" if name in ("tier", "recipe", "gate") else "right"
-            )
-        for variant in variants:
-            table.add_row(*_tier_row(variant, model["bytes"]))
-        console.print()
-        console.print(table)
+        _tier_table(variants, model["bytes"])
     for entry in summary.get("devices", []):
-        same = (
-            "the same answers as the gate scored"
-            if entry["same_as_gate"]
-            else "OTHER ANSWERS than the gate scored"
+        same = "the same" if entry["same_as_gate"] else "OTHER"
+        _say(
+            f"device {entry['id']}: release {entry['release']}, accuracy {entry['accuracy']:.4f}, "
+            f"{same} answers as the gate scored"
         )
-        _say(f"device {entry['id']}: release {entry['release']}, accuracy {entry['accuracy']:.4f}, {same}")
     for entry in summary.get("leave_one_client_out", []):
         auc = f"AUC {entry['auc']:.3f}, " if "auc" in entry else ""
         scores = f"{auc}accuracy {entry['accuracy']:.3f}"
         _say(f"without client {entry['client']}, tested on its {entry['examples']}: {scores}")
 
 
+def _tier_table(variants: list[dict[str, Any]], teacher_bytes: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="\none compact version per tier", title_justify="left", box=None, pad_edge=False)
+    for name in (
+        "tier",
+        "recipe",
+        "bytes",
+        "times smaller",
+        "accuracy",
+        "points lost",
+        "at most",
+        "µs",
+        "gate",
+    ):
+        table.add_column(
+            name, no_wrap=True, justify="left" if name in ("tier", "recipe", "gate") else "right"
+        )
+    for variant in variants:
+        table.add_row(*_tier_row(variant, teacher_bytes))
+    # In a pipe rich assumes 80 columns and would cut the table.
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140).print(table)
+    for variant in variants:
+        if "wire_bytes" not in variant:
+            _say(f"tier {variant['tier']} gets no variant: {variant['gate'].removeprefix('failed: ')}")
+
+
 def _tier_row(variant: dict[str, Any], teacher_bytes: int) -> list[str]:
     if "wire_bytes" not in variant:
-        return [variant["tier"], "none", "", "", "", "", "", "", variant["gate"]]
+        return [variant["tier"], "none", "", "", "", "", "", "", "failed"]
     return [
         variant["tier"],
         variant["recipe"],
