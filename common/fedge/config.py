@@ -341,18 +341,23 @@ def _describe(detail: ErrorDetails) -> str:
     kind, value = detail["type"], detail["input"]
     path = [str(part) for part in detail["loc"] if part != "[key]"]
     if path[:2] == ["strategy", "options"]:  # nested here, but not in the file
-        key = ".".join(["strategy", *path[2:3]])
+        key = _printable(".".join(["strategy", *path[2:3]]))
         return f"{key} = {value!r}: must be a number, a text, true or false"
     if kind == "missing":  # of a pair: the input is the whole of it
         path = path[:-1]
-    key = ".".join(path) or "configuration"
+    key = _printable(".".join(path)) or "configuration"
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown key {key!r}: {suggestion(path[-1], _keys_at(path[:-1]))}"
+        return f"unknown key '{key}': {suggestion(path[-1], _keys_at(path[:-1]))}"
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
         return f"{key} = {value!r}: {suggestion(str(value), choices)}"
     message = _PLAINLY.get(kind) or detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{key} = {value!r}: {message}"
+
+
+def _printable(key: str) -> str:
+    """A key may hold line breaks; a message is one line."""
+    return key if key.isprintable() else repr(key)[1:-1]
 
 
 _PLAINLY = {  # what pydantic says in terms of Python

@@ -92,13 +92,16 @@ def _load_npz(path: Path) -> dict[str, Array]:
         # Opened here: numpy leaves a file open that is no zip.
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             names = [name for name in archive.namelist() if name.endswith(".npy")]
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name.removesuffix(".npy"): arrays[name.removesuffix(".npy")] for name in names}
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name.removesuffix(".npy"): file[name.removesuffix(".npy")] for name in names}
+        if broken := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{broken[0]}.npy is no array")  # numpy hands its bytes back
     except Exception as error:  # a damaged zip or .npy header raises many kinds
         hint = "; arrays of Python objects are not read" if "pickle" in str(error) else ""
         raise DataError(
             f"data: {path} is not a readable .npz of plain arrays ({_first_line(error)}{hint})"
         ) from error
+    return arrays
 
 
 def _first_line(error: Exception) -> str:
