@@ -58,8 +58,8 @@ class Report:
         plots = [_accuracy(learned.records), _partition(dataset, clients, names)]
         if recall := learned.records[-1].metrics.get("recall"):
             plots.append(_recall(recall, dataset.spec.labels))  # type: ignore[arg-type]  # recall is a list
-        if any(outcome.variant for outcome in outcomes):
-            plots.append(_tiers(summary))
+        if any(trial.accuracy is not None for outcome in outcomes for trial in outcome.tried):
+            plots.append(_candidates(outcomes, summary["global_model"]["bytes"]))
         return cls(config, summary, learned.records, outcomes, tuple(plots))
 
 
@@ -155,19 +155,31 @@ def _recall(recall: Sequence[float], labels: Sequence[str]) -> Plot:
     )
 
 
-def _tiers(summary: dict[str, Any]) -> Plot:
-    passed = [entry for entry in summary["variants"] if "wire_bytes" in entry]
-    teacher = summary["global_model"]
+def _candidates(outcomes: Sequence[TierOutcome], teacher_bytes: int) -> Plot:
+    """All candidates that were built, and which tier took which."""
+    points = {
+        trial.recipe: (trial.wire_bytes, trial.accuracy)
+        for outcome in outcomes
+        for trial in outcome.tried
+        if trial.wire_bytes is not None and trial.accuracy is not None
+    }
+    taken: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        if outcome.variant is not None:
+            taken.setdefault(outcome.variant.recipe, []).append(outcome.tier)
 
     def paint(axes: Axes) -> None:
-        for entry in passed:
-            errors = [[0.0], [max(entry["drop_upper"] - entry["drop"], 0.0)]]
-            axes.errorbar(entry["wire_bytes"], entry["drop"], yerr=errors, marker="o", capsize=3)
-            axes.annotate(f" {entry['tier']}", (entry["wire_bytes"], entry["drop"]))
-        axes.axvline(teacher["bytes"], color="grey", linestyle=":")
-        axes.set(xscale="log", xlabel="bytes on the wire (dotted: the global model)", ylabel="accuracy lost")
+        for recipe, (size, accuracy) in points.items():
+            chosen = recipe in taken
+            label = f" {recipe}" + (f" \u2190 {', '.join(taken[recipe])}" if chosen else "")
+            axes.plot(size, accuracy, "o", color="tab:green" if chosen else "lightgrey")
+            axes.annotate(label, (size, accuracy), fontsize=8, weight="bold" if chosen else "normal")
+        axes.axvline(teacher_bytes, color="grey", linestyle=":")
+        axes.set(xscale="log", xlabel="bytes on the wire (dotted: the global model)", ylabel="accuracy")
+        axes.margins(x=0.25, y=0.15)
         axes.grid(alpha=0.3)
 
-    return _draw(
-        "Variants", "Accuracy lost on the gate's data, with its upper confidence bound, against size.", paint
+    caption = (
+        "Every candidate on the selection data; green: taken by a tier, after passing its gate on other data."
     )
+    return _draw("Candidates", caption, paint, height=3.6)
