@@ -24,6 +24,7 @@ from fedge_server.registry.publish import PUBLIC_KEY
 from fedge_server.release import KEYS, PUBLISHED
 
 TIMEOUT_S = 300.0
+DEVICES = "devices"  # folder of device homes in a run folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def _one_device(
     folder: Path, variant: Variant, inputs: Path, gate: Examples, labels: Sequence[str]
 ) -> DeviceResult:
     name = f"{variant.tier}-1"
-    home = folder / "devices" / name
+    home = folder / DEVICES / name
     key = folder / KEYS / PUBLIC_KEY
     published = folder / PUBLISHED
     _client(

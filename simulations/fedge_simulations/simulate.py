@@ -20,11 +20,11 @@ from fedge.files import sha256, write_atomically
 from fedge_server import app as server_app
 from fedge_server.compression import TierOutcome, compress
 from fedge_server.registry.database import Registry
-from fedge_server.release import publish_outcomes
+from fedge_server.release import KEYS, PUBLISHED, publish_outcomes
 from fedge_server.report import Report, write_report
 from fedge_server.rounds.loop import Learned, Observer
 from fedge_server.summary import summarise
-from fedge_simulations.devices import DeviceResult, deliver
+from fedge_simulations.devices import DEVICES, DeviceResult, deliver
 from fedge_simulations.grid import RUN_ID, SERVER_NODE
 from fedge_simulations.world import World, prepare
 
@@ -151,7 +151,7 @@ def _claim(folder: Path, config: Config, *, overwrite: bool) -> bool:
         return False
     is_run = (folder / "fedge.db").exists()
     if is_run and overwrite:
-        shutil.rmtree(folder)
+        _remove_run(folder)
         return False
     if not is_run:
         raise UserError(f"{folder} is not empty and holds no run of fedge; choose another --out")
@@ -165,6 +165,16 @@ def _claim(folder: Path, config: Config, *, overwrite: bool) -> bool:
             "or --overwrite it"
         )
     return True
+
+
+def _remove_run(folder: Path) -> None:
+    """Delete what a run writes, and nothing that somebody else put beside it."""
+    for name in (SUMMARY, HISTORY, MODEL, REPORT):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("store", PUBLISHED, KEYS, DEVICES):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for database in folder.glob("fedge.db*"):
+        database.unlink()
 
 
 def _config_digest(config: Config) -> str:
