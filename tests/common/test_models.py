@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedge.errors import ConfigError
+from fedge.learning import models
+from fedge.spec import Spec
+from fedge.task import resolve
+
+TEN = tuple("0123456789")
+MNIST = Spec("image", (28, 28), "uint8", TEN)
+COLOUR = Spec("image", (13, 10, 3), "uint8", TEN)
+TABLE = Spec("features", (7,), "float32", ("a", "b", "c"))
+
+
+@pytest.mark.parametrize(
+    ("build", "spec", "count"),
+    [
+        (models.mlp(200, 200), MNIST, 199_210),  # McMahan et al. 2017, the 2NN
+        (models.cnn, MNIST, 1_663_370),  # McMahan et al. 2017, the CNN
+        (models.logistic, MNIST, 784 * 10 + 10),
+        (models.logistic, TABLE, 7 * 3 + 3),
+        (models.mlp(), TABLE, 7 * 3 + 3),
+        (models.mlp(16), TABLE, 7 * 16 + 16 + 16 * 3 + 3),
+        # 1x28x28 -> 8x14x14 -> 16x7x7 -> 32 -> 10
+        (models.small_cnn(8, 32), MNIST, 9 * 8 + 8 + 9 * 8 * 16 + 16 + 16 * 49 * 32 + 32 + 32 * 10 + 10),
+    ],
+)
+def test_the_number_of_parameters_is_the_papers_or_worked_by_hand(
+    build: models.Builder, spec: Spec, count: int
+) -> None:
+    assert models.parameters(build(spec)) == count
+
+
+@pytest.mark.parametrize("name", ["digits", "images", "tables"])
+@pytest.mark.parametrize("spec", [MNIST, COLOUR, TABLE])
+def test_every_built_in_model_and_student_gives_a_logit_per_class(name: str, spec: Spec) -> None:
+    task = resolve(name)
+    shape = (2, 7) if spec.kind == "features" else (2, spec.channels, *spec.shape[:2])
+    for model_name, build in {**task.models, **task.students}.items():
+        if spec.kind == "features" and "cnn" in model_name:
+            continue
+        assert build(spec)(torch.zeros(shape)).shape == (2, spec.classes), model_name
+
+
+@pytest.mark.parametrize("build", [models.cnn, models.small_cnn(8, 32)])
+@pytest.mark.parametrize("spec", [Spec("image", (3, 28), "uint8", TEN), TABLE])
+def test_a_convolutional_network_needs_an_image_of_four_by_four(build: models.Builder, spec: Spec) -> None:
+    with pytest.raises(ConfigError, match="needs images of at least 4x4"):
+        build(spec)
+    assert models.cnn(Spec("image", (4, 4), "uint8", TEN))(torch.zeros(1, 1, 4, 4)).shape == (1, 10)
+
+
+def test_a_builder_gives_a_fresh_model_each_time() -> None:
+    build = models.mlp(4)
+    first, second = build(TABLE), build(TABLE)
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    assert not any(a.data_ptr() == b.data_ptr() for a, b in pairs)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedge.learning.state import arrays_of, cast_like, digest, load_arrays
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+def test_a_models_arrays_are_copies_in_the_order_of_its_state() -> None:
+    network = model()
+    arrays = arrays_of(network)
+    assert list(arrays) == list(network.state_dict())
+    arrays["0.weight"][:] = 0
+    assert network[0].weight.abs().sum() > 0  # type: ignore[index]
+
+
+def test_arrays_that_are_loaded_come_back_and_are_not_shared() -> None:
+    network, arrays = model(), arrays_of(model())
+    arrays["0.bias"][:] = [1, 2, 3, 4]
+    arrays["1.num_batches_tracked"] = np.array(7)
+    for array in arrays.values():
+        array.flags.writeable = False  # as bytes from a message are
+    load_arrays(network, arrays)
+    back = arrays_of(network)
+    assert back["0.bias"].tolist() == [1, 2, 3, 4]
+    assert back["1.num_batches_tracked"] == 7
+
+
+def test_other_names_or_shapes_are_not_loaded() -> None:
+    arrays = arrays_of(model())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_arrays(model(), {**arrays, "0.bias": np.zeros(5, np.float32)})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_arrays(model(), {k: v for k, v in arrays.items() if k != "0.bias"})
+
+
+def test_an_average_gets_the_types_of_the_model_back_and_counters_are_rounded() -> None:
+    like = {"w": np.zeros(2, np.float32), "n": np.array(0, np.int64), "flag": np.array(False)}
+    found = cast_like({"n": np.array(2.6), "w": np.array([0.5, 1.5]), "flag": np.array(0.6)}, like)
+    assert list(found) == ["w", "n", "flag"]
+    assert [found[name].dtype for name in found] == [np.float32, np.int64, np.bool_]
+    assert (found["w"].tolist(), found["n"].tolist(), found["flag"].tolist()) == ([0.5, 1.5], 3, True)
+    assert cast_like({"n": np.array(2**53 + 1)}, {"n": np.array(0)})["n"] == 2**53 + 1  # integers stay exact
+
+
+def test_a_digest_is_over_names_types_shapes_and_bytes() -> None:
+    by_hand = hashlib.sha256(b"w\0<f4\0(1, 2)\0" + np.float32([1, 2]).tobytes()).hexdigest()
+    assert digest({"w": np.float32([[1, 2]])}) == by_hand
+
+
+def test_a_digest_depends_on_what_is_said_and_not_on_how_it_is_stored() -> None:
+    a, b = np.float32([[1, 2], [3, 4]]), np.int64([5])
+    same = digest({"a": a, "b": b})
+    for other in (
+        {"b": b, "a": a},
+        {"a": np.asfortranarray(a), "b": b},
+        {"a": a.astype(">f4"), "b": b},
+        {"a": np.repeat(a, 2, axis=0)[::2], "b": b},
+    ):
+        assert digest(other) == same
+    for different in (
+        {"a": a + 1, "b": b},
+        {"a": a.T, "b": b},
+        {"a": a.ravel(), "b": b},
+        {"a": a.astype(np.float64), "b": b},
+        {"a": a, "c": b},
+        {"a": a},
+        {"a": a, "b": b.reshape(())},
+    ):
+        assert digest(different) != same
