@@ -5,7 +5,6 @@ The same app runs in every world; only where its examples come from differs, so 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -45,13 +44,14 @@ def own_examples(context: Context, instructions: Instructions, task: Task) -> Ex
     offered, path = context.node_config.get("task"), context.node_config.get("data")
     if offered != instructions.task:
         raise ConfigError(f"task {instructions.task!r} is not offered here; this device offers {offered!r}")
-    dataset = task.read(Source(Path(os.fspath(str(path))) if path is not None else None))
+    labels = instructions.spec.labels
+    dataset = task.read(Source(Path(str(path)) if path is not None else None, labels=labels))
     if dataset.spec.shape != instructions.spec.shape or dataset.spec.dtype != instructions.spec.dtype:
         raise DataError(
             f"data: examples are {dataset.spec.dtype} {dataset.spec.shape}, "
             f"but the run takes {instructions.spec.dtype} {instructions.spec.shape}"
         )
-    return dataset.with_labels(instructions.spec.labels).examples
+    return dataset.with_labels(labels).examples
 
 
 def build(examples_of: ExamplesOf) -> ClientApp:

@@ -97,6 +97,8 @@ def _image(data: bytes, spec: Spec) -> Array:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise DataError(f"has {image.width} x {image.height} pixels, over {MAX_PIXELS}")
+                if image.mode.startswith(("I", "F")):  # training refuses them too: they would be clipped
+                    raise DataError(f"has more than 8 bits per pixel (mode {image.mode}); convert it first")
                 scaled = image if image.size == (width, height) else image.resize((width, height))
                 pixels = np.asarray(scaled.convert("RGB" if spec.channels == 3 else "L"))
     except DataError:

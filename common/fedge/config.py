@@ -177,6 +177,7 @@ class Prune:
     p: Positive = 3.0  # exponent of the norm, criterion "lp"
     ratios: tuple[Share, ...] = (0.5, 0.75)  # channels removed; one candidate each
     recovery_epochs: Count = 20  # of distillation from the unpruned model
+    recovery_learning_rate: Positive = 0.003  # Adam, the peak of one cycle; lower than a student's
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from flwr.app import Context, Message
 
-from fedge.config import Config
+from fedge.config import Config, Target
 from fedge.dataset import Dataset, Examples, Indices
 from fedge.errors import ConfigError
 from fedge.learning.augment import augment
@@ -105,6 +105,7 @@ def _check_learnable(world: World) -> None:
     preprocess = world.task.preprocess(spec, moments, config.model.filter)
     network = world.task.model(config.model.name)(spec)
     names = tuple(name for name, _ in network.named_parameters())
+    _check_target(config, spec.classes)
     strategies.build(config, clients=len(world.clients), parameter_names=names)
     try:
         with torch.no_grad():
@@ -117,4 +118,16 @@ def _check_learnable(world: World) -> None:
     if tuple(logits.shape) != (2, spec.classes):
         raise ConfigError(
             f"model {name!r}: gives {tuple(logits.shape)} for 2 examples; it must give (2, {spec.classes})"
+        )
+
+
+def _check_target(config: Config, classes: int) -> None:
+    """A target on a metric that nobody measures would never be reached."""
+    if config.rounds.target is None:
+        return
+    metric = Target.parse(config.rounds.target).metric
+    if metric not in (*config.evaluate.metrics, "loss", "accuracy") or (metric == "auc" and classes != 2):
+        raise ConfigError(
+            f"rounds.target = {config.rounds.target!r}: {metric} is not measured in this run "
+            f"(evaluate.metrics; {classes} classes, and auc needs two)"
         )

@@ -85,7 +85,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("envelope", HOSTILE)
+@pytest.mark.parametrize("envelope", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_envelopes_are_refused_with_our_errors(envelope: bytes) -> None:
     with pytest.raises((FormatError, SignatureError)) as caught:
         signing.verify(envelope, [PUBLIC])
@@ -119,13 +119,15 @@ P256_PUBLIC = P256.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectP
 P256_PRIVATE = P256.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-@pytest.mark.parametrize("pem", [b"", b"no key", PRIVATE, P256_PUBLIC, PUBLIC[:-40], PUBLIC * 100])
+@pytest.mark.parametrize(
+    "pem", [b"", b"no key", PRIVATE, P256_PUBLIC, PUBLIC[:-40], PUBLIC * 100], ids=range(6)
+)
 def test_what_is_no_ed25519_public_key_is_not_trusted(pem: bytes) -> None:
     with pytest.raises(FormatError, match="public key"):
         signing.verify(ENVELOPE, [pem])
 
 
-@pytest.mark.parametrize("pem", [b"", b"no key", PUBLIC, P256_PRIVATE, PRIVATE[:-40]])
+@pytest.mark.parametrize("pem", [b"", b"no key", PUBLIC, P256_PRIVATE, PRIVATE[:-40]], ids=range(5))
 def test_what_is_no_ed25519_private_key_does_not_sign(pem: bytes) -> None:
     with pytest.raises(FormatError, match="signing key"):
         signing.sign(PAYLOAD, pem)

@@ -105,6 +105,7 @@ def test_more_clients_than_samples(capsys, tmp_path, data):
         ('data = "mine.npz"', "brings its own data"),
         ("[evaluate]\nleave_one_client_out = true", "needs clients.partition = 'natural'"),
         ("[tiers.micro]\nmax_wire_byte = 3", "did you mean 'max_wire_bytes'?"),
+        ('[rounds]\ntarget = "auc>=0.9"', "auc is not measured in this run"),
         ('task = "nosuch:TASK"', "cannot be loaded"),
     ],
 )

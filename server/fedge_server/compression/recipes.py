@@ -132,7 +132,11 @@ class Workshop:
                 self._teacher.network, example, architecture.prune_ratio, settings.prune, seed=seed
             )
             network = pruned.network
-            learning = replace(settings.distil, epochs=settings.prune.recovery_epochs)
+            learning = replace(
+                settings.distil,
+                epochs=settings.prune.recovery_epochs,
+                learning_rate=settings.prune.recovery_learning_rate,
+            )
         else:
             return self._teacher.network
         if not self._trained:

@@ -40,7 +40,7 @@ _OURS = {
     "self", "fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes",
     "min_available_nodes", "weighted_by_key", "arrayrecord_key", "configrecord_key", "train_loss_key",
     "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "strategy", "num_sampled_clients", "accountant",
-    "parameter_names", "kwargs", "args",
+    "parameter_names", "selection_rule", "kwargs", "args",
 }  # fmt: skip
 
 
