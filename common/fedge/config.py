@@ -264,7 +264,7 @@ class Config:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"configuration {path}: not valid TOML ({error})") from error
         if isinstance(values.get("data"), str):
-            values["data"] = str(path.parent / values["data"])
+            values["data"] = str((path.parent / values["data"]).resolve())
         try:
             return cls.from_mapping(override(values, overrides))
         except ConfigError as error:

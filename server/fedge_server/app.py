@@ -17,6 +17,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedge.config import Config, override
+from fedge.errors import ConfigError
 from fedge.task import Task, resolve
 from fedge_server.data import ServerData, own_data
 from fedge_server.registry.database import Registry
@@ -39,9 +40,14 @@ def config_of(context: Context) -> Config:
     Raises:
         ConfigError: a key or value is wrong.
     """
-    values = json.loads(str(context.run_config.get(CONFIG, "{}")))
+    try:
+        values = json.loads(str(context.run_config.get(CONFIG, "{}")))
+    except ValueError as error:
+        raise ConfigError(f"run_config {CONFIG!r}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"run_config {CONFIG!r}: must be a table, not a {type(values).__name__}")
     overrides = [
-        f"{key}={json.dumps(value)}"
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
         for key, value in context.run_config.items()
         if key not in (CONFIG, HOME, RUN)
     ]

@@ -190,6 +190,11 @@ def _compress(arguments: argparse.Namespace) -> int:
         task = resolve(config.task)
         dataset = task.read(source_of(config))
         data = server_part(dataset, split_of(config, dataset))
+        if data.digest() != run["data"]:
+            raise UserError(
+                f"run {run['id']}: the data in {config.data or config.task} has changed since the run; "
+                "its gate could hold examples that were trained on"
+            )
         check_possible(task, data.spec, config, data.proxy.x, gate=data.gate)
         learned = recall(registry, run["id"], config, task, data.spec)
         say = _silent if arguments.format == "json" else _say

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,15 @@ class ServerData:
     proxy: Examples  # in the training distribution: distillation and calibration; may be empty
     test: Examples  # accuracy of each round, and when to stop
     gate: Examples  # the release gate, and nothing else
+
+    def digest(self) -> str:
+        """SHA-256 over spec and examples by purpose: a resumed run must find the same data again."""
+        sha = hashlib.sha256(json.dumps(self.spec.to_json(), sort_keys=True).encode())
+        for part in (self.proxy, self.test, self.gate):
+            sha.update(str(part.x.shape).encode())
+            sha.update(np.ascontiguousarray(part.x).tobytes())
+            sha.update(part.y.tobytes())
+        return sha.hexdigest()
 
 
 def source_of(config: Config) -> Source:

@@ -13,7 +13,7 @@ from fedge.manifest import Lineage, Release, VariantEntry
 from fedge.spec import Spec
 from fedge_server.compression import TierOutcome, Variant
 from fedge_server.registry.database import Registry
-from fedge_server.registry.publish import load_or_create_key, publish
+from fedge_server.registry.publish import load_or_create_key, publish, published
 from fedge_server.rounds.loop import Learned
 
 PUBLISHED, KEYS = "release", "keys"  # folders of a home: what devices may read, and what nobody else may
@@ -58,6 +58,9 @@ def publish_outcomes(
 ) -> Release | None:
     """Sign and publish the variants that passed their gate; None when no tier has one.
 
+    Tiers that the newest release serves from the same global model, and that are not in `outcomes`, stay
+    in the new one.
+
     Args:
         home: the published folder is made in it, and the signing key kept, under `keys/`, mode 0600.
         registry: where the release is written down.
@@ -76,7 +79,7 @@ def publish_outcomes(
         return None
     counted = next(record for record in reversed(learned.records) if record.counted)
     lineage = Lineage(run_id, counted.round, learned.model_sha256, counted.updates)
-    entries = tuple(item.entry() for item in ready)
+    entries = (*_kept(home / PUBLISHED, lineage, outcomes), *(item.entry() for item in ready))
 
     def draft(version: int) -> Release:
         created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -104,3 +107,12 @@ def publish_outcomes(
         ],
     )
     return release
+
+
+def _kept(folder: Path, lineage: Lineage, outcomes: Sequence[TierOutcome]) -> list[VariantEntry]:
+    """Entries of the newest release for other tiers of the same global model."""
+    releases = published(folder) if folder.exists() else []
+    if not releases or releases[-1].lineage.global_model != lineage.global_model:
+        return []
+    renewed = {outcome.tier for outcome in outcomes}
+    return [entry for entry in releases[-1].variants if entry.tier not in renewed]

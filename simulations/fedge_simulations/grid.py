@@ -53,7 +53,8 @@ class SequentialGrid(Grid):
         self._duration = duration
         self._pending: dict[str, _Pending] = {}
         self._sequence = 0
-        self.clock_s = 0.0
+        self.clock_s = 0.0  # since the last send_and_receive
+        self.elapsed_s = 0.0  # of all earlier calls
         # Flower keeps one identity per process; Message() reads it.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
 
@@ -113,8 +114,10 @@ class SequentialGrid(Grid):
         synchronous round has closed before the next one opens.
         """
         self._pending.clear()
-        ids = self.push_messages(messages)
-        return _Replies(self, ids, None if timeout is None else self.clock_s + timeout)
+        # Each call's clock starts at 0: durations then compare with the deadline alike in every round, and
+        # a resumed run needs no clock of the run before it.
+        self.elapsed_s, self.clock_s = self.elapsed_s + self.clock_s, 0.0
+        return _Replies(self, self.push_messages(messages), timeout)
 
     def next_reply(self, message_ids: Iterable[str], deadline_s: float | None) -> Message | None:
         """The reply that arrives next, or None when none does by the deadline (a time on the clock)."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from flwr.app import Context, Message
 
-from fedge.config import Config, Target
+from fedge.config import Config
 from fedge.dataset import Dataset, Examples, Indices
 from fedge.errors import ConfigError
 from fedge.learning.augment import augment
@@ -19,6 +19,7 @@ from fedge_client import app as client_app
 from fedge_server import strategies
 from fedge_server.compression import check_possible
 from fedge_server.data import ServerData, server_part, source_of, split_of
+from fedge_server.rounds.stopping import check_target
 from fedge_simulations.grid import Duration, SequentialGrid, UserConfig
 from fedge_simulations.partition import deal
 
@@ -83,11 +84,17 @@ def prepare(config: Config) -> World:
         DataError: the data cannot be used.
     """
     task = resolve(config.task)
-    if config.evaluate.leave_one_client_out and config.clients.partition != "natural":
-        raise ConfigError("evaluate.leave_one_client_out: needs clients.partition = 'natural'")
+    _check_leave_one_out(config)
     dataset = task.read(source_of(config))
     parts = split_of(config, dataset)
     clients = tuple(deal(dataset, parts.train, config.clients, config.seed))
+    if config.evaluate.leave_one_client_out and len(clients) < 2:
+        raise ConfigError("evaluate.leave_one_client_out: the data has one client; nobody is left to train")
+    if config.rounds.min_updates > max(int(len(clients) * config.rounds.fraction), 1):
+        raise ConfigError(
+            f"rounds.min_updates = {config.rounds.min_updates}: a round asks only "
+            f"{max(int(len(clients) * config.rounds.fraction), 1)} of {len(clients)} clients"
+        )
     natural = config.clients.partition == "natural"
     names = dataset.clients if natural else tuple(str(i) for i in range(len(clients)))
     world = World(config, task, dataset, server_part(dataset, parts), clients, names)
@@ -95,6 +102,18 @@ def prepare(config: Config) -> World:
     if config.tiers:
         check_possible(task, dataset.spec, config, world.server.proxy.x, gate=world.server.gate)
     return world
+
+
+def _check_leave_one_out(config: Config) -> None:
+    if not config.evaluate.leave_one_client_out:
+        return
+    if config.clients.partition != "natural":
+        raise ConfigError("evaluate.leave_one_client_out: needs clients.partition = 'natural'")
+    if config.rounds.target is not None or config.rounds.patience is not None:
+        raise ConfigError(
+            "evaluate.leave_one_client_out: leave rounds.target and rounds.patience out; they would stop "
+            "each run by its score on the very client that is left out"
+        )
 
 
 def _check_learnable(world: World) -> None:
@@ -105,7 +124,7 @@ def _check_learnable(world: World) -> None:
     preprocess = world.task.preprocess(spec, moments, config.model.filter)
     network = world.task.model(config.model.name)(spec)
     names = tuple(name for name, _ in network.named_parameters())
-    _check_target(config, spec.classes)
+    check_target(config.rounds, config.evaluate.metrics, spec.classes)
     strategies.build(config, clients=len(world.clients), parameter_names=names)
     try:
         with torch.no_grad():
@@ -118,16 +137,4 @@ def _check_learnable(world: World) -> None:
     if tuple(logits.shape) != (2, spec.classes):
         raise ConfigError(
             f"model {name!r}: gives {tuple(logits.shape)} for 2 examples; it must give (2, {spec.classes})"
-        )
-
-
-def _check_target(config: Config, classes: int) -> None:
-    """A target on a metric that nobody measures would never be reached."""
-    if config.rounds.target is None:
-        return
-    metric = Target.parse(config.rounds.target).metric
-    if metric not in (*config.evaluate.metrics, "loss", "accuracy") or (metric == "auc" and classes != 2):
-        raise ConfigError(
-            f"rounds.target = {config.rounds.target!r}: {metric} is not measured in this run "
-            f"(evaluate.metrics; {classes} classes, and auc needs two)"
         )

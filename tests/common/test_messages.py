@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
@@ -151,8 +151,12 @@ def test_any_value_is_read_or_refused(key: str, value: Any) -> None:
 
 def reply(arrays: dict[str, Any]) -> Message:
     message = sent(RecordDict(), messages.QUERY_MOMENTS)
-    content = RecordDict({messages.MOMENTS: messages.to_record(arrays)})
+    metrics = MetricRecord({messages.EXAMPLES: 4})
+    content = RecordDict({messages.MOMENTS: messages.to_record(arrays), messages.METRICS: metrics})
     return sent(Message(content, reply_to=message).content)
+
+
+PAIR = Spec("features", (2,), "float32", ("a", "b"))
 
 
 def good(**changes: Any) -> dict[str, Any]:
@@ -162,7 +166,7 @@ def good(**changes: Any) -> dict[str, Any]:
 
 def test_moments_survive_a_reply() -> None:
     made = messages.moments_reply(sent(RecordDict(), messages.QUERY_MOMENTS), MOMENTS, 4)
-    found = messages.moments_of(sent(made.content))
+    found = messages.moments_of(sent(made.content), PAIR)
     assert [found.count.tolist(), found.total.tolist()] == [MOMENTS.count.tolist(), MOMENTS.total.tolist()]
     assert found.squares.tolist() == MOMENTS.squares.tolist()
     assert made.content.metric_records[messages.METRICS][messages.EXAMPLES] == 4
@@ -172,7 +176,7 @@ def test_moments_survive_a_reply() -> None:
     ("changes", "line"),
     [
         ({"count": None}, "malformed"),
-        ({"count": np.zeros(3)}, "three float64 vectors of one width"),
+        ({"count": np.zeros(3)}, "three float64 vectors of width 2"),
         ({"count": np.zeros(2, np.float32)}, "three float64 vectors"),
         ({"total": np.zeros((2, 1))}, "three float64 vectors"),
         ({"total": np.array(["a", "b"])}, "three float64 vectors"),
@@ -180,11 +184,14 @@ def test_moments_survive_a_reply() -> None:
         ({"squares": np.array([-1.0, 1])}, "no data can give"),
         ({"total": np.array([np.nan, 1])}, "no data can give"),
         ({"squares": np.array([np.inf, 1])}, "no data can give"),
+        ({"count": np.array([5.0, 1])}, "no data can give"),  # more values than examples
+        ({"total": np.array([1e20, 0])}, "no data can give"),  # Cauchy and Schwarz
+        ({"squares": np.array([1.7e308, 1])}, "no data can give"),  # beyond float32 squared
     ],
 )
 def test_moments_that_no_data_can_give_are_refused(changes: dict[str, Any], line: str) -> None:
     with pytest.raises(FormatError, match=line):
-        messages.moments_of(reply(good(**changes)))
+        messages.moments_of(reply(good(**changes)), PAIR)
 
 
 @pytest.mark.parametrize(
@@ -202,12 +209,12 @@ def test_bytes_that_are_no_array_are_refused(data: bytes, stype: str) -> None:
     with pytest.raises(ValueError, match="not an array"):
         messages.from_record(record)
     with pytest.raises(FormatError, match="moments: malformed"):
-        messages.moments_of(sent(RecordDict({messages.MOMENTS: record})))
+        messages.moments_of(sent(RecordDict({messages.MOMENTS: record})), PAIR)
 
 
 def test_a_reply_without_moments_is_refused() -> None:
     with pytest.raises(FormatError, match="moments: malformed"):
-        messages.moments_of(sent(RecordDict()))
+        messages.moments_of(sent(RecordDict()), PAIR)
 
 
 def test_objects_are_never_unpickled() -> None:

@@ -18,7 +18,8 @@ def model() -> nn.Module:
 def test_a_models_arrays_are_copies_in_the_order_of_its_state() -> None:
     network = model()
     arrays = arrays_of(network)
-    assert list(arrays) == list(network.state_dict())
+    # The step counter of batch norm is a whole number and stays where it is.
+    assert list(arrays) == [n for n in network.state_dict() if n != "1.num_batches_tracked"]
     arrays["0.weight"][:] = 0
     assert network[0].weight.abs().sum() > 0  # type: ignore[index]
 
@@ -26,20 +27,20 @@ def test_a_models_arrays_are_copies_in_the_order_of_its_state() -> None:
 def test_arrays_that_are_loaded_come_back_and_are_not_shared() -> None:
     network, arrays = model(), arrays_of(model())
     arrays["0.bias"][:] = [1, 2, 3, 4]
-    arrays["1.num_batches_tracked"] = np.array(7)
+    network[1].num_batches_tracked.fill_(7)  # type: ignore[operator, union-attr]
     for array in arrays.values():
         array.flags.writeable = False  # as bytes from a message are
     load_arrays(network, arrays)
     back = arrays_of(network)
     assert back["0.bias"].tolist() == [1, 2, 3, 4]
-    assert back["1.num_batches_tracked"] == 7
+    assert network[1].num_batches_tracked == 7
 
 
 def test_other_names_or_shapes_are_not_loaded() -> None:
     arrays = arrays_of(model())
     with pytest.raises(RuntimeError, match="size mismatch"):
         load_arrays(model(), {**arrays, "0.bias": np.zeros(5, np.float32)})
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(KeyError, match=r"0\.bias"):
         load_arrays(model(), {k: v for k, v in arrays.items() if k != "0.bias"})
 
 

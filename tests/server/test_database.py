@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from fedge.errors import DigestError, FedgeError, RoundError
+from fedge.errors import DigestError, FedgeError, RoundError, UserError
 from fedge_server.registry.database import Registry
 from fedge_server.rounds.record import RoundRecord
 
@@ -14,7 +14,7 @@ from fedge_server.rounds.record import RoundRecord
 @pytest.fixture
 def registry(tmp_path):
     with Registry.open(tmp_path) as opened:
-        opened.begin_run("r", task="digits", seed=0, config={"task": "digits"})
+        opened.begin_run("r", task="digits", seed=0, config={"task": "digits"}, data="d")
         yield opened
 
 
@@ -46,7 +46,7 @@ def test_bytes_of_old_rounds_go_but_their_records_stay(registry):
 
 
 def test_bytes_that_another_run_or_a_release_names_are_kept(registry):
-    registry.begin_run("other", task="digits", seed=0, config={})
+    registry.begin_run("other", task="digits", seed=0, config={}, data="d")
     shared = commit(registry, 0)
     commit(registry, 0, run="other")
     released = commit(registry, 1)
@@ -78,5 +78,13 @@ def test_a_database_of_another_schema_is_refused(tmp_path):
 
 def test_a_run_can_be_begun_again(registry):
     registry.end_run("r", "failed", "power cut")
-    registry.begin_run("r", task="digits", seed=0, config={})
+    registry.begin_run("r", task="digits", seed=0, config={"task": "digits"}, data="d")
     assert [(run["id"], run["status"], run["reason"]) for run in registry.runs()] == [("r", "running", "")]
+
+
+@pytest.mark.parametrize("changed", [{"config": {"task": "images"}}, {"data": "other"}])
+def test_a_run_does_not_go_on_with_other_settings_or_data(registry, changed):
+    with pytest.raises(UserError, match="has changed since it began"):
+        registry.begin_run(
+            "r", **{"task": "digits", "seed": 0, "config": {"task": "digits"}, "data": "d", **changed}
+        )

@@ -12,7 +12,7 @@ from fedge.learning.messages import to_record
 from fedge_server.rounds.closing import collect
 from fedge_server.rounds.record import Rejected, RoundRecord
 from fedge_server.rounds.stopping import reached_target_at, why_stop
-from fedge_server.rounds.validation import fault
+from fedge_server.rounds.validation import evaluation_fault, fault
 
 LIKE = {"w": np.zeros((2, 3), np.float32), "b": np.zeros(3, np.float32)}
 
@@ -115,11 +115,82 @@ def test_order_of_arrival_changes_neither_updates_nor_their_digest():
     one, two = update(1, examples=3), update(2, examples=4)
     forth, back = collected([one, two], {1, 2}), collected([two, one], {1, 2})
     assert [m.metadata.src_node_id for m in back.valid] == [1, 2]
-    assert forth.digest() == back.digest()
+    assert forth.updates == back.updates
 
 
 def test_the_digest_of_updates_does_not_depend_on_who_sent_them():
-    assert collected([update(1)], {1}).digest() == collected([update(5)], {5}).digest()
+    assert collected([update(1)], {1}).updates == collected([update(5)], {5}).updates
+
+
+def test_a_round_does_not_close_before_it_would_count():
+    found = collect(
+        iter([update(1), update(2), update(3)]), like=LIKE, asked={1, 2, 3, 4}, quorum=0.25, at_least=2
+    )
+    assert len(found.valid) == 2
+
+
+def test_metrics_beyond_those_expected_are_refused():
+    message = update()
+    message.content.metric_records["metrics"]["bonus"] = 1.0
+    assert "metrics ['bonus', 'num-examples', 'train_loss']" in fault(message, LIKE)
+    assert fault(message, LIKE, frozenset({"bonus"})) is None
+
+
+@pytest.mark.parametrize("loss", [-1.0, 1e308])
+def test_a_loss_that_a_strategy_could_choke_on_is_refused(loss):
+    assert "train_loss is" in fault(update(loss=loss), LIKE)
+
+
+def test_what_a_client_says_is_cut_and_printable_in_the_record():
+    message = update()
+    message.content["metrics"] = MetricRecord({"num-examples": [1.0] * 10_000, "train_loss": 0.5})
+    assert len(fault(message, LIKE)) <= 300
+    hostile = Message(Error(2, "\x1b[2Jgone\x07"), reply_to=update())
+    assert fault(hostile, LIKE) == "client error: ?[2Jgone?"
+
+
+def test_a_header_that_claims_gigabytes_allocates_nothing():
+    import tracemalloc
+
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (536870912,), }".ljust(117) + b"\n"
+    claim = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    message = update()
+    message.content["arrays"] = ArrayRecord(
+        {"w": Array("float32", (2, 3), "numpy.ndarray", claim), "b": Array(LIKE["b"])}
+    )
+    tracemalloc.start()
+    found = fault(message, LIKE)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "its bytes declare" in found
+    assert peak < 1_000_000
+
+
+def test_a_dtype_that_does_not_exist_is_a_rejection_not_a_crash():
+    message = update()
+    message.content["arrays"] = ArrayRecord(
+        {"w": Array("nonsense", (2, 3), "numpy.ndarray", b""), "b": Array(LIKE["b"])}
+    )
+    assert "cannot be read (TypeError" in fault(message, LIKE)
+
+
+def test_an_outage_does_not_use_up_patience():
+    out = [RoundRecord(i, {"accuracy": 0.5}, counted=False) for i in (2, 3, 4)]
+    records = [*rounds_with(0.1, 0.5), *out]
+    assert why_stop(records, Rounds(count=99, patience=2)) is None
+
+
+def evaluation(**metrics) -> Message:
+    values = {"num-examples": 3, "loss": 0.5, "accuracy": 0.5, **metrics}
+    return Message(
+        RecordDict({"metrics": MetricRecord(values)}), reply_to=Message(RecordDict(), 1, "evaluate")
+    )
+
+
+def test_evaluations_are_held_to_the_same_rules():
+    assert evaluation_fault(evaluation()) is None
+    for bad in ({"num-examples": 0}, {"loss": float("nan")}, {"extra": 1.0}):
+        assert evaluation_fault(evaluation(**bad)) is not None
 
 
 def rounds_with(*accuracies: float) -> list[RoundRecord]:

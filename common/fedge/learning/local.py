@@ -122,7 +122,7 @@ def train(
 def _seeded(model: nn.Module, seed: int) -> Iterator[torch.Generator]:
     """Training mode with all randomness from one seed: ours by the generator, dropout's by torch's own."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed ^ 0x5DEECE66D)  # another stream than the generator's
         model.train()
         yield torch.Generator().manual_seed(seed)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
@@ -27,6 +28,7 @@ from fedge.statistics import Moments
 
 ARRAYS, CONFIG, METRICS, MOMENTS = "arrays", "config", "metrics", "moments"
 EXAMPLES, TRAIN_LOSS = "num-examples", "train_loss"  # Flower's own default names
+MAX_EXAMPLES = 10**9  # of one client: keeps sums exact; it is no defence against a client that lies
 QUERY_MOMENTS = "query.moments"
 
 Update = Literal["weights", "gradient"]
@@ -156,27 +158,36 @@ def moments_reply(message: Message, moments: Moments, examples: int) -> Message:
     return Message(content=content, reply_to=message)
 
 
-def moments_of(reply: Message) -> Moments:
+def moments_of(reply: Message, spec: Spec) -> Moments:
     """Read a client's answer to query.moments.
 
     Raises:
-        FormatError: an array is absent, not float64 of one width, or holds what no data can give.
+        FormatError: an array is absent, not float64 of the spec's width, or holds what no data can give.
     """
     try:
         arrays = from_record(reply.content.array_records[MOMENTS])
-        parts = [arrays[name] for name in ("count", "total", "squares")]
+        count, total, squares = (arrays[name] for name in ("count", "total", "squares"))
+        examples = reply.content.metric_records[METRICS][EXAMPLES]
     except (KeyError, ValueError) as error:
         raise FormatError(f"moments: malformed ({type(error).__name__}: {error})") from error
-    if any(part.dtype != np.float64 or part.ndim != 1 or part.shape != parts[0].shape for part in parts):
-        raise FormatError("moments: must be three float64 vectors of one width")
-    found = Moments(*(part.astype(np.float64) for part in parts))
-    if (
-        not all(np.isfinite(part).all() for part in parts)
-        or (found.count < 0).any()
-        or (found.squares < 0).any()
-    ):
-        raise FormatError("moments: hold values that no data can give (not finite, or negative counts)")
+    if any(part.dtype != np.float64 or part.shape != (spec.channels,) for part in (count, total, squares)):
+        raise FormatError(f"moments: must be three float64 vectors of width {spec.channels}")
+    if not isinstance(examples, int) or not 1 <= examples <= MAX_EXAMPLES:
+        raise FormatError(f"moments: {EXAMPLES} is {examples!r}; it must be from 1 to {MAX_EXAMPLES}")
+    found = Moments(*(part.astype(np.float64) for part in (count, total, squares)))
+    if not _possible(found, examples, spec):
+        raise FormatError(f"moments: hold values that no data can give ({examples} examples)")
     return found
+
+
+def _possible(moments: Moments, examples: int, spec: Spec) -> bool:
+    """Whether some data has these moments: (sum x)^2 <= n * sum x^2 (Cauchy and Schwarz), and bounds."""
+    count, total, squares = moments.count, moments.total, moments.squares
+    largest = 255.0 if spec.dtype == "uint8" else float(np.finfo(np.float32).max)
+    values = examples * prod(spec.shape) // spec.channels  # of one channel or column
+    with np.errstate(over="ignore", invalid="ignore"):  # an overflow or NaN fails the comparison
+        within = (count >= 0) & (count <= values) & (squares >= 0) & (squares <= count * largest**2)
+        return bool((within & (np.square(total) <= count * squares * (1 + 1e-9))).all())
 
 
 def train_reply(message: Message, arrays: NamedArrays, *, examples: int, loss: float) -> Message:

@@ -14,13 +14,26 @@ NamedArrays = dict[str, npt.NDArray[np.generic]]
 
 
 def arrays_of(model: nn.Module) -> NamedArrays:
-    """Copies of parameters and buffers, in the order of state_dict."""
-    return {name: value.detach().numpy().copy() for name, value in model.state_dict().items()}
+    """Copies of all parameters and floating-point buffers, in the order of state_dict.
+
+    Whole-number buffers (batch norm's step counter) stay where they are: an average of counters means
+    nothing, and several strategies cannot aggregate integers.
+    """
+    state = model.state_dict().items()
+    return {name: value.detach().numpy().copy() for name, value in state if value.is_floating_point()}
 
 
 def load_arrays(model: nn.Module, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
-    """Put arrays into the model; names and shapes must be the model's own (torch checks them)."""
-    model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in arrays.items()})
+    """Put arrays into the model; names and shapes must be those of `arrays_of` (torch checks shapes).
+
+    Raises:
+        KeyError: a name is missing or unknown.
+    """
+    state = model.state_dict()
+    expected = {name for name, value in state.items() if value.is_floating_point()}
+    if expected != set(arrays):
+        raise KeyError(f"names differ from the model's: {', '.join(sorted(expected ^ set(arrays))[:3])}")
+    model.load_state_dict(state | {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()})
 
 
 def cast_like(

@@ -15,7 +15,7 @@ from typing import Any, Self
 import sqlalchemy as sa
 
 from fedge import tensors
-from fedge.errors import FedgeError, RoundError
+from fedge.errors import FedgeError, RoundError, UserError
 from fedge.files import sha256
 from fedge.learning.state import NamedArrays
 from fedge_server.registry.store import ContentStore
@@ -33,6 +33,7 @@ _runs = sa.Table(
     sa.Column("task", sa.String(255), nullable=False),
     sa.Column("seed", sa.BigInteger, nullable=False),
     sa.Column("config", sa.JSON, nullable=False),
+    sa.Column("data", sa.String(64), nullable=False),  # digest of the server's data
     sa.Column("status", sa.String(16), nullable=False),  # running, done, failed
     sa.Column("reason", sa.Text, nullable=False, default=""),
     sa.Column("created", sa.String(32), nullable=False),
@@ -120,24 +121,31 @@ class Registry:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def begin_run(self, run_id: str, *, task: str, seed: int, config: Mapping[str, Any]) -> None:
-        """Write a run down, or set it to running again when it is there."""
+    def begin_run(self, run_id: str, *, task: str, seed: int, config: Mapping[str, Any], data: str) -> None:
+        """Write a run down, or set it to running again when it is there.
+
+        Args:
+            run_id: its name.
+            task: name of the task.
+            seed: of the run.
+            config: the whole configuration.
+            data: digest of the server's data, by purpose.
+
+        Raises:
+            UserError: it is there with another configuration or other data; going on would mix the two.
+        """
         with self._engine.begin() as connection:
-            changed = connection.execute(
-                _runs.update().where(_runs.c.id == run_id).values(status="running", reason="")
-            )
-            if changed.rowcount == 0:
+            known = connection.execute(sa.select(_runs).where(_runs.c.id == run_id)).mappings().first()
+            if known is None:
+                values = {"task": task, "seed": seed, "config": dict(config), "data": data}
                 connection.execute(
-                    _runs.insert().values(
-                        id=run_id,
-                        task=task,
-                        seed=seed,
-                        config=dict(config),
-                        status="running",
-                        reason="",
-                        created=_now(),
-                    )
+                    _runs.insert().values(id=run_id, status="running", reason="", created=_now(), **values)
                 )
+                return
+            for name, value in (("configuration", dict(config)), ("data", data)):
+                if known["config" if name == "configuration" else name] != value:
+                    raise UserError(f"run {run_id}: its {name} has changed since it began; begin a new run")
+            connection.execute(_runs.update().where(_runs.c.id == run_id).values(status="running", reason=""))
 
     def end_run(self, run_id: str, status: str, reason: str) -> None:
         """Set a run to done or failed."""
@@ -174,24 +182,23 @@ class Registry:
                 )
         except sa.exc.IntegrityError as error:
             raise RoundError(f"run {run_id}: round {record.round} is committed already") from error
-        self._drop_older_than(run_id, record.round - KEPT_ROUNDS + 1)
+        self._drop(run_id, record.round - KEPT_ROUNDS)
         return model_sha
 
-    def _drop_older_than(self, run_id: str, number: int) -> None:
-        """Remove the bytes of a run's older rounds that nothing else names."""
+    def _drop(self, run_id: str, number: int) -> None:
+        """Remove the bytes of the round that has become too old, unless something newer names them."""
+        rounds, old = _rounds.c, (_rounds.c.run_id == run_id) & (_rounds.c.number <= number)
         with self._engine.connect() as connection:
-            rows = connection.execute(
-                sa.select(_rounds.c.run_id, _rounds.c.number, _rounds.c.model, _rounds.c.state)
+            query = sa.select(rounds.model, rounds.state).where(
+                rounds.run_id == run_id, rounds.number == number
             )
-            old: set[str] = set()
-            needed: set[str] = set()
-            for row in rows:
-                (old if row.run_id == run_id and row.number < number else needed).update(
-                    (row.model, row.state)
-                )
-            needed |= set(connection.scalars(sa.select(_releases.c.global_model)))
-        for name in old - needed:
-            self.store.remove(name)
+            for name in {name for row in connection.execute(query) for name in row}:
+                named = sa.or_(rounds.model == name, rounds.state == name) & ~old
+                released = _releases.c.global_model == name
+                if not connection.scalar(sa.select(sa.exists().where(named))) and not connection.scalar(
+                    sa.select(sa.exists().where(released))
+                ):
+                    self.store.remove(name)
 
     def records(self, run_id: str) -> list[RoundRecord]:
         """The records of a run's committed rounds, in order, round 0 included."""

@@ -26,6 +26,7 @@ Draft = Callable[[int], Release]
 """Make the release of a given version; it is called once the version is known."""
 
 NEWEST: Final = "release.json"
+USED: Final = "versions-used"  # the highest version taken; versions are never used twice
 PRIVATE_KEY, PUBLIC_KEY = "signing.key", "signing.pub"  # PEM files in the folder of the signing key
 MAX_REPORT_BYTES: Final = 16 * 1024**2  # of one gate report
 
@@ -57,6 +58,7 @@ def publish(folder: Path, draft: Draft, objects: Iterable[bytes], private_pem: b
             for entry in release.variants:
                 _check_variant(folder, entry, offered)
             envelope = signing.sign(release.to_bytes(), private_pem)
+            write_atomically(folder / USED, str(release.version).encode())  # before its envelope: never again
             _remove_leftovers(folder, committed)
             _write(folder, release.version, offered, envelope)
     except OSError as error:
@@ -123,7 +125,18 @@ def _versions(folder: Path) -> tuple[int, int]:
     """The newest published version (0: none), and the highest that was ever used up."""
     newest = folder / NEWEST
     committed = _read(newest, ()).version if newest.exists() else 0
-    return committed, max([committed, *_numbered(folder)])
+    return committed, max([committed, _used(folder), *_numbered(folder)])
+
+
+def _used(folder: Path) -> int:
+    """The highest version that any publication took, finished or not."""
+    path = folder / USED
+    text = read_bounded(path, 32).decode("ascii", "replace") if path.exists() else "0"
+    if not text.isdecimal():
+        raise FormatError(
+            f"{path}: holds {text!r}, not a version; write the highest version ever published there"
+        )
+    return int(text)
 
 
 def _numbered(folder: Path) -> list[int]:

@@ -21,14 +21,18 @@ class Collected:
     valid: list[Message]  # updates to aggregate, in the order of their clients
     rejected: tuple[Rejected, ...]
     bytes_up: int  # arrays received, rejected ones too
-
-    def digest(self) -> str:
-        """SHA-256 of the anonymous set of updates: their own digests, sorted, without any client's name."""
-        each = sorted(_digest(message) for message in self.valid)
-        return hashlib.sha256("".join(each).encode()).hexdigest()
+    updates: str  # SHA-256 of the anonymous set of valid updates
 
 
-def collect(replies: Iterable[Message], *, like: Arrays, asked: set[int], quorum: float) -> Collected:
+def collect(
+    replies: Iterable[Message],
+    *,
+    like: Arrays,
+    asked: set[int],
+    quorum: float,
+    at_least: int = 1,
+    further_metrics: frozenset[str] = frozenset(),
+) -> Collected:
     """Take replies until a share `quorum` of those asked has sent a valid update, or there are no more.
 
     The Grid ends its iteration at the deadline. Once the quorum is there, nobody is waited for; a client
@@ -39,8 +43,10 @@ def collect(replies: Iterable[Message], *, like: Arrays, asked: set[int], quorum
         like: the global state, against which each update is held.
         asked: node ids that were asked.
         quorum: above 0, at most 1.
+        at_least: never close earlier than with so many (the round would not count).
+        further_metrics: what a client mod adds to an update's metrics.
     """
-    needed = math.ceil(quorum * len(asked) - 1e-9)
+    needed = max(math.ceil(quorum * len(asked) - 1e-9), at_least)
     valid: dict[int, Message] = {}
     rejected: list[Rejected] = []
     received = 0
@@ -51,14 +57,21 @@ def collect(replies: Iterable[Message], *, like: Arrays, asked: set[int], quorum
             rejected.append(Rejected(client, "was not asked"))
         elif client in valid:
             rejected.append(Rejected(client, "answered twice; the first answer counts"))
-        elif (reason := fault(reply, like)) is not None:
+        elif (reason := fault(reply, like, further_metrics)) is not None:
             rejected.append(Rejected(client, reason))
         else:
             valid[client] = reply
             if len(valid) >= needed:
                 break
     # Sums are not associative in floating point: a fixed order makes the result independent of arrival.
-    return Collected([valid[client] for client in sorted(valid)], tuple(rejected), received)
+    updates = [valid[client] for client in sorted(valid)]
+    # Now, before any strategy: some of Flower's empty or change the messages that they aggregate.
+    return Collected(updates, tuple(rejected), received, _set_digest(updates))
+
+
+def _set_digest(updates: list[Message]) -> str:
+    """The updates' own digests, sorted, hashed: no client's name and no order goes into it."""
+    return hashlib.sha256("".join(sorted(map(_digest, updates))).encode()).hexdigest()
 
 
 def payload_bytes(message: Message) -> int:

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import nn
 
 from fedge.config import Config
+from fedge.dataset import Examples
 from fedge.errors import FedgeError, FormatError, RoundError
 from fedge.learning import local, messages
 from fedge.learning.messages import Instructions
@@ -34,7 +36,8 @@ from fedge_server.data import ServerData
 from fedge_server.registry.database import Registry
 from fedge_server.rounds.closing import Collected, collect, payload_bytes
 from fedge_server.rounds.record import Metric, RoundRecord
-from fedge_server.rounds.stopping import why_stop
+from fedge_server.rounds.stopping import check_target, why_stop
+from fedge_server.rounds.validation import evaluation_fault
 from fedge_server.strategies.state import capture, restore
 
 Observer = Callable[[RoundRecord], None]
@@ -68,11 +71,21 @@ def learn(
         ConfigError: the strategy, model or pre-processing is not as configured.
         RoundError: no client answered, or several rounds in a row had too few valid updates.
     """
-    run = _Run.prepare(grid, config, task, data, registry, run_id)
-    for record in run.records[1:]:
-        observe(record)
-    while (reason := why_stop(run.records, config.rounds)) is None:
-        observe(run.next_round())
+    check_target(config.rounds, config.evaluate.metrics, data.spec.classes)
+    registry.begin_run(
+        run_id, task=config.task, seed=config.seed, config=config.to_mapping(), data=data.digest()
+    )
+    try:
+        run = _Run.prepare(grid, config, task, data, registry, run_id)
+        for record in run.records[1:]:
+            observe(record)
+        while (reason := why_stop(run.records, config.rounds)) is None:
+            observe(run.next_round())
+        if not any(record.counted for record in run.records[1:]):
+            raise RoundError(f"no round counted: {run.why_not_counted()}")
+    except FedgeError as error:
+        registry.end_run(run_id, "failed", str(error))
+        raise
     run.load_global()
     registry.end_run(run_id, "done", reason)
     return Learned(run.model, run.model_sha256, tuple(run.records[1:]), reason)
@@ -99,7 +112,6 @@ class _Run:
         cls, grid: Grid, config: Config, task: Task, data: ServerData, registry: Registry, run_id: str
     ) -> _Run:
         """Go on from the last committed round, or ask for moments and commit the initial model as round 0."""
-        registry.begin_run(run_id, task=config.task, seed=config.seed, config=config.to_mapping())
         network = _initialise(task, config, data)
         names = tuple(name for name, _ in network.named_parameters())
         chosen = strategies.build(config, clients=len(list(grid.get_node_ids())), parameter_names=names)
@@ -119,7 +131,7 @@ class _Run:
             arrays = arrays_of(network)
         else:
             moments = kept_moments(last.model)
-            arrays = {name: last.model[name] for name in network.state_dict()}  # in the model's own order
+            arrays = {name: last.model[name] for name in arrays_of(network)}  # in the model's own order
             restore(chosen.strategy, last.state)
         model = WholeModel(task.preprocess(data.spec, moments, config.model.filter), network)
         run = cls(
@@ -141,12 +153,17 @@ class _Run:
             like=self.arrays,
             asked={message.metadata.dst_node_id for message in asked},
             quorum=self.config.rounds.quorum,
+            at_least=self.config.rounds.min_updates,
+            further_metrics=self.chosen.further_metrics,
         )
-        counted = len(collected.valid) >= self.config.rounds.min_updates
-        metrics = self.aggregate(number, collected) if counted else None
+        enough = len(collected.valid) >= self.config.rounds.min_updates
+        metrics = self.aggregate(number, collected) if enough else None
+        counted = metrics is not None
+        scores = self.evaluate_centrally()
+        on_clients = self.evaluate_on_clients(number) if self.config.evaluate.federated else {}
         record = RoundRecord(
             round=number,
-            metrics=self.evaluate_centrally(),
+            metrics=scores,
             clients=len(collected.valid) if counted else 0,
             asked=len(asked),
             rejected=collected.rejected,
@@ -154,9 +171,9 @@ class _Run:
             seconds=time.perf_counter() - started,
             bytes_up=collected.bytes_up,
             bytes_down=sum(payload_bytes(message) for message in asked),
-            updates=collected.digest() if counted else "",
+            updates=collected.updates if counted else "",
             counted=counted,
-            client_metrics=self.evaluate_on_clients(number) if self.config.evaluate.federated else {},
+            client_metrics=on_clients,
         )
         self.commit(record)
         self.give_up_when_hopeless()
@@ -171,10 +188,18 @@ class _Run:
         return make(number, messages.to_record(self.arrays), record, self.grid)
 
     def aggregate(self, number: int, collected: Collected) -> MetricRecord | None:
-        """Let the strategy turn the updates into the next global state."""
+        """Let the strategy turn the updates into the next global state; None: it declined, or spoilt it.
+
+        The state stays as it was unless the new one is finite and answers in finite numbers: one client's
+        absurd but well-formed update must not end the run.
+        """
         _reseed(self.config.seed, number, "aggregate")
+        before = self.arrays
         try:
             found, metrics = self.chosen.strategy.aggregate_train(number, collected.valid)
+            if found is None:
+                return None
+            self.arrays = cast_like(messages.from_record(found), before)
         except FedgeError:
             raise
         except Exception as error:  # a strategy may be anyone's code
@@ -182,15 +207,17 @@ class _Run:
                 f"round {number}: strategy {self.config.strategy.name!r} could not aggregate "
                 f"{len(collected.valid)} updates ({type(error).__name__}: {error})"
             ) from error
-        if found is None:
-            raise RoundError(f"round {number}: strategy {self.config.strategy.name!r} gave no global model")
-        self.arrays = cast_like(messages.from_record(found), self.arrays)
-        if not all(np.isfinite(value).all() for value in self.arrays.values() if value.dtype.kind == "f"):
-            raise RoundError(
-                f"round {number}: the global model is no longer finite; lower the server's or the clients' "
-                "learning rate"
-            )
+        if not self.is_sound():
+            self.arrays = before
+            return None
         return metrics
+
+    def is_sound(self) -> bool:
+        """Whether the global state and what it answers to the test data are finite."""
+        if not all(np.isfinite(value).all() for value in self.arrays.values() if value.dtype.kind == "f"):
+            return False
+        self.load_global()
+        return bool(np.isfinite(probabilities_of(self.model, self.data.test)).all())
 
     def evaluate_centrally(self) -> dict[str, Metric]:
         """Metrics of the global model on the server's test data."""
@@ -200,8 +227,9 @@ class _Run:
     def evaluate_on_clients(self, number: int) -> dict[str, float]:
         """Metrics that clients measure on their own data, as the strategy averages them."""
         asked = list(self.configure(number, MessageType.EVALUATE))
-        replies = list(self.grid.send_and_receive(asked, timeout=self.config.rounds.deadline_s))
-        valid = [reply for reply in replies if not reply.has_error()]
+        replies = self.grid.send_and_receive(asked, timeout=self.config.rounds.deadline_s)
+        by_client = {reply.metadata.src_node_id: reply for reply in replies if not evaluation_fault(reply)}
+        valid = [by_client[client] for client in sorted(by_client)]
         found = self.chosen.strategy.aggregate_evaluate(number, valid) if valid else None
         return {key: value for key, value in (found or {}).items() if isinstance(value, float)}
 
@@ -221,19 +249,36 @@ class _Run:
         tail = self.records[-MAX_FAILED_ROUNDS:]
         if len(tail) < MAX_FAILED_ROUNDS or any(record.counted for record in tail):
             return
-        last = tail[-1]
-        why = last.rejected[0].reason if last.rejected else "no answer before the deadline"
-        reason = f"{MAX_FAILED_ROUNDS} rounds in a row had too few valid updates; the last: {why}"
-        self.registry.end_run(self.run_id, "failed", reason)
-        raise RoundError(f"round {last.round}: {reason}")
+        raise RoundError(
+            f"round {tail[-1].round}: {MAX_FAILED_ROUNDS} rounds in a row did not count; "
+            f"the last: {self.why_not_counted()}"
+        )
+
+    def why_not_counted(self) -> str:
+        """The likeliest reason why the last round did not count."""
+        last = self.records[-1]
+        if last.rejected:
+            return f"{len(last.rejected)} of {last.asked} rejected, such as: {last.rejected[0].reason}"
+        if last.asked and last.bytes_up == 0:
+            return "no answer before the deadline"
+        return (
+            "too few updates, or the strategy made no sound model of them; lower the learning rates, or see "
+            "what the strategy needs (strategy, rounds.min_updates)"
+        )
+
+
+def probabilities_of(model: WholeModel, examples: Examples) -> npt.NDArray[np.float32]:
+    """The model's answers (N, K) to raw examples."""
+    raw = torch.from_numpy(np.ascontiguousarray(examples.x))
+    answers: npt.NDArray[np.float32] = local.logits(model, raw).softmax(1).numpy()
+    return answers
 
 
 def score(model: WholeModel, data: ServerData, config: Config) -> dict[str, Metric]:
     """Metrics of a model on the server's test data."""
-    raw = torch.from_numpy(np.ascontiguousarray(data.test.x))
-    probabilities = local.logits(model, raw).softmax(1).numpy()
+    probabilities = probabilities_of(model, data.test)
     if not np.isfinite(probabilities).all():
-        raise RoundError("the global model answers NaN; lower train.learning_rate")
+        raise RoundError("the initial model answers NaN; check the data's scale and the clients' moments")
     return evaluate(probabilities, data.test.y, config.evaluate.metrics)
 
 
@@ -247,17 +292,18 @@ def federated_moments(grid: Grid, ask: Instructions, config: Config) -> Moments:
     asked = [Message(content, node, messages.QUERY_MOMENTS) for node in grid.get_node_ids()]
     parts, faults = [], []
     replies = grid.send_and_receive(asked, timeout=config.rounds.deadline_s)
+    waiting = {message.metadata.dst_node_id for message in asked}
     for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
+        if reply.metadata.src_node_id not in waiting:
+            continue  # not asked, or answered before
+        waiting.discard(reply.metadata.src_node_id)
         if reply.has_error():
             faults.append(reply.error.reason or "unknown error")
             continue
         try:
-            part = messages.moments_of(reply)
+            parts.append(messages.moments_of(reply, ask.spec))
         except FormatError as error:
             faults.append(str(error))
-            continue
-        if part.count.shape == (ask.spec.channels,):
-            parts.append(part)
     if not parts:
         reason = faults[0].strip().splitlines()[-1] if faults else "nobody answered"
         raise RoundError(f"moments: none of {len(asked)} clients sent any ({reason})")
@@ -291,7 +337,7 @@ def recall(registry: Registry, run_id: str, config: Config, task: Task, spec: Sp
     if last is None or last.record.round == 0:
         raise RoundError(f"run {run_id}: has no committed round yet")
     network = task.model(config.model.name)(spec)
-    load_arrays(network, {name: last.model[name] for name in network.state_dict()})
+    load_arrays(network, {name: last.model[name] for name in arrays_of(network)})
     preprocess = task.preprocess(spec, kept_moments(last.model), config.model.filter)
     records = tuple(registry.records(run_id)[1:])
     return Learned(WholeModel(preprocess, network), last.model_sha256, records, "recalled")

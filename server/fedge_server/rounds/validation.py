@@ -6,42 +6,84 @@ average, an extra key loses the whole round (each was observed).
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Message
+from flwr.app import Message, MetricRecord
 
-from fedge.learning.messages import ARRAYS, EXAMPLES, METRICS, TRAIN_LOSS, from_record
+from fedge.learning.messages import ARRAYS, EXAMPLES, MAX_EXAMPLES, METRICS, TRAIN_LOSS, from_record
 
-MAX_EXAMPLES = 10**9  # of one client; more would let one client outweigh all others
+MAX_LOSS = 1e6  # of one client; QFedAvg raises it to a power
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 
-def fault(reply: Message, like: Arrays) -> str | None:
+def fault(reply: Message, like: Arrays, further: frozenset[str] = frozenset()) -> str | None:
     """Why the update must not be used, or None when it may.
 
     Args:
         reply: a client's answer to a train message.
         like: the global state; names, shapes and dtypes must be the same.
+        further: metrics that a client mod adds.
     """
+    try:
+        found = _fault(reply, like, further)
+    except Exception as error:  # noqa: BLE001 - it rejects the client, not the round
+        found = f"cannot be read ({type(error).__name__}: {error})"
+    return None if found is None else _short(found)
+
+
+def evaluation_fault(reply: Message) -> str | None:
+    """Why a client's evaluation must not be averaged, or None when it may."""
     if reply.has_error():
-        return f"client error: {_short(reply.error.reason)}"
+        return _short(f"client error: {_last_line(reply.error.reason)}")
+    try:
+        metrics = reply.content.metric_records[METRICS]
+        if sorted(reply.content) != [METRICS] or set(metrics) != {EXAMPLES, "loss", "accuracy"}:
+            return "records or metrics are not those of an evaluation"
+        return _examples_fault(metrics) or next(
+            (
+                f"{name} is out of range"
+                for name in ("loss", "accuracy")
+                if not _within(metrics[name], MAX_LOSS)
+            ),
+            None,
+        )
+    except Exception as error:  # noqa: BLE001 - as above
+        return _short(f"cannot be read ({type(error).__name__}: {error})")
+
+
+def _fault(reply: Message, like: Arrays, further: frozenset[str]) -> str | None:
+    if reply.has_error():
+        return f"client error: {_last_line(reply.error.reason)}"
     if sorted(reply.content) != sorted((ARRAYS, METRICS)):
         return f"records {sorted(reply.content)} instead of {[ARRAYS, METRICS]}"
     if len(reply.content.array_records) != 1 or len(reply.content.metric_records) != 1:
         return "records of the wrong kind"
-    return _metrics_fault(reply) or _arrays_fault(reply, like)
+    return _metrics_fault(reply, further) or _arrays_fault(reply, like)
 
 
-def _metrics_fault(reply: Message) -> str | None:
+def _metrics_fault(reply: Message, further: frozenset[str]) -> str | None:
     metrics = reply.content.metric_records[METRICS]
-    examples, loss = metrics.get(EXAMPLES), metrics.get(TRAIN_LOSS)
+    if set(metrics) != {EXAMPLES, TRAIN_LOSS} | further:
+        return f"metrics {sorted(metrics)} instead of {sorted({EXAMPLES, TRAIN_LOSS} | further)}"
+    if (found := _examples_fault(metrics)) is not None:
+        return found
+    if not _within(metrics[TRAIN_LOSS], MAX_LOSS):
+        return f"{TRAIN_LOSS} is {metrics[TRAIN_LOSS]!r}; it must be a number from 0 to {MAX_LOSS:g}"
+    return None
+
+
+def _within(value: object, maximum: float) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= maximum  # NaN is not
+
+
+def _examples_fault(metrics: MetricRecord) -> str | None:
+    examples = metrics.get(EXAMPLES)
     if isinstance(examples, bool) or not isinstance(examples, int) or not 1 <= examples <= MAX_EXAMPLES:
         return f"{EXAMPLES} is {examples!r}; it must be a whole number from 1 to {MAX_EXAMPLES}"
-    if not isinstance(loss, (int, float)) or not np.isfinite(loss):
-        return f"{TRAIN_LOSS} is {loss!r}; it must be a finite number"
     return None
 
 
@@ -57,10 +99,12 @@ def _arrays_fault(reply: Message, like: Arrays) -> str | None:
             return f"array {name!r} is {found} instead of {expected.dtype} {expected.shape}"
         if len(array.data) > expected.nbytes + 1024:  # Flower's .npy header is 128 bytes
             return f"array {name!r} carries {len(array.data)} bytes for {expected.nbytes}"
+        if (declared := _declared(array.data)) != (expected.shape, expected.dtype):
+            return f"array {name!r} cannot be decoded: its bytes declare {declared}"
     try:
         arrays = from_record(record)
     except (ValueError, EOFError, OSError) as error:
-        return f"arrays cannot be decoded ({_short(str(error))})"
+        return f"arrays cannot be decoded ({error})"
     for name, value in arrays.items():
         if value.shape != like[name].shape or value.dtype != like[name].dtype:
             return f"array {name!r} decodes to {value.dtype} {value.shape}"
@@ -69,6 +113,23 @@ def _arrays_fault(reply: Message, like: Arrays) -> str | None:
     return None
 
 
-def _short(text: str | None) -> str:
-    lines = (text or "no reason given").strip().splitlines()
-    return lines[-1][:300] if lines else "no reason given"
+def _declared(data: bytes) -> tuple[tuple[int, ...], np.dtype[np.generic]] | None:
+    """Shape and dtype in the header of .npy bytes, read before `np.load` allocates what they claim."""
+    buffer = io.BytesIO(data)
+    try:
+        if np.lib.format.read_magic(buffer) != (1, 0):
+            return None
+        shape, _, dtype = np.lib.format.read_array_header_1_0(buffer)
+    except Exception:  # noqa: BLE001 - numpy's header reader raises many kinds, tokenize errors among them
+        return None
+    return shape, dtype
+
+
+def _last_line(text: str | None) -> str:
+    lines = (text or "").strip().splitlines()
+    return lines[-1] if lines else "no reason given"
+
+
+def _short(text: str) -> str:
+    """What a client sent goes into records and onto terminals: printable, and a line or two at most."""
+    return "".join(character if character.isprintable() else "?" for character in text[:300])

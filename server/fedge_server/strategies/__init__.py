@@ -1,7 +1,8 @@
 """Aggregation rules by name: Flower's Message-API strategies, taken from Flower as they are, and ours.
 
 FedXgb* are left out: they aggregate trees. The differential-privacy wrappers go around a base strategy
-(`base = "fedavg"`).
+(`base = "fedavg"`); they are for experiments, not for protection: the noise comes from the run's seed, so
+that a run can be repeated and resumed, and whoever knows the seed can take it out again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from fedge.config import Config, StrategyConfig, suggestion
+from fedge.config import Config, StrategyConfig, Train, suggestion
 from fedge.errors import ConfigError
 from fedge.learning.messages import TRAIN_LOSS, Update
 from fedge_server.strategies.fedsgd import FedSgd
@@ -33,6 +34,7 @@ WRAPPERS: Mapping[str, type[Strategy]] = {
     "dp-client-fixed": flower.DifferentialPrivacyClientSideFixedClipping,
     "dp-client-adaptive": flower.DifferentialPrivacyClientSideAdaptiveClipping,
 }
+DP_BASES = ("fedavg", "fedprox")
 NAMES = tuple(sorted([*PLAIN, *WRAPPERS]))
 
 # Set by fedge from the rest of the configuration, so not a user's option.
@@ -51,6 +53,7 @@ class Chosen:
     strategy: Strategy
     update: Update  # what clients send
     client_config: Mapping[str, str]  # further keys of the train messages
+    further_metrics: frozenset[str] = frozenset()  # what a client mod adds to an update's metrics
 
 
 def build(config: Config, *, clients: int, parameter_names: tuple[str, ...]) -> Chosen:
@@ -82,6 +85,7 @@ def _plain(config: Config, chosen: StrategyConfig, parameter_names: tuple[str, .
         "min_available_nodes": 1,
     }
     if chosen.name == "fedsgd":
+        _refuse_what_fedsgd_ignores(config.train)
         ours["parameter_names"] = parameter_names
     if chosen.name == "qfedavg":
         ours |= {"train_loss_key": TRAIN_LOSS}
@@ -91,18 +95,33 @@ def _plain(config: Config, chosen: StrategyConfig, parameter_names: tuple[str, .
     return _construct(found, chosen, ours), "gradient" if chosen.name == "fedsgd" else "weights"
 
 
+def _refuse_what_fedsgd_ignores(train: Train) -> None:
+    default = Train()
+    for key in ("epochs", "learning_rate", "optimizer", "momentum"):
+        if (value := getattr(train, key)) != getattr(default, key):
+            raise ConfigError(
+                f"train.{key} = {value!r}: has no effect with strategy 'fedsgd', whose server steps; set "
+                "strategy.optimizer, strategy.learning_rate and strategy.momentum"
+            )
+
+
 def _wrapped(config: Config, clients: int, parameter_names: tuple[str, ...]) -> Chosen:
     options = dict(config.strategy.options)
     base_name = str(options.pop("base", "fedavg"))
-    if base_name not in PLAIN or base_name == "fedsgd":
-        valid = [name for name in PLAIN if name != "fedsgd"]
-        raise ConfigError(f"strategy.base = {base_name!r}: {suggestion(base_name, valid)}")
+    if base_name not in DP_BASES:
+        hint = suggestion(base_name, DP_BASES)
+        raise ConfigError(f"strategy.base = {base_name!r}: the noise fits a mean of updates only; {hint}")
+    if config.rounds.quorum < 1 or config.rounds.deadline_s is not None:
+        raise ConfigError(
+            f"strategy {config.strategy.name!r}: its noise is for all clients of a round; with "
+            "rounds.quorum or rounds.deadline_s a round could close with fewer and too little noise"
+        )
     base, update = _plain(config, StrategyConfig(name=base_name), parameter_names)
     ours = {"strategy": base, "num_sampled_clients": max(int(clients * config.rounds.fraction), 1)}
     outer = StrategyConfig(name=config.strategy.name, options=options)
     made = _construct(WRAPPERS[outer.name], outer, ours)
     told = {"clipping": "adaptive"} if outer.name == "dp-client-adaptive" else {}
-    return Chosen(made, update, told)
+    return Chosen(made, update, told, frozenset({"norm_bit"} if told else ()))
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:

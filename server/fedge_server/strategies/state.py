@@ -55,7 +55,7 @@ def _describe(strategy: Strategy, prefix: str, arrays: dict[str, Any]) -> dict[s
             values = value.values() if isinstance(value, (ArrayRecord, dict)) else value
             shape[key] = {"kind": _kind(value), "names": names}
             arrays |= {
-                f"{path}/{i}": item.numpy() if isinstance(item, Array) else item
+                f"{path}/{i}": item.numpy() if isinstance(item, Array) else np.asarray(item)
                 for i, item in enumerate(values)
             }
         elif isinstance(value, (np.ndarray, np.generic)):
@@ -83,7 +83,7 @@ def _all_arrays(value: Any) -> bool:
     items = value.values() if isinstance(value, (ArrayRecord, dict)) else value
     # An empty record is one that a strategy of Flower has used up (QFedAvg does).
     some = len(value) > 0 or isinstance(value, ArrayRecord)
-    return some and all(isinstance(item, (np.ndarray, Array)) for item in items)
+    return some and all(isinstance(item, (np.ndarray, np.generic, Array)) for item in items)
 
 
 def _kind(value: Any) -> str:
