@@ -125,7 +125,7 @@ class Rounds:
 class Train:
     """`[train]`: what a client does with its own data in one round."""
 
-    epochs: Count = 1  # passes over the client's data (fedsgd makes exactly one)
+    epochs: Count = 1  # passes over the client's data (fedsgd makes exactly one and takes no other value)
     batch_size: Count = 32
     learning_rate: Positive = 0.05
     optimizer: OptimizerName = "sgd"
@@ -152,7 +152,7 @@ class Evaluate:
     holdout_fraction: Share = 0.2  # of all data, stratified, where the file has no split of its own
     gate_fraction: Fraction = 0.5  # of the hold-out: for the release gate and nothing else
     proxy_fraction: Share = 0.1  # of the training data: the server's own, to distil and calibrate with
-    federated: bool = False  # also let the clients of each round evaluate the global model
+    federated: bool = False  # also let all clients evaluate the global model, on the data they train with
     leave_one_client_out: bool = False  # also train without each client and test on it
 
 
