@@ -29,6 +29,8 @@ SLOW = {
     "README.md",
     "docs/compression.md",
     "docs/data.md",
+    "docs/learning.md",
+    "docs/simulation.md",
     "docs/tasks.md",
 }  # whose blocks import torch, or train
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]

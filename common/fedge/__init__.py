@@ -6,6 +6,7 @@ and no flwr; `fedge.learning` does.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from fedge.spec import Spec
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from fedge.config import Config
     from fedge.dataset import Dataset, Examples
     from fedge.task import Source, Task
+
+# OpenMP reads this when torch is loaded, so it must be set before any module of ours loads it. Threads that
+# spin while they wait slow each other down as soon as the machine has other work: steps of McMahan's CNN were
+# 5 to 7 times slower with spinning beside a busy process on two cores (benchmarks/threads.py). Whoever sets
+# the variable himself is obeyed.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 __all__ = ["Config", "Dataset", "Examples", "Source", "Spec", "Task", "__version__"]

@@ -108,3 +108,12 @@ def test_it_learns_digits(name, small, learn, tmp_path):
     config = small(strategy={"name": name, **options}, rounds={"count": 16}, train={"epochs": 1})
     records = learn(config, tmp_path).records
     assert records[-1].metrics["accuracy"] > (0.6 if name == "qfedavg" else 0.8)  # it takes careful steps
+
+
+def test_a_strategy_without_metrics_still_counts(small, learn, tmp_path, monkeypatch):
+    from flwr.serverapp.strategy import FedAvg
+
+    plain = FedAvg.aggregate_train
+    monkeypatch.setattr(FedAvg, "aggregate_train", lambda *arguments: (plain(*arguments)[0], None))
+    records = learn(small(rounds={"count": 2}), tmp_path).records
+    assert [(record.counted, record.clients) for record in records] == [(True, 5), (True, 5)]

@@ -1,7 +1,8 @@
 """How many threads a training step gets: all for large models, one for small ones.
 
 A step of a small model is shorter than waking a second thread, and waiting threads spin: on a machine that
-has other work, a round of digits took 20 times longer with two threads than with one (measured).
+has other work, steps of the digits network were 14 to 18 times slower with two spinning threads than with
+one, and 2 to 3 times with two that sleep (benchmarks/threads.py).
 """
 
 from __future__ import annotations

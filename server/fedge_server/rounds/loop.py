@@ -157,8 +157,7 @@ class _Run:
             further_metrics=self.chosen.further_metrics,
         )
         enough = len(collected.valid) >= self.config.rounds.min_updates
-        metrics = self.aggregate(number, collected) if enough else None
-        counted = metrics is not None
+        metrics, counted = self.aggregate(number, collected) if enough else (None, False)
         scores = self.evaluate_centrally()
         on_clients = self.evaluate_on_clients(number) if self.config.evaluate.federated else {}
         record = RoundRecord(
@@ -187,8 +186,8 @@ class _Run:
         record = ConfigRecord({**self.instructions.to_config(), **self.chosen.client_config})
         return make(number, messages.to_record(self.arrays), record, self.grid)
 
-    def aggregate(self, number: int, collected: Collected) -> MetricRecord | None:
-        """Let the strategy turn the updates into the next global state; None: it declined, or spoilt it.
+    def aggregate(self, number: int, collected: Collected) -> tuple[MetricRecord | None, bool]:
+        """Let the strategy turn the updates into the next global state; False: it declined, or spoilt it.
 
         The state stays as it was unless the new one is finite and answers in finite numbers: one client's
         absurd but well-formed update must not end the run.
@@ -198,7 +197,7 @@ class _Run:
         try:
             found, metrics = self.chosen.strategy.aggregate_train(number, collected.valid)
             if found is None:
-                return None
+                return None, False
             self.arrays = cast_like(messages.from_record(found), before)
         except FedgeError:
             raise
@@ -209,8 +208,8 @@ class _Run:
             ) from error
         if not self.is_sound():
             self.arrays = before
-            return None
-        return metrics
+            return None, False
+        return metrics, True
 
     def is_sound(self) -> bool:
         """Whether the global state and what it answers to the test data are finite."""
