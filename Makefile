@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test check format proto clean
 
 help:
 	@echo "make install   make .venv with everything"
 	@echo "make demo      the whole loop on scikit-learn's digits, into demo-out/"
 	@echo "make check     format, lint, types and fast tests"
 	@echo "make test      all tests"
+	@echo "make proto     generate fedge.wire.v1 from its .proto files"
 
 install: $(STAMP)
 
@@ -37,6 +38,11 @@ test: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Generated code is committed; a test holds it to the .proto files.
+proto: install
+	$(BIN)/python -m grpc_tools.protoc -I common --python_out=common --pyi_out=common --grpc_python_out=common \
+		common/fedge/wire/v1/*.proto
 
 clean:
 	rm -rf $(VENV) demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
