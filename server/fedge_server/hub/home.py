@@ -1,0 +1,93 @@
+"""The folder of a server: what lies where, and what only the server's user may read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedge.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Paths under one home folder; nothing is created by naming it."""
+
+    root: Path
+
+    @classmethod
+    def chosen(cls, given: Path | None) -> Home:
+        """The home of a command line: `--home`, else FEDGE_HOME.
+
+        Raises:
+            UserError: neither is given.
+        """
+        folder = given or os.environ.get("FEDGE_HOME")
+        if not folder:
+            raise UserError("which home folder? give --home DIR or set FEDGE_HOME")
+        return cls(Path(folder).absolute())
+
+    @property
+    def settings(self) -> Path:
+        """`server.toml`."""
+        return self.root / "server.toml"
+
+    @property
+    def database(self) -> Path:
+        """The SQLite database, unless the settings name another by URL."""
+        return self.root / "fedge.db"
+
+    @property
+    def socket(self) -> Path:
+        """The unix socket on which the hub serves workers and the command line."""
+        return self.root / "hub.sock"
+
+    @property
+    def lock(self) -> Path:
+        """Held with flock while a hub is up."""
+        return self.root / "hub.lock"
+
+    @property
+    def ports(self) -> Path:
+        """`{"link": PORT, "enrolment": PORT}` while a hub is up."""
+        return self.root / "ports.json"
+
+    @property
+    def ca(self) -> Path:
+        """Keys and certificates of the certificate authority."""
+        return self.root / "ca"
+
+    @property
+    def tls(self) -> Path:
+        """The server's own key and certificate."""
+        return self.root / "tls"
+
+    @property
+    def store(self) -> Path:
+        """The content store: models and strategy states of rounds."""
+        return self.root / "store"
+
+    def objects(self, run_id: str) -> Path:
+        """Tensors of a run going down to devices, by SHA-256; written by the run's worker."""
+        return self.root / "objects" / run_id
+
+    def spool(self, run_id: str) -> Path:
+        """Tensors of a run that came up from devices; written by the hub."""
+        return self.root / "spool" / run_id
+
+    @property
+    def runs(self) -> Path:
+        """One folder for each run."""
+        return self.root / "runs"
+
+    def run(self, run_id: str) -> Path:
+        """Log, results and lock of one run."""
+        return self.runs / run_id
+
+    def run_log(self, run_id: str) -> Path:
+        """What the run's worker has printed."""
+        return self.run(run_id) / "log"
+
+    def worker_lock(self, run_id: str) -> Path:
+        """Held with flock by the run's worker."""
+        return self.run(run_id) / "worker.lock"

@@ -1,0 +1,146 @@
+"""`server.toml`: where the hub listens, under which names, and its limits; checked in full at load."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fedge.config import suggestion
+from fedge.errors import ConfigError
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Port = Annotated[int, Field(ge=0, le=65535, strict=True)]
+Seconds = Annotated[float, Field(gt=0, le=10 * 365 * 86400, strict=True)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,253}$")]
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Listen:
+    """`[listen]`: where the hub listens for devices."""
+
+    host: Name = "0.0.0.0"  # noqa: S104 - devices come from everywhere; mutual TLS decides who stays
+    link_port: Port = 9443  # 0: any free one, written to ports.json
+    enrolment_port: Port = 9444
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Public:
+    """`[public]`: names and addresses in the server's certificate; the first goes into join strings."""
+
+    names: Annotated[tuple[Name, ...], Field(min_length=1)] = ("localhost",)
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Database:
+    """`[database]`: an SQLAlchemy URL; empty: SQLite in the home folder."""
+
+    url: str = ""
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Limits:
+    """`[limits]`: how long the hub waits for devices, in seconds."""
+
+    offline_grace_s: Seconds = 60  # away longer with an open message: the message fails, the round goes on
+    default_deadline_s: Seconds = 3600  # of a round whose configuration names none
+    max_connection_age_s: Seconds = 3600  # then a device connects anew, and shows its certificate again
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Certificates:
+    """`[certificates]`: how long new ones are valid."""
+
+    device_hours: Annotated[int, Field(ge=1, le=24 * 365, strict=True)] = 168
+    server_days: Annotated[int, Field(ge=1, le=825, strict=True)] = 90
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Workers:
+    """`[workers]`: processes of runs."""
+
+    restarts: Annotated[int, Field(ge=0, le=1000, strict=True)] = 3  # of one that dies without finishing
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Settings:
+    """The whole file."""
+
+    listen: Listen = field(default_factory=Listen)
+    public: Public = field(default_factory=Public)
+    database: Database = field(default_factory=Database)
+    limits: Limits = field(default_factory=Limits)
+    certificates: Certificates = field(default_factory=Certificates)
+    workers: Workers = field(default_factory=Workers)
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any]) -> Settings:
+        """Check a nested mapping, as a TOML file gives it.
+
+        Raises:
+            ConfigError: an unknown key or an unusable value.
+        """
+        try:
+            return _ADAPTER.validate_python(values)
+        except ValidationError as error:
+            raise ConfigError(_one_line(error)) from error
+
+    @classmethod
+    def load(cls, path: Path) -> Settings:
+        """Read `server.toml`.
+
+        Raises:
+            ConfigError: the file is absent or no TOML, or a key or value is wrong.
+        """
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"settings {path}: there are none; make a home with fedge-server init"
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"settings {path}: cannot be read ({error.strerror})") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"settings {path}: not valid TOML ({error})") from error
+        try:
+            return cls.from_mapping(values)
+        except ConfigError as error:
+            raise ConfigError(f"settings {path}: {error}") from error
+
+    @property
+    def database_url(self) -> str | None:
+        """For `Registry.open`: None means SQLite in the home folder."""
+        return self.database.url or None
+
+
+_ADAPTER = TypeAdapter(Settings)
+_SECTIONS = {
+    "listen": Listen,
+    "public": Public,
+    "database": Database,
+    "limits": Limits,
+    "certificates": Certificates,
+    "workers": Workers,
+}
+
+
+def _one_line(error: ValidationError) -> str:
+    details = error.errors()
+    detail = details[0]
+    path = [str(part) for part in detail["loc"]]
+    key = ".".join(path) if ".".join(path).isprintable() else repr(path)
+    if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        valid = list(_SECTIONS) if len(path) == 1 else list(_SECTIONS[path[0]].__dataclass_fields__)
+        line = f"unknown key '{key}': {suggestion(path[-1], valid)}"
+    elif detail["type"] == "dataclass_type":
+        line = f"{key} = {detail['input']!r}: must be a table"
+    elif detail["type"] == "string_pattern_mismatch":
+        line = f"{key} = {detail['input']!r}: must be a host name or an address"
+    else:
+        line = f"{key} = {detail['input']!r}: {detail['msg'].removeprefix('Input ')}"
+    return line + (f" (and {len(details) - 1} more)" if len(details) > 1 else "")
