@@ -1,11 +1,13 @@
 """The Flower ClientApp: answers moments, train and evaluate with data that stays where it is.
 
-The same app runs in every world; only where its examples come from differs, so that is its one argument.
+The same app runs in every world; only where its task and examples come from differs, so that is its one
+argument.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
 from torch import nn
 
-from fedge.dataset import Examples
+from fedge.dataset import Dataset, Examples
 from fedge.errors import ConfigError, DataError
 from fedge.learning import local, messages
 from fedge.learning.messages import Instructions
@@ -25,50 +27,109 @@ from fedge.learning.state import arrays_of, load_arrays
 from fedge.spec import Spec
 from fedge.statistics import Moments
 from fedge.task import Source, Task, resolve
+from fedge.task_digest import task_digest
 
-ExamplesOf = Callable[[Context, Instructions, Task], Examples]
-"""The examples of the client that this context belongs to; raises DataError when there are none."""
+Share = Callable[[Context, Instructions], tuple[Task, Examples]]
+"""The task that this client offers and its own examples for it; raises ConfigError when it offers none of
+that name, and DataError when there are no usable examples. What a server says is compared, never imported."""
 
 ClientCall = Callable[[Message, Context], Message]
+NodeConfig = Mapping[str, bool | float | int | str]
 
 
-def own_examples(context: Context, instructions: Instructions, task: Task) -> Examples:
-    """A device's examples: the file or folder that the device's own settings name for this task.
+def own_share(context: Context, instructions: Instructions) -> tuple[Task, Examples]:
+    """What a device's own settings name: the task that it offers, and the file or folder with its examples.
 
-    The node's settings hold `task` and `data`; the server names a task and never a path.
+    The node's settings hold `task` (what to load), `task-name` (how servers call it; the same when absent),
+    `digest` (the task must have it), `data`, `data-label` and `data-size` ("HEIGHTxWIDTH"). The server names
+    a task and its digest, and never code or a path.
 
     Raises:
-        ConfigError: this device does not offer the task.
+        ConfigError: this device does not offer the task, or means something else by it.
         DataError: its data cannot be used, or does not fit the run.
     """
-    offered, path = context.node_config.get("task"), context.node_config.get("data")
+    node = context.node_config
+    loaded = str(node.get("task"))
+    offered = str(node.get("task-name", loaded))
     if offered != instructions.task:
         raise ConfigError(f"task {instructions.task!r} is not offered here; this device offers {offered!r}")
+    task, digest = _own_task(loaded)
+    for who, wanted in (("the server's", instructions.task_digest), ("its pin", str(node.get("digest", "")))):
+        if wanted and wanted != digest:
+            raise ConfigError(
+                f"task {offered!r}: this device's has the digest {digest}, {who} is {wanted}; "
+                "bring both to the same code"
+            )
     labels = instructions.spec.labels
-    dataset = task.read(Source(Path(str(path)) if path is not None else None, labels=labels))
+    dataset = _read(loaded, _source(node, labels))
     if dataset.spec.shape != instructions.spec.shape or dataset.spec.dtype != instructions.spec.dtype:
         raise DataError(
             f"data: examples are {dataset.spec.dtype} {dataset.spec.shape}, "
             f"but the run takes {instructions.spec.dtype} {instructions.spec.shape}"
         )
-    return dataset.with_labels(labels).examples
+    return task, dataset.with_labels(labels).examples
 
 
-def build(examples_of: ExamplesOf) -> ClientApp:
-    """A ClientApp whose examples come from `examples_of`."""
+@lru_cache(maxsize=8)
+def _own_task(name: str) -> tuple[Task, str]:
+    """The task and the digest that its source had when it was loaded."""
+    digest = task_digest(name)
+    return resolve(name), digest
+
+
+def _source(node: NodeConfig, labels: tuple[str, ...]) -> Source:
+    path, size = node.get("data"), node.get("data-size")
+    made = Source(Path(str(path)) if path is not None else None, labels=labels)
+    if "data-label" in node:
+        made = replace(made, label=str(node["data-label"]))
+    if size is not None:
+        height, _, width = str(size).partition("x")
+        if not (height.isdecimal() and width.isdecimal()):
+            raise ConfigError(f"data-size = {size!r}: must be HEIGHTxWIDTH, such as 28x28")
+        made = replace(made, size=(int(height), int(width)))
+    return made
+
+
+def _read(task: str, source: Source) -> Dataset:
+    """The data set, from memory when its files have not changed since the last message."""
+    return _read_once(task, source, _state_of(source.path))
+
+
+@lru_cache(maxsize=2)
+def _read_once(task: str, source: Source, state: tuple[int, ...]) -> Dataset:
+    return _own_task(task)[0].read(source)
+
+
+def _state_of(path: Path | None) -> tuple[int, ...]:
+    """What changes when the files at a path do: their number, bytes, and the time of the last change."""
+    if path is None:
+        return ()
+    try:
+        found = [path, *path.rglob("*")] if path.is_dir() else [path]
+        states = [file.stat() for file in found]
+    except OSError:
+        return ()  # the task's reader says what is wrong
+    return len(states), sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)
+
+
+def build(share: Share) -> ClientApp:
+    """A ClientApp whose task and examples come from `share`."""
     client = ClientApp()
+
+    @client.query("ping")
+    def ping(message: Message, context: Context) -> Message:
+        return messages.ping_reply(message)
 
     @client.query("moments")
     def moments(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
-        examples = examples_of(context, instructions, resolve(instructions.task))
+        _, examples = share(context, instructions)
         return messages.moments_reply(message, Moments.of(examples.x, instructions.spec), len(examples))
 
     @client.train(mods=[_clip_when_asked])
     def train(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
-        task = resolve(instructions.task)
-        model, x, y = _prepare(message, instructions, task, examples_of(context, instructions, task))
+        model, x, y = _prepare(message, instructions, *share(context, instructions))
         seed = client_seed(instructions.seed, instructions.round, context.node_id)
         if instructions.update == "gradient":
             gradients, result = local.gradient(model, x, y, instructions.train, seed=seed)
@@ -82,8 +143,7 @@ def build(examples_of: ExamplesOf) -> ClientApp:
     @client.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
-        task = resolve(instructions.task)
-        model, x, y = _prepare(message, instructions, task, examples_of(context, instructions, task))
+        model, x, y = _prepare(message, instructions, *share(context, instructions))
         found = evaluate_metrics(local.logits(model, x).softmax(1).numpy(), y.numpy(), ("accuracy",))
         loss, accuracy = found["loss"], found["accuracy"]
         assert isinstance(loss, float)  # noqa: S101 - narrows the union for the type checker
@@ -130,4 +190,4 @@ def _blank(task: Task, name: str, spec: Spec) -> nn.Module:
     return _cached_blank(task.model(name), spec)
 
 
-app = build(own_examples)
+app = build(own_share)

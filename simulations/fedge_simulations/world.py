@@ -40,11 +40,11 @@ class World:
         nodes: list[UserConfig] = [
             {"partition-id": i, "num-partitions": len(self.clients)} for i in range(len(self.clients))
         ]
-        return SequentialGrid(client_app.build(self.examples_of), nodes, run_config, self.duration())
+        return SequentialGrid(client_app.build(self.share_of), nodes, run_config, self.duration())
 
-    def examples_of(self, context: Context, instructions: Instructions, task: Task) -> Examples:
-        """The client's part of the data set (the ClientApp's data source in a simulation)."""
-        return self.dataset.examples.take(self.clients[int(context.node_config["partition-id"])])
+    def share_of(self, context: Context, instructions: Instructions) -> tuple[Task, Examples]:
+        """The task and the client's part of the data set (the ClientApp's source in a simulation)."""
+        return self.task, self.dataset.examples.take(self.clients[int(context.node_config["partition-id"])])
 
     def duration(self) -> Duration:
         """Simulated seconds of a message: examples times passes times the client's own speed.

@@ -64,7 +64,13 @@ def config_of(**changes: Any) -> RecordDict:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"moments": None}, {"round": 0, "update": "weights", "noise_filter": "none", "model": ""}]
+    "changes",
+    [
+        {},
+        {"task_digest": "ab" * 32},
+        {"moments": None},
+        {"round": 0, "update": "weights", "noise_filter": "none", "model": ""},
+    ],
 )
 def test_instructions_survive_a_message(changes: dict[str, Any]) -> None:
     original = instructions(**changes)

@@ -589,11 +589,16 @@ def test_a_file_that_may_not_be_read_is_one_line(tmp_path: Path) -> None:
     assert "Permission denied" in one_line(lambda: read_npz(tmp_path / "x.npz", "image"))
 
 
-def test_digits_bring_their_own_data_and_take_no_file() -> None:
+def test_digits_bring_their_own_data_and_a_device_names_its_share(tmp_path: Path) -> None:
     found = resolve("digits").read(Source())
     assert (len(found), found.spec.shape, found.spec.labels) == (1797, (8, 8), tuple("0123456789"))
     assert (found.x.min(), found.x.max()) == (0, 16)
-    assert "brings its own data" in one_line(lambda: resolve("digits").read(Source(Path("x.npz"))))
+    np.savez(tmp_path / "share.npz", x=found.x[:9].astype(np.uint8), y=found.y[:9] % 3)
+    share = resolve("digits").read(Source(tmp_path / "share.npz"))
+    assert (share.spec, share.x.tolist()) == (found.spec, found.x[:9].tolist())
+    np.savez(tmp_path / "wide.npz", x=np.zeros((2, 8, 9), np.uint8), y=[0, 1])
+    assert "digits are (8, 8)" in one_line(lambda: resolve("digits").read(Source(tmp_path / "wide.npz")))
+    assert "x.npz does not exist" in one_line(lambda: resolve("digits").read(Source(Path("x.npz"))))
 
 
 def test_read_only_arrays_are_enough() -> None:

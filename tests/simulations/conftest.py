@@ -69,7 +69,7 @@ def learn() -> Callable[..., Learned]:
 
 def tampered(world: World, settings: dict[str, Any], tamper: dict[int, Tamper]) -> SequentialGrid:
     """The world's Grid with some clients answering as `tamper` says."""
-    honest: ClientApp = client_app.build(world.examples_of)
+    honest: ClientApp = client_app.build(world.share_of)
 
     def call(message: Message, context: Context) -> Message:
         reply = honest(message, context)

@@ -2,6 +2,7 @@
 
 | message type | server sends | client replies |
 |---|---|---|
+| query.ping | nothing | metrics: num-examples, 0 |
 | query.moments | config | moments (arrays), metrics: num-examples |
 | train | arrays (global state), config | arrays (state, or gradients), metrics: num-examples, train_loss |
 | evaluate | arrays (global state), config | metrics: num-examples, loss, accuracy |
@@ -30,6 +31,7 @@ ARRAYS, CONFIG, METRICS, MOMENTS = "arrays", "config", "metrics", "moments"
 EXAMPLES, TRAIN_LOSS = "num-examples", "train_loss"  # Flower's own default names
 MAX_EXAMPLES = 10**9  # of one client: keeps sums exact; it is no defence against a client that lies
 QUERY_MOMENTS = "query.moments"
+QUERY_PING = "query.ping"  # touches neither task nor data: for checks and measurements
 
 Update = Literal["weights", "gradient"]
 T = TypeVar("T", int, float)
@@ -50,6 +52,7 @@ class Instructions:
     update: Update  # what the strategy aggregates
     round: int = 0  # 0 before the first
     proximal_mu: float = 0.0  # FedProx's mu; 0: no such term
+    task_digest: str = ""  # the client's must be the same (fedge.task_digest); empty: not checked
 
     def to_config(self) -> ConfigRecord:
         """The record that a strategy hands to its clients."""
@@ -63,6 +66,7 @@ class Instructions:
                 "seed": self.seed,
                 "update": self.update,
                 "server-round": self.round,
+                "task-digest": self.task_digest,
             }
         )
         if self.moments is not None:
@@ -95,6 +99,7 @@ class Instructions:
                 update=update,  # type: ignore[arg-type]  # checked above
                 round=_number(config, "server-round", int),
                 proximal_mu=float(_number(config, "proximal-mu", float)) if "proximal-mu" in config else 0.0,
+                task_digest=_text(config, "task-digest") if "task-digest" in config else "",
             )
         except (KeyError, ValueError, RecursionError) as error:
             raise FormatError(f"message: config is malformed ({type(error).__name__}: {error})") from error
@@ -149,6 +154,11 @@ def from_record(record: ArrayRecord) -> dict[str, npt.NDArray[np.generic]]:
         return {name: array.numpy() for name, array in record.items()}
     except Exception as error:  # numpy reads a header with Python's tokenizer, which raises many kinds
         raise ValueError(f"not an array ({type(error).__name__}: {error})") from error
+
+
+def ping_reply(message: Message) -> Message:
+    """A client's answer to query.ping."""
+    return Message(content=RecordDict({METRICS: MetricRecord({EXAMPLES: 0})}), reply_to=message)
 
 
 def moments_reply(message: Message, moments: Moments, examples: int) -> Message:

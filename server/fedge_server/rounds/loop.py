@@ -31,6 +31,7 @@ from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
 from fedge.statistics import Moments
 from fedge.task import Task
+from fedge.task_digest import task_digest
 from fedge_server import strategies
 from fedge_server.data import ServerData
 from fedge_server.registry.database import Registry
@@ -124,6 +125,7 @@ class _Run:
             train=config.train,
             seed=config.seed,
             update=chosen.update,
+            task_digest=task_digest(config.task),
         )
         last = registry.last_round(run_id)
         if last is None:
