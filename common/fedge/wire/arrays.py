@@ -1,0 +1,110 @@
+"""Flower arrays that hold no serialised copy: one in memory, one still in a file.
+
+`flwr.app.Array` keeps `.npy` bytes and decodes them at each use. These two hand out numpy arrays directly
+and make `.npy` bytes only for somebody who asks for `.data`. `ArrayRecord(mapping)` rebuilds plain arrays
+from `.data`, so put these in with `record[name] = array`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array
+
+from fedge.errors import FormatError
+
+_NPY: Final = "numpy.ndarray"  # Flower's name for `.npy` bytes
+
+
+class _DirectArray(Array):
+    """What both share: `.data` is made on demand, and nothing is kept of it."""
+
+    def __init__(self, dtype: str, shape: tuple[int, ...]) -> None:
+        self.dtype, self.shape, self.stype = dtype, shape, _NPY
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]  # a field there, made on demand here
+        """The array as `.npy` bytes, made anew at each call."""
+        buffer = io.BytesIO()
+        np.save(buffer, self.numpy(), allow_pickle=False)
+        return buffer.getvalue()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.dtype}, {self.shape})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Array):
+            return NotImplemented
+        return (self.dtype, self.shape) == (other.dtype, other.shape) and self.data == other.data
+
+    __hash__ = None  # type: ignore[assignment]  # as in Flower's dataclass
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return int(np.prod(self.shape, dtype=object)) * np.dtype(self.dtype).itemsize
+
+
+class MemoryArray(_DirectArray):
+    """An array that stays as it is in memory."""
+
+    def __init__(self, value: npt.NDArray[Any]) -> None:
+        super().__init__(value.dtype.name, value.shape)
+        self.__dict__["value"] = value
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """A view that cannot be written to: others may hold the same array."""
+        view: npt.NDArray[Any] = self.__dict__["value"].view()
+        view.flags.writeable = False
+        return view
+
+
+class FileArray(_DirectArray):
+    """An array whose raw little-endian bytes lie in a file; nothing is read before it is asked for."""
+
+    def __init__(self, path: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> None:
+        super().__init__(dtype, shape)
+        self.__dict__.update(path=path, offset=offset)
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """The values, read into a fresh array; nothing is kept of them.
+
+        Raises:
+            FormatError: the file is gone or too short, or a bool is neither 0 nor 1.
+        """
+        path, offset = self.__dict__["path"], self.__dict__["offset"]
+        value = np.empty(self.shape, np.dtype(self.dtype).newbyteorder("<"))
+        if value.nbytes:
+            _read_into(value.reshape(-1).view(np.uint8).data, path, offset)
+        if value.dtype == np.bool_ and value.size and value.view(np.uint8).max() > 1:
+            raise FormatError(f"tensor at {offset} of {path.name}: bool, but holds other values than 0 and 1")
+        return value.astype(value.dtype.newbyteorder("="), copy=False)
+
+
+# Flower names an object's type by its class when it sends it: on a SuperLink these travel as plain arrays.
+MemoryArray.__qualname__ = FileArray.__qualname__ = Array.__qualname__
+
+
+def _read_into(view: memoryview, path: Path, offset: int) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while view:
+                count = os.preadv(handle, [view], offset)
+                if count == 0:
+                    raise FormatError(f"{path.name}: ends {len(view)} bytes before its tensor does")
+                view, offset = view[count:], offset + count
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise FormatError(f"{path.name}: cannot be read ({error.strerror})") from error
+
+
+def nbytes_of(array: Array) -> int:
+    """Bytes of an array's values as they travel; nothing is read or serialised for it."""
+    return array.nbytes if isinstance(array, _DirectArray) else len(array.data)
