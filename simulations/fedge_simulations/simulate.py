@@ -24,7 +24,7 @@ from fedge_server.release import KEYS, PUBLISHED, publish_outcomes
 from fedge_server.report import Report, write_report
 from fedge_server.rounds.loop import Learned, Observer
 from fedge_server.summary import summarise
-from fedge_simulations.devices import DEVICES, DeviceResult, deliver
+from fedge_simulations.devices import DEVICES, DeviceHome, DeviceResult, deliver
 from fedge_simulations.grid import RUN_ID, SERVER_NODE
 from fedge_simulations.world import World, prepare
 
@@ -89,11 +89,7 @@ def run(
         )
         if release is not None:
             say(f"release {release.version} published in {folder / 'release'}")
-        devices = (
-            deliver(folder, outcomes, world.server.gate, world.server.spec.labels)
-            if release is not None
-            else ()
-        )
+        devices = _deliver(folder, outcomes, world) if release is not None else ()
         left_out = _leave_one_out(world, say) if config.evaluate.leave_one_client_out else []
         summary = summarise(
             config,
@@ -125,6 +121,13 @@ def _compress(world: World, learned: Learned, say: Say) -> tuple[TierOutcome, ..
         return ()
     server = world.server
     return compress(learned.model, world.task, server.spec, server.proxy, server.gate, world.config, say)
+
+
+def _deliver(folder: Path, outcomes: tuple[TierOutcome, ...], world: World) -> tuple[DeviceResult, ...]:
+    """One device for each tier that has a variant."""
+    scored = {o.tier: o.variant.probabilities for o in outcomes if o.variant is not None}
+    homes = [DeviceHome(f"{tier}-1", tier, folder / DEVICES / f"{tier}-1") for tier in scored]
+    return deliver(folder, homes, scored, world.server.gate, world.server.spec.labels)
 
 
 def _leave_one_out(world: World, say: Say) -> list[dict[str, Any]]:
