@@ -84,6 +84,11 @@ def test_the_walk_sees_an_arrow_that_points_up(source: str) -> None:
         ),
         ("import fedge.cli, fedge_simulations", {"torch", "flwr", "pydantic"}),
         ("import fedge_client.runtime", {"torch", "flwr", "sklearn", "pydantic"}),
+        (
+            "import fedge_server.registry.database, fedge_server.registry.queue, "
+            "fedge_server.registry.devices",
+            {"torch", "flwr", "alembic", "pydantic"},
+        ),
         ("import fedge_client.updater", {"torch", "flwr", "sklearn", "pydantic"}),
     ],
 )

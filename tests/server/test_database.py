@@ -66,13 +66,13 @@ def test_a_damaged_model_is_noticed(registry):
         registry.last_round("r")
 
 
-def test_a_database_of_another_schema_is_refused(tmp_path):
+def test_a_database_of_a_newer_fedge_is_refused(tmp_path):
     Registry.open(tmp_path).close()
     engine = sa.create_engine(f"sqlite:///{tmp_path / 'fedge.db'}")
     with engine.begin() as connection:
-        connection.execute(sa.text("UPDATE about SET schema_version = 99"))
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0099'"))
     engine.dispose()
-    with pytest.raises(FedgeError, match="schema 99, but this fedge reads 1"):
+    with pytest.raises(FedgeError, match="schema 0099, but this fedge reads up to 0002"):
         Registry.open(tmp_path)
 
 

@@ -10,64 +10,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import sqlalchemy as sa
 
 from fedge import tensors
-from fedge.errors import FedgeError, RoundError, UserError
+from fedge.errors import RoundError, UserError
 from fedge.files import sha256
-from fedge.learning.state import NamedArrays
+from fedge_server.registry import schema
+from fedge_server.registry.devices import Devices
+from fedge_server.registry.engine import connect, reading, writing
+from fedge_server.registry.queue import Queue
 from fedge_server.registry.store import ContentStore
+from fedge_server.registry.upgrade import upgrade
 from fedge_server.rounds.record import RoundRecord
 
-SCHEMA_VERSION = 1
+if TYPE_CHECKING:
+    from fedge.learning.state import NamedArrays  # which loads torch
+
 KEPT_ROUNDS = 2  # models and strategy states of older rounds are dropped, their records stay
 
-_metadata = sa.MetaData()
-_about = sa.Table("about", _metadata, sa.Column("schema_version", sa.Integer, primary_key=True))
-_runs = sa.Table(
-    "runs",
-    _metadata,
-    sa.Column("id", sa.String(64), primary_key=True),
-    sa.Column("task", sa.String(255), nullable=False),
-    sa.Column("seed", sa.BigInteger, nullable=False),
-    sa.Column("config", sa.JSON, nullable=False),
-    sa.Column("data", sa.String(64), nullable=False),  # digest of the server's data
-    sa.Column("status", sa.String(16), nullable=False),  # running, done, failed
-    sa.Column("reason", sa.Text, nullable=False, default=""),
-    sa.Column("created", sa.String(32), nullable=False),
-)
-_rounds = sa.Table(
-    "rounds",
-    _metadata,
-    sa.Column("run_id", sa.ForeignKey("runs.id"), primary_key=True),
-    sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("record", sa.JSON, nullable=False),
-    sa.Column("model", sa.String(64), nullable=False),  # SHA-256 of the safetensors in the store
-    sa.Column("state", sa.String(64), nullable=False),  # SHA-256 of the strategy's state in the store
-    sa.Column("committed", sa.String(32), nullable=False),
-)
-_releases = sa.Table(
-    "releases",
-    _metadata,
-    sa.Column("version", sa.Integer, primary_key=True),
-    sa.Column("run_id", sa.ForeignKey("runs.id"), nullable=False),
-    sa.Column("round", sa.Integer, nullable=False),
-    sa.Column("global_model", sa.String(64), nullable=False),
-    sa.Column("manifest", sa.String(64), nullable=False),  # SHA-256 of the signed manifest's payload
-    sa.Column("created", sa.String(32), nullable=False),
-)
-_variants = sa.Table(
-    "variants",
-    _metadata,
-    sa.Column("release", sa.ForeignKey("releases.version"), primary_key=True),
-    sa.Column("tier", sa.String(32), primary_key=True),
-    sa.Column("recipe", sa.String(255), nullable=False),
-    sa.Column("wire", sa.String(64), nullable=False),
-    sa.Column("installed", sa.String(64), nullable=False),
-    sa.Column("evidence", sa.String(64), nullable=False),  # SHA-256 of the gate report
-)
+RUN_STATUSES = ("queued", "running", "stopping", "stopped", "done", "failed")
+
+_runs, _rounds, _releases, _variants = schema.runs, schema.rounds, schema.releases, schema.variants
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,36 +49,35 @@ class Registry:
     """Runs, rounds and releases under one home folder."""
 
     def __init__(self, engine: sa.Engine, store: ContentStore) -> None:
-        self._engine = engine
+        self.engine = engine
         self.store = store
+        self.devices = Devices(engine)
+        self.queue = Queue(engine)
 
     @classmethod
     def open(cls, home: Path, url: str | None = None) -> Self:
-        """Open or create the registry of a home folder.
+        """Open the registry of a home folder; it is made when absent, and upgraded when old.
 
         Args:
             home: holds the content store, and `fedge.db` unless a URL is given.
             url: an SQLAlchemy URL of a database elsewhere.
 
         Raises:
-            FedgeError: the database has another schema version than this fedge writes.
+            FedgeError: a newer fedge has written the database, or it cannot be reached.
+            UserError: the URL is none, or names a database that is not served.
         """
         home.mkdir(parents=True, exist_ok=True)
-        engine = sa.create_engine(url or f"sqlite:///{home / 'fedge.db'}")
-        if engine.dialect.name == "sqlite":
-            sa.event.listen(engine, "connect", _durable_sqlite)
-        _metadata.create_all(engine)
-        with engine.begin() as connection:
-            found = connection.scalar(sa.select(_about.c.schema_version))
-            if found is None:
-                connection.execute(_about.insert().values(schema_version=SCHEMA_VERSION))
-            elif found != SCHEMA_VERSION:
-                raise FedgeError(f"database in {home}: schema {found}, but this fedge reads {SCHEMA_VERSION}")
+        engine = connect(home, url)
+        try:
+            upgrade(engine, home)
+        except BaseException:
+            engine.dispose()
+            raise
         return cls(engine, ContentStore(home / "store"))
 
     def close(self) -> None:
         """Release the database."""
-        self._engine.dispose()
+        self.engine.dispose()
 
     def __enter__(self) -> Self:
         return self
@@ -121,8 +85,22 @@ class Registry:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def queue_run(self, run_id: str, *, task: str, seed: int, config: Mapping[str, Any]) -> None:
+        """Write down a run that a worker shall begin.
+
+        Raises:
+            UserError: there is a run of this name.
+        """
+        values = {"task": task, "seed": seed, "config": dict(config), "data": ""}
+        with writing(self.engine) as connection:
+            if _run(connection, run_id) is not None:
+                raise UserError(f"run {run_id!r}: there is one already; choose another name")
+            _insert(connection, run_id, "queued", values)
+
     def begin_run(self, run_id: str, *, task: str, seed: int, config: Mapping[str, Any], data: str) -> None:
-        """Write a run down, or set it to running again when it is there.
+        """Write a run down as running, begin a queued one, or set one to running again.
+
+        A run that is asked to stop stays so: a worker that starts meanwhile must see it.
 
         Args:
             run_id: its name.
@@ -134,29 +112,68 @@ class Registry:
         Raises:
             UserError: it is there with another configuration or other data; going on would mix the two.
         """
-        with self._engine.begin() as connection:
-            known = connection.execute(sa.select(_runs).where(_runs.c.id == run_id)).mappings().first()
+        values = {"task": task, "seed": seed, "config": dict(config), "data": data}
+        with writing(self.engine) as connection:
+            known = _run(connection, run_id)
             if known is None:
-                values = {"task": task, "seed": seed, "config": dict(config), "data": data}
-                connection.execute(
-                    _runs.insert().values(id=run_id, status="running", reason="", created=_now(), **values)
-                )
+                _insert(connection, run_id, "running", values)
                 return
             for name, value in (("configuration", dict(config)), ("data", data)):
-                if known["config" if name == "configuration" else name] != value:
+                before = known["config" if name == "configuration" else name]
+                if before not in (value, ""):  # a queued run does not know its data yet
                     raise UserError(f"run {run_id}: its {name} has changed since it began; begin a new run")
-            connection.execute(_runs.update().where(_runs.c.id == run_id).values(status="running", reason=""))
+            status = "stopping" if known["status"] == "stopping" else "running"
+            _update(connection, run_id, data=data, status=status, reason="")
 
     def end_run(self, run_id: str, status: str, reason: str) -> None:
-        """Set a run to done or failed."""
-        with self._engine.begin() as connection:
-            connection.execute(
-                _runs.update().where(_runs.c.id == run_id).values(status=status, reason=reason)
-            )
+        """Set a run to done, stopped or failed."""
+        self.set_status(run_id, status, reason)
+
+    def set_status(self, run_id: str, status: str, reason: str = "") -> None:
+        """Set a run's status and why it has it.
+
+        Raises:
+            ValueError: no status of RUN_STATUSES.
+        """
+        if status not in RUN_STATUSES:
+            raise ValueError(f"{status!r} is no status of a run")
+        with writing(self.engine) as connection:
+            _update(connection, run_id, status=status, reason=reason)
+
+    def request_stop(self, run_id: str) -> str:
+        """Ask a run to stop after its round; one that has not begun is stopped at once.
+
+        Returns:
+            Its status now: "stopping" or "stopped".
+
+        Raises:
+            UserError: there is no such run, or it is over.
+        """
+        with writing(self.engine) as connection:
+            run = _run(connection, run_id)
+            if run is None:
+                raise UserError(f"run {run_id!r}: there is none")
+            after = {"queued": "stopped", "running": "stopping", "stopping": "stopping"}.get(run["status"])
+            if after is None:
+                raise UserError(f"run {run_id}: is {run['status']} already")
+            _update(connection, run_id, status=after, reason="asked to stop")
+        return after
+
+    def count_restart(self, run_id: str) -> int:
+        """Count that a run's worker was started again; returns how often so far."""
+        with writing(self.engine) as connection:
+            _update(connection, run_id, restarts=_runs.c.restarts + 1)
+            run = _run(connection, run_id)
+        return int(run["restarts"]) if run else 0
+
+    def run(self, run_id: str) -> dict[str, Any] | None:
+        """The run of this name."""
+        with reading(self.engine) as connection:
+            return _run(connection, run_id)
 
     def runs(self) -> list[dict[str, Any]]:
         """All runs, oldest first."""
-        with self._engine.connect() as connection:
+        with reading(self.engine) as connection:
             query = sa.select(_runs).order_by(_runs.c.created)
             return [dict(row) for row in connection.execute(query).mappings()]
 
@@ -169,7 +186,7 @@ class Registry:
         model_sha = self.store.put(tensors.dump(model))
         state_sha = self.store.put(state)
         try:
-            with self._engine.begin() as connection:
+            with writing(self.engine) as connection:
                 connection.execute(
                     _rounds.insert().values(
                         run_id=run_id,
@@ -188,7 +205,7 @@ class Registry:
     def _drop(self, run_id: str, number: int) -> None:
         """Remove the bytes of the round that has become too old, unless something newer names them."""
         rounds, old = _rounds.c, (_rounds.c.run_id == run_id) & (_rounds.c.number <= number)
-        with self._engine.connect() as connection:
+        with reading(self.engine) as connection:
             query = sa.select(rounds.model, rounds.state).where(
                 rounds.run_id == run_id, rounds.number == number
             )
@@ -203,7 +220,7 @@ class Registry:
     def records(self, run_id: str) -> list[RoundRecord]:
         """The records of a run's committed rounds, in order, round 0 included."""
         query = sa.select(_rounds.c.record).where(_rounds.c.run_id == run_id).order_by(_rounds.c.number)
-        with self._engine.connect() as connection:
+        with reading(self.engine) as connection:
             return [RoundRecord.from_json(value) for value in connection.scalars(query)]
 
     def last_round(self, run_id: str) -> CommittedRound | None:
@@ -211,7 +228,7 @@ class Registry:
         query = (
             sa.select(_rounds).where(_rounds.c.run_id == run_id).order_by(_rounds.c.number.desc()).limit(1)
         )
-        with self._engine.connect() as connection:
+        with reading(self.engine) as connection:
             row = connection.execute(query).mappings().first()
         if row is None:
             return None
@@ -230,7 +247,7 @@ class Registry:
         variants: Sequence[Mapping[str, str]],
     ) -> None:
         """Write down a published release and its variants (tier, recipe, wire, installed, evidence)."""
-        with self._engine.begin() as connection:
+        with writing(self.engine) as connection:
             connection.execute(
                 _releases.insert().values(
                     version=version,
@@ -248,7 +265,7 @@ class Registry:
 
     def releases(self) -> list[dict[str, Any]]:
         """All releases, oldest first."""
-        with self._engine.connect() as connection:
+        with reading(self.engine) as connection:
             query = sa.select(_releases).order_by(_releases.c.version)
             return [dict(row) for row in connection.execute(query).mappings()]
 
@@ -257,10 +274,14 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _durable_sqlite(connection: Any, _: Any) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")  # a committed round survives a power cut
-    cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.execute("PRAGMA busy_timeout=10000")
-    cursor.close()
+def _run(connection: sa.Connection, run_id: str) -> dict[str, Any] | None:
+    row = connection.execute(sa.select(_runs).where(_runs.c.id == run_id)).mappings().first()
+    return dict(row) if row else None
+
+
+def _insert(connection: sa.Connection, run_id: str, status: str, values: Mapping[str, Any]) -> None:
+    connection.execute(_runs.insert().values(id=run_id, status=status, reason="", created=_now(), **values))
+
+
+def _update(connection: sa.Connection, run_id: str, **values: Any) -> None:
+    connection.execute(_runs.update().where(_runs.c.id == run_id).values(**values))

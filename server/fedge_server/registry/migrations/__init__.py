@@ -1,1 +1,1 @@
-"""The database's history, as Alembic revisions."""
+"""The database's history, as Alembic revisions: one module each, named after its number."""

@@ -1,0 +1,98 @@
+"""Connections to SQLite or PostgreSQL, and transactions that behave alike on both: writers take turns."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from fedge.errors import FedgeError, UserError
+
+DATABASE: Final = "fedge.db"  # in the home folder, unless a URL is given
+_WRITES: Final = "fedge_writes"
+_WRITERS_KEY: Final = 0x6665646765  # PostgreSQL's advisory lock that writers of fedge take
+
+
+def connect(home: Path, url: str | None = None) -> sa.Engine:
+    """An engine for the database of a home folder, or for the one at an SQLAlchemy URL.
+
+    Raises:
+        UserError: the URL is none, or its driver is not installed.
+    """
+    try:
+        engine = sa.create_engine(url or f"sqlite:///{home / DATABASE}", pool_pre_ping=bool(url))
+    except (sa.exc.ArgumentError, ImportError) as error:
+        raise UserError(
+            f"database URL: {error}; give postgresql+psycopg://USER@HOST/NAME, and install fedge[postgresql]"
+        ) from error
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(engine, "connect", _durable_sqlite)
+        sa.event.listen(engine, "begin", _begin_sqlite)
+    elif engine.dialect.name != "postgresql":
+        raise UserError(f"database URL: {engine.dialect.name} is not served; use SQLite or PostgreSQL")
+    return engine
+
+
+@contextmanager
+def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """One transaction that no other writer overlaps, in this process or another: reading first is safe.
+
+    Raises:
+        FedgeError: the database refuses it: the disk is full, the server is gone, or it stayed locked.
+    """
+    try:
+        with engine.execution_options(**{_WRITES: True}).begin() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_KEY)))
+            yield connection
+    except (sa.exc.OperationalError, sa.exc.InternalError) as error:
+        raise refused(engine, error) from error
+
+
+@contextmanager
+def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """One transaction that only reads.
+
+    Raises:
+        FedgeError: the database refuses it.
+    """
+    try:
+        with engine.connect() as connection:
+            yield connection
+    except (sa.exc.OperationalError, sa.exc.InternalError) as error:
+        raise refused(engine, error) from error
+
+
+@contextmanager
+def opening(home: Path) -> Iterator[None]:
+    """One process at a time makes or upgrades the SQLite database of a home; the lock dies with it."""
+    with (home / f"{DATABASE}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def refused(engine: sa.Engine, error: sa.exc.DBAPIError) -> FedgeError:
+    """The error to raise for one of the database, in one line and without a password."""
+    line = " ".join(str(error.orig).split())[:300]
+    return FedgeError(f"database {engine.url.render_as_string(hide_password=True)}: {line}")
+
+
+def _durable_sqlite(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # transactions begin where we say, see _begin_sqlite
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA busy_timeout=10000")
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")  # a committed round survives a power cut
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    # A transaction that reads and then writes fails at once if another one wrote in between; one that is
+    # IMMEDIATE from its start waits its turn.
+    writes = connection.get_execution_options().get(_WRITES, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,0 +1,115 @@
+"""The tables, as the newest revision in `migrations` makes them: a change here needs a revision there."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import sqlalchemy as sa
+
+REVISIONS: Final = ("0001", "0002")  # oldest first; a database at any other was written by a newer fedge
+HEAD: Final = REVISIONS[-1]
+
+metadata = sa.MetaData()
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("task", sa.String(255), nullable=False),
+    sa.Column("seed", sa.BigInteger, nullable=False),
+    sa.Column("config", sa.JSON, nullable=False),
+    sa.Column("data", sa.String(64), nullable=False),  # digest of the server's data; empty until it begins
+    sa.Column("status", sa.String(16), nullable=False),  # queued, running, stopping, stopped, done, failed
+    sa.Column("reason", sa.Text, nullable=False, default=""),
+    sa.Column("created", sa.String(32), nullable=False),
+    sa.Column("session", sa.String(32), nullable=False, server_default=""),  # of the worker that may queue
+    sa.Column("late", sa.Integer, nullable=False, server_default="0"),  # answers since the last close
+    sa.Column("bytes_down", sa.BigInteger, nullable=False, server_default="0"),  # since the last close
+    sa.Column("bytes_up", sa.BigInteger, nullable=False, server_default="0"),  # since the last close
+    sa.Column("restarts", sa.Integer, nullable=False, server_default="0"),  # of its worker
+)
+rounds = sa.Table(
+    "rounds",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("runs.id"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("record", sa.JSON, nullable=False),
+    sa.Column("model", sa.String(64), nullable=False),  # SHA-256 of the safetensors in the store
+    sa.Column("state", sa.String(64), nullable=False),  # SHA-256 of the strategy's state in the store
+    sa.Column("committed", sa.String(32), nullable=False),
+)
+releases = sa.Table(
+    "releases",
+    metadata,
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("run_id", sa.ForeignKey("runs.id"), nullable=False),
+    sa.Column("round", sa.Integer, nullable=False),
+    sa.Column("global_model", sa.String(64), nullable=False),
+    sa.Column("manifest", sa.String(64), nullable=False),  # SHA-256 of the signed manifest's payload
+    sa.Column("created", sa.String(32), nullable=False),
+)
+variants = sa.Table(
+    "variants",
+    metadata,
+    sa.Column("release", sa.ForeignKey("releases.version"), primary_key=True),
+    sa.Column("tier", sa.String(32), primary_key=True),
+    sa.Column("recipe", sa.String(255), nullable=False),
+    sa.Column("wire", sa.String(64), nullable=False),
+    sa.Column("installed", sa.String(64), nullable=False),
+    sa.Column("evidence", sa.String(64), nullable=False),  # SHA-256 of the gate report
+)
+devices = sa.Table(
+    "devices",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),  # SHA-256 of its public key (SubjectPublicKeyInfo, DER)
+    sa.Column("node_id", sa.BigInteger, nullable=False, unique=True),  # 63 bits of the id, for Flower
+    sa.Column("tier", sa.String(32), nullable=False),
+    sa.Column("public_key", sa.Text, nullable=False),  # PEM
+    sa.Column("sealing_key", sa.String(64), nullable=False),  # X25519, hexadecimal
+    sa.Column("status", sa.String(16), nullable=False),  # active, revoked
+    sa.Column("reason", sa.Text, nullable=False),  # of the revocation
+    sa.Column("enrolled", sa.Double, nullable=False),  # Unix seconds, as all times below
+    sa.Column("revoked", sa.Double),
+    sa.Column("last_seen", sa.Double),
+    sa.Column("certificate_not_after", sa.Double, nullable=False),
+    sa.Column("wire_version", sa.Integer, nullable=False),
+    sa.Column("fedge_version", sa.String(64), nullable=False),
+    sa.Column("bundle", sa.String(64), nullable=False),  # SHA-256 of the CA bundle it holds; empty: unknown
+)
+tokens = sa.Table(
+    "tokens",
+    metadata,
+    sa.Column("id", sa.String(16), primary_key=True),
+    sa.Column("secret_sha256", sa.String(64), nullable=False),
+    sa.Column("tier", sa.String(32), nullable=False),
+    sa.Column("created", sa.Double, nullable=False),
+    sa.Column("expires", sa.Double, nullable=False),
+    sa.Column("used_by", sa.String(64)),  # a device's id
+    sa.Column("used", sa.Double),
+)
+contents = sa.Table(
+    "contents",
+    metadata,
+    sa.Column("digest", sa.String(64), primary_key=True),  # SHA-256 of the body
+    sa.Column("body", sa.LargeBinary, nullable=False),  # a serialised Content
+)
+messages = sa.Table(
+    "messages",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("run_id", sa.ForeignKey("runs.id"), nullable=False, index=True),
+    sa.Column("session", sa.String(32), nullable=False),
+    sa.Column("device_id", sa.String(64), nullable=False),
+    sa.Column("node_id", sa.BigInteger, nullable=False),
+    sa.Column("task", sa.String(255), nullable=False),
+    sa.Column("task_digest", sa.String(64), nullable=False),
+    sa.Column("type", sa.String(64), nullable=False),
+    sa.Column("group_id", sa.String(64), nullable=False),
+    sa.Column("content", sa.String(64), index=True),  # of contents; null once nobody needs it
+    sa.Column("created", sa.Double, nullable=False),  # Unix seconds
+    sa.Column("deadline", sa.Double, nullable=False),  # Unix seconds
+    sa.Column("max_result_bytes", sa.BigInteger, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),  # see queue.py
+    sa.Column("result", sa.LargeBinary),  # a serialised Result
+    sa.Column("spool", sa.String(255), nullable=False),  # file that holds the result's object; empty: none
+)
