@@ -1,8 +1,8 @@
 """The Flower ServerApp: reads its configuration from the run, learns, and leaves all in the registry.
 
 The same app runs in every world; only where the server's data comes from differs, so that is its argument.
-`run_config` keys: `fedge-config` (the whole configuration as JSON), `fedge-home`, `fedge-run`; every other
-key is an override such as `rounds.count`.
+`run_config` keys: `fedge-config` (the whole configuration as JSON, or the path of a TOML file on this machine),
+`fedge-home`, `fedge-run`; every other key is an override such as `rounds.count`.
 """
 
 from __future__ import annotations
@@ -40,17 +40,20 @@ def config_of(context: Context) -> Config:
     Raises:
         ConfigError: a key or value is wrong.
     """
-    try:
-        values = json.loads(str(context.run_config.get(CONFIG, "{}")))
-    except ValueError as error:
-        raise ConfigError(f"run_config {CONFIG!r}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"run_config {CONFIG!r}: must be a table, not a {type(values).__name__}")
+    text = str(context.run_config.get(CONFIG, "{}"))
     overrides = [
         f"{key}={json.dumps(value, ensure_ascii=False)}"
         for key, value in context.run_config.items()
         if key not in (CONFIG, HOME, RUN)
     ]
+    if text.endswith(".toml"):
+        return Config.load(Path(text), overrides)
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"run_config {CONFIG!r}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"run_config {CONFIG!r}: must be a table, not a {type(values).__name__}")
     return Config.from_mapping(override(values, overrides))
 
 
