@@ -6,10 +6,11 @@ input gave unequal digests, and it silently reorders the elements of a transpose
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -44,26 +45,39 @@ def dump(arrays: Mapping[str, Array], metadata: Mapping[str, str] = _NO_METADATA
     Raises:
         FormatError: a dtype that the format does not have, or a name or text that it cannot hold.
     """
+    return b"".join(dump_chunks(arrays, metadata))
+
+
+def dump_chunks(
+    arrays: Mapping[str, Array], metadata: Mapping[str, str] = _NO_METADATA
+) -> Iterator[bytes | memoryview]:
+    """The bytes of `dump` one array at a time; a contiguous array is shown where it lies, not copied.
+
+    Raises:
+        FormatError: as `dump` does, before the first chunk is asked for.
+    """
     header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
-    parts: list[bytes] = []
     offset = 0
-    for name in sorted(arrays, key=lambda key: (-arrays[key].dtype.itemsize, key)):
+    names = sorted(arrays, key=lambda key: (-arrays[key].dtype.itemsize, key))
+    for name in names:
         array = arrays[name]
         code = _CODE_OF.get(array.dtype.newbyteorder("="))
         if code is None or name == _METADATA:
             raise FormatError(
                 f"tensors: {name!r} of dtype {array.dtype} cannot be written; use bool, int or float"
             )
-        part = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-        header[name] = {
-            "dtype": code,
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + len(part)],
-        }
-        parts.append(part)
-        offset += len(part)
+        end = offset + array.nbytes
+        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [offset, end]}
+        offset = end
     text = _encode(header)
-    return b"".join([struct.pack("<Q", len(text)), text, *parts])
+    start = struct.pack("<Q", len(text)) + text
+    return itertools.chain((start,), (_raw(arrays[name]) for name in names))
+
+
+def _raw(array: Array) -> memoryview:
+    """Little-endian bytes in C order."""
+    little = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
+    return little.reshape(-1).view(np.uint8).data
 
 
 def _encode(header: Mapping[str, Any]) -> bytes:

@@ -172,3 +172,16 @@ def test_flipped_bits_give_arrays_or_our_error(data: st.DataObject) -> None:
 def test_garbage_is_refused(data: bytes) -> None:
     with pytest.raises(FormatError):
         tensors.parse(data)
+
+
+def test_chunks_are_the_document_and_show_contiguous_arrays_where_they_lie() -> None:
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(6, dtype=np.int16)[::2]}
+    _, first, second = tensors.dump_chunks(arrays)
+    assert np.shares_memory(np.frombuffer(first, np.float32), arrays["a"])
+    assert bytes(second) == arrays["b"].tobytes()
+    assert b"".join(tensors.dump_chunks(arrays, {"k": "v"})) == tensors.dump(arrays, {"k": "v"})
+
+
+def test_chunks_of_what_cannot_be_written_are_refused_before_the_first() -> None:
+    with pytest.raises(FormatError, match="cannot be written"):
+        tensors.dump_chunks({"a": np.array([1j])})

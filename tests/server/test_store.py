@@ -3,6 +3,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +101,61 @@ def test_objects_of_any_size_keep_their_digest(store: ContentStore) -> None:
         data: Any = os.urandom(size)
         assert store.put(data) == hashlib.sha256(data).hexdigest()
         assert store.get(hashlib.sha256(data).hexdigest()) == data
+
+
+def test_a_stream_is_kept_as_the_same_object(store: ContentStore) -> None:
+    assert store.put_stream([b"he", memoryview(b"l"), bytearray(b"lo")]) == DIGEST
+    assert store.get(DIGEST) == DATA
+    with store.open(DIGEST) as file:
+        assert file.read() == DATA
+    assert [path.name for path in store.folder.rglob("*") if path.is_file()] == [DIGEST[2:]]
+    assert store.path(DIGEST).stat().st_mode & 0o777 == 0o644
+
+
+def test_a_stream_mends_a_damaged_object(store: ContentStore) -> None:
+    store.put(DATA)
+    store.path(DIGEST).write_bytes(b"hellO")
+    with pytest.raises(DigestError, match="damaged"):
+        store.open(DIGEST)
+    store.put_stream([DATA])
+    assert store.get(DIGEST) == DATA
+
+
+def test_a_stream_that_breaks_off_leaves_nothing(store: ContentStore) -> None:
+    def broken() -> Iterator[bytes]:
+        yield DATA
+        raise FormatError("no more")
+
+    with pytest.raises(FormatError, match="no more"):
+        store.put_stream(broken())
+    assert list(store.folder.iterdir()) == []
+
+
+def test_a_killed_writer_leaves_a_part_that_the_next_one_removes(store: ContentStore) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from fedge_server.registry.store import ContentStore\n"
+        "def chunks():\n    yield b'part'\n    os.kill(os.getpid(), 9)\n    yield b''\n"
+        "ContentStore(Path(sys.argv[1])).put_stream(chunks())"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(store.folder)], check=False)
+    assert killed.returncode == -9
+    assert [path.name[:9] for path in store.folder.iterdir()] == [".partial."]
+
+    def watching() -> Iterator[bytes]:
+        yield DATA
+        other = ContentStore(store.folder)  # another writer leaves alone what is being written
+        assert other.put_stream([b"other"]) != DIGEST
+
+    assert store.put_stream(watching()) == DIGEST
+    assert list(store.folder.glob(".partial.*")) == []
+
+
+def test_a_large_stream_is_written_and_read_without_holding_it(store: ContentStore) -> None:
+    chunk = bytes(1 << 20)
+    tracemalloc.start()
+    digest = store.put_stream(chunk for _ in range(64))
+    store.open(digest).close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert store.path(digest).stat().st_size == 64 << 20
+    assert peak < 4 << 20

@@ -183,7 +183,7 @@ class Registry:
         Raises:
             RoundError: the round is committed already; an update must not count twice.
         """
-        model_sha = self.store.put(tensors.dump(model))
+        model_sha = self.store.put_stream(tensors.dump_chunks(model))
         state_sha = self.store.put(state)
         try:
             with writing(self.engine) as connection:

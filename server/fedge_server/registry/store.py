@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import os
 import re
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import IO, BinaryIO, Final
 
 from fedge.artefact import MAX_INSTALLED_BYTES
 from fedge.errors import DigestError, FedgeError, FormatError
-from fedge.files import read_bounded, sha256, write_atomically
+from fedge.files import read_bounded, sha256, sync_folder, write_atomically
 
+Buffer = bytes | bytearray | memoryview
+
+_PARTIAL: Final = ".partial."  # begins the name of an object that is being written
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -33,6 +43,77 @@ class ContentStore:
             raise FedgeError(f"store {self.folder}: cannot write {digest[:8]} ({error.strerror})") from error
         return digest
 
+    def put_stream(self, chunks: Iterable[Buffer]) -> str:
+        """Keep the chunks, one after the other, as one object and return its digest.
+
+        Memory holds one chunk at a time. Killed at any point, the object is there whole or not at all.
+
+        Raises:
+            FedgeError: the disk refuses it.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            with self._partial() as file:
+                try:
+                    return self._keep(file, chunks)
+                except BaseException:
+                    Path(file.name).unlink(missing_ok=True)
+                    raise
+        except OSError as error:
+            raise FedgeError(f"store {self.folder}: cannot write an object ({error.strerror})") from error
+
+    def _partial(self) -> IO[bytes]:
+        """A file to write to; its lock says that it is being written, see `_remove_leftovers`."""
+        while True:
+            file = tempfile.NamedTemporaryFile(dir=self.folder, prefix=_PARTIAL, delete=False)  # noqa: SIM115
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:  # another process may have removed it before the lock
+                return file
+            file.close()
+
+    def _keep(self, file: IO[bytes], chunks: Iterable[Buffer]) -> str:
+        hashed = hashlib.sha256()
+        for chunk in chunks:
+            hashed.update(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+        path = self.path(hashed.hexdigest())
+        path.parent.mkdir(exist_ok=True)
+        Path(file.name).chmod(0o644)
+        Path(file.name).replace(path)
+        sync_folder(path.parent)
+        sync_folder(self.folder)
+        return hashed.hexdigest()
+
+    def _remove_leftovers(self) -> None:
+        """Parts of objects whose writer was killed: nobody holds their lock."""
+        for path in self.folder.glob(f"{_PARTIAL}*"):
+            with suppress(OSError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+
+    def open(self, digest: str) -> BinaryIO:
+        """The object of a digest as a file to read from its beginning, checked, and not held in memory.
+
+        Raises:
+            FormatError: no digest, or absent.
+            DigestError: what the disk holds is not what was put there.
+        """
+        try:
+            file = self.path(digest).open("rb")
+        except OSError as error:
+            raise FormatError(f"{self.path(digest)}: cannot be read ({error.strerror})") from error
+        try:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise self._damaged(digest)
+            file.seek(0)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
     def get(self, digest: str, max_bytes: int | None = None) -> bytes:
         """The bytes of a digest, at most `max_bytes` of them.
 
@@ -42,9 +123,7 @@ class ContentStore:
         """
         data = read_bounded(self.path(digest), MAX_INSTALLED_BYTES if max_bytes is None else max_bytes)
         if sha256(data) != digest:
-            raise DigestError(
-                f"store {self.folder}: object {digest[:8]} is damaged; restore it from a backup"
-            )
+            raise self._damaged(digest)
         return data
 
     def has(self, digest: str) -> bool:
@@ -73,3 +152,6 @@ class ContentStore:
                 f"store: {digest[:80]!r} is no SHA-256: it has 64 lower-case hexadecimal digits"
             )
         return self.folder / digest[:2] / digest[2:]
+
+    def _damaged(self, digest: str) -> DigestError:
+        return DigestError(f"store {self.folder}: object {digest[:8]} is damaged; restore it from a backup")
