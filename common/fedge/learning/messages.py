@@ -20,12 +20,13 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedge.config import FilterName, Train, parse_train
 from fedge.errors import FormatError
 from fedge.spec import Spec
 from fedge.statistics import Moments
+from fedge.wire.arrays import MemoryArray
 
 ARRAYS, CONFIG, METRICS, MOMENTS = "arrays", "config", "metrics", "moments"
 EXAMPLES, TRAIN_LOSS = "num-examples", "train_loss"  # Flower's own default names
@@ -139,19 +140,32 @@ def _moments(config: ConfigRecord, spec: Spec) -> Moments | None:
     return Moments(*parts)
 
 
-def to_record(arrays: NamedArrays) -> ArrayRecord:
-    """Named arrays as Flower's record, names and order kept."""
-    return ArrayRecord({name: Array(np.asarray(value)) for name, value in arrays.items()})
+def to_record(arrays: NamedArrays, *, shared: bool = True) -> ArrayRecord:
+    """Named arrays as Flower's record, names and order kept; nothing is copied or serialised.
+
+    Args:
+        arrays: become part of the record.
+        shared: somebody else goes on using them, so who reads the record must not write to them; False
+            gives the record writable arrays, as some of Flower's strategies need of updates.
+    """
+    record = ArrayRecord()
+    for name, value in arrays.items():
+        record[name] = MemoryArray(np.asarray(value), shared=shared)
+    return record
 
 
-def from_record(record: ArrayRecord) -> dict[str, npt.NDArray[np.generic]]:
+def from_record(record: ArrayRecord, *, consume: bool = False) -> dict[str, npt.NDArray[np.generic]]:
     """Flower's record as named arrays; `np.load` inside refuses pickles.
 
+    Args:
+        record: arrays that share memory with others come as views that cannot be written to.
+        consume: take each array out of the record once it is read, so that no two copies of all exist.
+
     Raises:
-        ValueError: bytes that are no array.
+        ValueError: bytes that are no array, or a file that cannot be read.
     """
     try:
-        return {name: array.numpy() for name, array in record.items()}
+        return {name: (record.pop(name) if consume else record[name]).numpy() for name in list(record)}
     except Exception as error:  # numpy reads a header with Python's tokenizer, which raises many kinds
         raise ValueError(f"not an array ({type(error).__name__}: {error})") from error
 
@@ -201,9 +215,10 @@ def _possible(moments: Moments, examples: int, spec: Spec) -> bool:
 
 
 def train_reply(message: Message, arrays: NamedArrays, *, examples: int, loss: float) -> Message:
-    """A client's update; QFedAvg needs the loss, so it is always sent."""
+    """A client's update, whose arrays nobody else uses; QFedAvg needs the loss, so it is always sent."""
     metrics = MetricRecord({EXAMPLES: examples, TRAIN_LOSS: loss})
-    return Message(content=RecordDict({ARRAYS: to_record(arrays), METRICS: metrics}), reply_to=message)
+    content = RecordDict({ARRAYS: to_record(arrays, shared=False), METRICS: metrics})
+    return Message(content=content, reply_to=message)
 
 
 def evaluate_reply(message: Message, *, examples: int, loss: float, accuracy: float) -> Message:

@@ -21,7 +21,7 @@ from fedge.errors import FormatError
 _NPY: Final = "numpy.ndarray"  # Flower's name for `.npy` bytes
 
 
-class _DirectArray(Array):
+class DirectArray(Array):
     """What both share: `.data` is made on demand, and nothing is kept of it."""
 
     def __init__(self, dtype: str, shape: tuple[int, ...]) -> None:
@@ -50,21 +50,22 @@ class _DirectArray(Array):
         return int(np.prod(self.shape, dtype=object)) * np.dtype(self.dtype).itemsize
 
 
-class MemoryArray(_DirectArray):
+class MemoryArray(DirectArray):
     """An array that stays as it is in memory."""
 
-    def __init__(self, value: npt.NDArray[Any]) -> None:
+    def __init__(self, value: npt.NDArray[Any], *, shared: bool = True) -> None:
+        """Hold a value; `shared=False` when nobody else uses it, so that `numpy` may hand it out writable."""
         super().__init__(value.dtype.name, value.shape)
-        self.__dict__["value"] = value
+        self.__dict__.update(value=value, shared=shared)
 
     def numpy(self) -> npt.NDArray[Any]:
-        """A view that cannot be written to: others may hold the same array."""
+        """The values, without a copy; not writable when others may hold the same array."""
         view: npt.NDArray[Any] = self.__dict__["value"].view()
-        view.flags.writeable = False
+        view.flags.writeable = view.flags.writeable and not self.__dict__["shared"]
         return view
 
 
-class FileArray(_DirectArray):
+class FileArray(DirectArray):
     """An array whose raw little-endian bytes lie in a file; nothing is read before it is asked for."""
 
     def __init__(self, path: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> None:
@@ -107,4 +108,10 @@ def _read_into(view: memoryview, path: Path, offset: int) -> None:
 
 def nbytes_of(array: Array) -> int:
     """Bytes of an array's values as they travel; nothing is read or serialised for it."""
-    return array.nbytes if isinstance(array, _DirectArray) else len(array.data)
+    return array.nbytes if isinstance(array, DirectArray) else len(array.data)
+
+
+def raw_bytes(value: npt.NDArray[Any]) -> memoryview:
+    """The values as contiguous little-endian bytes; no copy is made where they are that already."""
+    little = np.asarray(value, value.dtype.newbyteorder("<"), order="C")
+    return little.reshape(-1).view(np.uint8).data

@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedge.errors import FormatError
 from fedge.files import sync_folder
 from fedge.wire import MAX_OBJECT_BYTES, MAX_TENSORS
-from fedge.wire.arrays import FileArray, MemoryArray
+from fedge.wire.arrays import FileArray, MemoryArray, raw_bytes
 from fedge.wire.v1.records_pb2 import Content, Entry, Object, Record, Tensor, Value, Values
 
 __all__ = ["FileArray", "MemoryArray", "Packed", "pack", "unpack", "write_object"]
@@ -156,8 +156,7 @@ def _bytes_of(name: str, array: Array) -> memoryview:
         raise FormatError(
             f"tensor {name[:60]!r}: is {value.dtype} {value.shape}, declared {array.dtype} {array.shape}"
         )
-    little = np.asarray(value, value.dtype.newbyteorder("<"), order="C")
-    return little.reshape(-1).view(np.uint8).data
+    return raw_bytes(value)
 
 
 def _checked_size(content: Content) -> int:

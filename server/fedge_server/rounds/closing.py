@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, Message
 
 from fedge.learning.messages import ARRAYS, EXAMPLES, METRICS
+from fedge.wire.arrays import nbytes_of, raw_bytes
 from fedge_server.rounds.record import Rejected
 from fedge_server.rounds.validation import Arrays, fault
 
@@ -75,18 +76,19 @@ def _set_digest(updates: list[Message]) -> str:
 
 
 def payload_bytes(message: Message) -> int:
-    """Bytes of all arrays in a message, as they are serialised."""
+    """Bytes of all arrays in a message; nothing is read or serialised for it."""
     if not message.has_content():
         return 0
     return sum(
-        len(array.data) for record in message.content.array_records.values() for array in record.values()
+        nbytes_of(array) for record in message.content.array_records.values() for array in record.values()
     )
 
 
 def _digest(message: Message) -> str:
+    """Over examples, names, dtypes, shapes and little-endian values: the same however the arrays came."""
     sha = hashlib.sha256(str(message.content.metric_records[METRICS][EXAMPLES]).encode())
     record: ArrayRecord = message.content.array_records[ARRAYS]
     for name, array in record.items():
-        sha.update(name.encode())
-        sha.update(array.data)
+        sha.update(f"\0{name}\0{array.dtype}\0{tuple(array.shape)}\0".encode())
+        sha.update(raw_bytes(array.numpy()))
     return sha.hexdigest()

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Message, MetricRecord
+from flwr.app import Array, Message, MetricRecord
 
-from fedge.learning.messages import ARRAYS, EXAMPLES, MAX_EXAMPLES, METRICS, TRAIN_LOSS, from_record
+from fedge.errors import FedgeError
+from fedge.learning.messages import ARRAYS, EXAMPLES, MAX_EXAMPLES, METRICS, TRAIN_LOSS
+from fedge.wire.arrays import DirectArray
 
 MAX_LOSS = 1e6  # of one client; QFedAvg raises it to a power
 
@@ -93,23 +95,30 @@ def _arrays_fault(reply: Message, like: Arrays) -> str | None:
         wrong = sorted(set(record) ^ set(like))
         return f"array names differ: {', '.join(wrong[:3]) or 'another order'}"
     for name, expected in like.items():
-        array = record[name]  # its header is checked before its bytes are decoded
-        if tuple(array.shape) != expected.shape or np.dtype(array.dtype) != expected.dtype:
-            found = f"{array.dtype} {tuple(array.shape)}"
-            return f"array {name!r} is {found} instead of {expected.dtype} {expected.shape}"
-        if len(array.data) > expected.nbytes + 1024:  # Flower's .npy header is 128 bytes
-            return f"array {name!r} carries {len(array.data)} bytes for {expected.nbytes}"
-        if (declared := _declared(array.data)) != (expected.shape, expected.dtype):
-            return f"array {name!r} cannot be decoded: its bytes declare {declared}"
-    try:
-        arrays = from_record(record)
-    except (ValueError, EOFError, OSError) as error:
-        return f"arrays cannot be decoded ({error})"
-    for name, value in arrays.items():
-        if value.shape != like[name].shape or value.dtype != like[name].dtype:
+        if (found := _declaration_fault(record[name], expected)) is not None:
+            return f"array {name!r} {found}"
+    for name, expected in like.items():  # one at a time: an update may be as large as the model
+        try:
+            value = record[name].numpy()
+        except (ValueError, EOFError, OSError, FedgeError) as error:
+            return f"arrays cannot be decoded ({error})"
+        if value.shape != expected.shape or value.dtype != expected.dtype:
             return f"array {name!r} decodes to {value.dtype} {value.shape}"
         if value.dtype.kind == "f" and not _is_finite(value):
             return f"array {name!r} holds NaN or infinite values"
+    return None
+
+
+def _declaration_fault(array: Array, expected: npt.NDArray[np.generic]) -> str | None:
+    """What is wrong with what an array says of itself, before any of its bytes are decoded."""
+    if tuple(array.shape) != expected.shape or np.dtype(array.dtype) != expected.dtype:
+        return f"is {array.dtype} {tuple(array.shape)} instead of {expected.dtype} {expected.shape}"
+    if isinstance(array, DirectArray):
+        return None  # it has no second header that could say otherwise
+    if len(array.data) > expected.nbytes + 1024:  # Flower's .npy header is 128 bytes
+        return f"carries {len(array.data)} bytes for {expected.nbytes}"
+    if (declared := _declared(array.data)) != (expected.shape, expected.dtype):
+        return f"cannot be decoded: its bytes declare {declared}"
     return None
 
 
