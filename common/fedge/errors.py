@@ -10,6 +10,8 @@ FedgeError                  the work failed                        exit code 1
     ├── FormatError         malformed, truncated or larger than it may be
     ├── SignatureError      not signed by a trusted key
     ├── DigestError         the bytes are not the ones that were signed
+    ├── IdentityError       a certificate, token or pin does not say who it must
+    │   └── RevokedError    it did, until its device was revoked
     └── DowngradeError      older than what the device may run
 
 Foreign exceptions are wrapped where they enter. A message says what was wrong, with which value, and
@@ -61,6 +63,14 @@ class SignatureError(TrustError):
 
 class DigestError(TrustError):
     """The bytes are not the bytes that were signed."""
+
+
+class IdentityError(TrustError):
+    """A certificate, a token or a pin does not say who it must."""
+
+
+class RevokedError(IdentityError):
+    """The device was enrolled and has been revoked."""
 
 
 class DowngradeError(TrustError):
