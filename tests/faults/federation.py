@@ -213,7 +213,7 @@ class Federation:
 
     folder: Path
     agents: int = 2
-    task: str = "images"
+    task: str = "digits"
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     agent_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     server_home: Path | None = None
@@ -256,7 +256,7 @@ class Federation:
         ]
 
     def _set_up(self) -> None:
-        self.server("init")
+        self.server("init", "--name", "127.0.0.1")
         self.write_settings()
         write_digits(self.folder, self.agents)
         self.start_hub()
@@ -340,8 +340,8 @@ class Federation:
 
     def join_string(self, tier: str = "edge") -> str:
         """A new one."""
-        lines = self.server("token", "create", "--tier", tier).split()
-        return next(word for word in lines if word.startswith("fedge1:"))
+        found: str = json.loads(self.server("token", "create", "--tier", tier, "--format", "json"))[0]["join"]
+        return found
 
     def enrol(self, name: str, *, data: Path | None = None, home: Path | None = None) -> Agent:
         """Enrol a device with a real join string; it offers the task with its own share of the digits."""
@@ -397,10 +397,11 @@ class Federation:
 
     def start_run(self, config: Mapping[str, Any]) -> str:
         """Write a configuration and start a run of it; its id."""
-        path = self.folder / f"run-{time.monotonic_ns()}.toml"
+        run_id = f"run-{len(list(self.folder.glob('run-*.toml')))}"
+        path = self.folder / f"{run_id}.toml"
         path.write_text(toml({"task": self.task, "data": "server.npz", **config}), encoding="utf-8")
-        found: str = json.loads(self.server("run", "start", path, "--format", "json"))["id"]
-        return found
+        self.server("run", "start", path, "--name", run_id)
+        return run_id
 
     def worker(self, run_id: str) -> int | None:
         """Process id of a run's worker; None while there is none."""
