@@ -1,4 +1,4 @@
-"""kill -9 of each process at each stage of a round: what was committed stays, nothing counts twice, runs end."""
+"""kill -9 of each process at each stage of a round: what was committed stays, and nothing counts twice."""
 
 from __future__ import annotations
 
