@@ -1,0 +1,57 @@
+"""`fedge-client run`: from a home folder to a running agent, and its clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from fedge_client.agent import settings, status
+from fedge_client.agent.agent import Agent
+from fedge_client.agent.identity import Identity
+from fedge_client.agent.offers import digests_of
+
+log = logging.getLogger("fedge.agent")
+
+
+def run(home: Path, *, once: bool = False) -> int:
+    """Be the agent of this home until a signal ends it; returns the exit code.
+
+    Raises:
+        UserError: the device is not enrolled, or its settings are wrong.
+        FedgeError: another agent runs here.
+    """
+    home = home.absolute()
+    identity = Identity.open(home)
+    found = settings.load(home / settings.FILE)
+    _log_to_stderr()
+    with status.only_agent(home):
+        digests = digests_of(found.tasks, home)
+        if not found.tasks:
+            log.warning("%s offers no task: this device answers nothing", home / settings.FILE)
+        for name, digest in digests.items():
+            log.info("offers task %s, digest %s", name, digest)
+        return asyncio.run(_until_signal(Agent(home, found, digests, identity), once))
+
+
+async def _until_signal(agent: Agent, once: bool) -> int:
+    running = asyncio.ensure_future(agent.run(once=once))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, running.cancel)
+    try:
+        return await running
+    except asyncio.CancelledError:
+        status.notify("STOPPING=1")
+        log.info("stopped")
+        return 0
+
+
+def _log_to_stderr() -> None:
+    """Plain lines; the journal has the time already."""
+    form = "%(message)s" if "JOURNAL_STREAM" in os.environ else "%(asctime)s %(message)s"
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=form, datefmt="%Y-%m-%dT%H:%M:%S%z")
+    log.setLevel(logging.INFO)

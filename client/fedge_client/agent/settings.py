@@ -1,0 +1,223 @@
+"""The agent's own file `agent.toml`: the tasks that this device offers, and the limits of training here.
+
+Checked by hand: a device need not have pydantic.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from fedge.errors import ConfigError, FormatError
+from fedge.files import read_bounded
+
+FILE: Final = "agent.toml"
+MAX_FILE_BYTES: Final = 1024**2
+MAX_TAGS = MAX_TASKS = 64
+LEAST_MEMORY_BYTES: Final = 500_000_000  # torch and flwr alone take about 350 MB of data segment
+
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_TASK = re.compile(r"[A-Za-z0-9_-]{1,64}|[A-Za-z_][\w.]{0,200}:[A-Za-z_]\w{0,63}")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedTask:
+    """A task that this device offers; a server may name it, and nothing else."""
+
+    name: str  # a built-in task, or package.module:TASK: found on this device, as the server calls it
+    data: Path | None = None  # file or folder; None: the task brings its own
+    label: str | None = None  # tables: the column that holds the label
+    size: tuple[int, int] | None = None  # image folders: resize to (height, width)
+    pin: str = ""  # the digest that the task must have; empty: any
+
+    def node_config(self, digest: str) -> dict[str, str]:
+        """What the ClientApp is told of this task."""
+        config = {"task": self.name, "digest": digest}
+        if self.data is not None:
+            config["data"] = str(self.data)
+        if self.label is not None:
+            config["data-label"] = self.label
+        if self.size is not None:
+            config["data-size"] = f"{self.size[0]}x{self.size[1]}"
+        return config
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Limits of the training process."""
+
+    max_memory_bytes: int = 2_000_000_000  # of its data segment; 0: no limit
+    threads: int = 1
+    nice: int = 10  # 0 .. 19
+    idle_unload_s: float = 600.0  # the process ends after so long without work; 0: never
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSettings:
+    """Limits of the connection."""
+
+    max_cache_bytes: int = 2_000_000_000  # of models kept on disk
+    backoff_max_s: float = 60.0  # between two attempts to connect
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """The whole file."""
+
+    tags: tuple[str, ...] = ()
+    tasks: tuple[OfferedTask, ...] = ()
+    training: Training = field(default_factory=Training)
+    link: LinkSettings = field(default_factory=LinkSettings)
+
+
+def load(path: Path) -> AgentSettings:
+    """Read and check the file; the defaults, which offer no task, when there is none.
+
+    Raises:
+        ConfigError: it cannot be read, a key is unknown, or a value is not possible.
+    """
+    if not path.exists():
+        return AgentSettings()
+    try:
+        found = tomllib.loads(read_bounded(path, MAX_FILE_BYTES).decode("utf-8"))
+    except FormatError as error:
+        raise ConfigError(str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is not TOML ({error})") from error
+    try:
+        return parse(found, path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse(found: Mapping[str, Any], folder: Path) -> AgentSettings:
+    """The settings that a parsed file states; data paths are relative to `folder`.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is not possible.
+    """
+    _known("", found, ("tags", "tasks", "training", "link"))
+    tables = _table("tasks", found.get("tasks", {}))
+    if len(tables) > MAX_TASKS:
+        raise ConfigError(f"tasks: {len(tables)} are given, at most {MAX_TASKS} can be offered")
+    tasks = tuple(_task(name, table, folder) for name, table in tables.items())
+    names = [task.name for task in tasks]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"tasks: {twice!r} is offered twice; one table for each task")
+    return AgentSettings(
+        _tags(found.get("tags", [])),
+        tasks,
+        _training(_table("training", found.get("training", {}))),
+        _link(_table("link", found.get("link", {}))),
+    )
+
+
+def _tags(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) > MAX_TAGS:
+        raise ConfigError(f"tags = {value!r}: must be a list of at most {MAX_TAGS} words")
+    for tag in value:
+        if not isinstance(tag, str) or not _TAG.fullmatch(tag):
+            raise ConfigError(
+                f"tags: {tag!r} is no tag; it has letters, digits, '.', '_' and '-', at most 64"
+            )
+    return tuple(dict.fromkeys(value))
+
+
+def _task(table_name: str, value: Any, folder: Path) -> OfferedTask:
+    where = f"tasks.{table_name}"
+    table = _table(where, value)
+    _known(where, table, ("task", "data", "label", "size", "digest"))
+    name = _text(where, table, "task", table_name)
+    if not _TASK.fullmatch(name):
+        raise ConfigError(f"{where}: {name!r} names no task; use a built-in one or package.module:TASK")
+    data, label, pin = (_text(where, table, key, None) for key in ("data", "label", "digest"))
+    if pin is not None and not _DIGEST.fullmatch(pin):
+        raise ConfigError(f"{where}.digest = {pin!r}: must be 64 hexadecimal digits in lower case")
+    # Absolute: the training process reads it from another folder.
+    path = (folder / Path(data).expanduser()).absolute() if data is not None else None
+    return OfferedTask(name, path, label, _size(where, table.get("size")), pin or "")
+
+
+def _size(where: str, value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    right = isinstance(value, list) and len(value) == 2 and all(type(part) is int for part in value)
+    if not right or not all(1 <= part <= 10_000 for part in value):
+        raise ConfigError(f"{where}.size = {value!r}: must be [HEIGHT, WIDTH] in pixels")
+    return value[0], value[1]
+
+
+def _training(table: Mapping[str, Any]) -> Training:
+    _known("training", table, ("max_memory_bytes", "threads", "nice", "idle_unload_s"))
+    usual = Training()
+    made = Training(
+        _whole("training.max_memory_bytes", table, usual.max_memory_bytes, 0, 2**62),
+        _whole("training.threads", table, usual.threads, 1, 1024),
+        _whole("training.nice", table, usual.nice, 0, 19),
+        _seconds("training.idle_unload_s", table, usual.idle_unload_s),
+    )
+    if 0 < made.max_memory_bytes < LEAST_MEMORY_BYTES:
+        raise ConfigError(
+            f"training.max_memory_bytes = {made.max_memory_bytes}: torch needs {LEAST_MEMORY_BYTES} or more; "
+            "0 sets no limit"
+        )
+    return made
+
+
+def _link(table: Mapping[str, Any]) -> LinkSettings:
+    _known("link", table, ("max_cache_bytes", "backoff_max_s"))
+    usual = LinkSettings()
+    made = LinkSettings(
+        _whole("link.max_cache_bytes", table, usual.max_cache_bytes, 0, 2**62),
+        _seconds("link.backoff_max_s", table, usual.backoff_max_s),
+    )
+    if made.backoff_max_s < 1:
+        raise ConfigError(f"link.backoff_max_s = {made.backoff_max_s}: must be 1 or more")
+    return made
+
+
+def _known(where: str, table: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    for key in table:
+        if key not in keys:
+            close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(keys)}"
+            raise ConfigError(f"unknown key {(where + '.' + key).lstrip('.')!r}: {hint}")
+
+
+def _table(where: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} = {value!r}: must be a table, [{where}]")
+    return value
+
+
+def _text(where: str, table: Mapping[str, Any], key: str, default: T) -> str | T:
+    if key not in table:
+        return default
+    value = table[key]
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ConfigError(f"{where}.{key} = {value!r}: must be text")
+    return value
+
+
+def _whole(name: str, table: Mapping[str, Any], default: int, least: int, most: int) -> int:
+    value = table.get(name.rpartition(".")[2], default)
+    return int(_between(name, value, least, most, lambda given: type(given) is int))
+
+
+def _seconds(name: str, table: Mapping[str, Any], default: float) -> float:
+    value = table.get(name.rpartition(".")[2], default)
+    return float(_between(name, value, 0, 10**9, lambda given: type(given) in (int, float)))
+
+
+def _between(name: str, value: Any, least: int, most: int, of_type: Callable[[Any], bool]) -> Any:
+    if not of_type(value) or not least <= value <= most:  # NaN neither
+        raise ConfigError(f"{name} = {value!r}: must be a number from {least} to {most}")
+    return value

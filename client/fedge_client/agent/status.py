@@ -1,0 +1,103 @@
+"""What the agent says of itself to other processes on the device: a small file, and a lock while it runs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from fedge.errors import FedgeError, FormatError
+from fedge.files import read_bounded, write_atomically
+
+FILE: Final = "agent-status.json"
+LOCK: Final = "agent.lock"
+_SCHEMA: Final = 1
+_MAX_BYTES: Final = 256 * 1024
+
+
+@contextmanager
+def only_agent(home: Path) -> Iterator[None]:
+    """Hold the home's lock: two agents must not answer one message.
+
+    Raises:
+        FedgeError: another agent runs in this home, or the disk refuses the lock.
+    """
+    try:
+        lock = (home / LOCK).open("a")
+    except OSError as error:
+        raise FedgeError(f"{home / LOCK}: cannot be made ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FedgeError(f"{home}: an agent runs here already; one home serves one agent") from error
+        yield
+
+
+def is_running(home: Path) -> bool:
+    """Whether an agent runs in this home."""
+    path = home / LOCK
+    if not path.exists():
+        return False
+    with path.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def read(home: Path) -> dict[str, Any]:
+    """What the agent wrote last; empty when none ever ran here.
+
+    Raises:
+        FormatError: damaged.
+    """
+    path = home / FILE
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(read_bounded(path, _MAX_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: damaged; it is written again when the agent starts") from error
+    if not isinstance(value, dict) or value.pop("schema", None) != _SCHEMA:
+        raise FormatError(f"{path}: written by another version of fedge; restart the agent")
+    return value
+
+
+class Status:
+    """The file's content; it is written when something in it changes."""
+
+    def __init__(self, home: Path, facts: Mapping[str, Any]) -> None:
+        self._path = home / FILE
+        self._shown: dict[str, Any] = {"pid": os.getpid(), "since": time.time(), **facts}
+
+    def show(self, **facts: Any) -> None:
+        """Change some facts; a disk that refuses them does not stop the agent."""
+        if all(self._shown.get(name, ...) == value for name, value in facts.items()):
+            return
+        self._shown |= facts | {"written": time.time()}
+        data = json.dumps({"schema": _SCHEMA, **self._shown}, sort_keys=True).encode() + b"\n"
+        try:
+            write_atomically(self._path, data)
+        except OSError:
+            return
+
+
+def notify(line: str) -> None:
+    """Tell systemd, when it has started this process and waits to hear."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    name = "\0" + address[1:] if address.startswith("@") else address
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notifier:
+        try:
+            notifier.sendto(line.encode(), name)
+        except OSError:
+            return
