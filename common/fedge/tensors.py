@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import struct
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError, deserialize, safe_open
 
 from fedge.errors import FormatError
 
@@ -100,21 +102,57 @@ def parse(data: bytes, *, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Array],
         FormatError: truncated, over `max_bytes`, garbage, overlapping or uncovered bytes, a name given
             twice, a dtype that numpy lacks, or a bool that is neither 0 nor 1.
     """
-    if len(data) > max_bytes:
-        raise FormatError(f"tensors: {len(data)} bytes, over the {max_bytes} they may have")
-    if len(data) < 8:
-        raise FormatError(f"tensors: {len(data)} bytes are too short for a header")
-    (length,) = struct.unpack("<Q", data[:8])
-    if length > min(MAX_HEADER_BYTES, len(data) - 8):
-        raise FormatError(f"tensors: a header of {length} bytes is over {MAX_HEADER_BYTES}, or is truncated")
+    _check_length(data, len(data), max_bytes)
     try:
         # Checks offsets, sizes and cover, then copies each tensor once; in an order that differs by call.
         found = dict(deserialize(bytes(data)))  # type: ignore[no-untyped-call]
-        header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_duplicates)
+        header = _header(data)
     except (SafetensorError, ValueError, RecursionError) as error:
         raise FormatError(f"tensors: not a safetensors document ({str(error)[:200]!r})") from error
     arrays = {name: _array(name, found[name]) for name in header if name != _METADATA}
     return arrays, header.get(_METADATA) or {}
+
+
+def load(path: Path, *, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Array], dict[str, str]]:
+    """What `parse` makes of a file's bytes, without holding them in memory beside the arrays.
+
+    Args:
+        path: a file that nobody changes meanwhile: its pages are mapped.
+        max_bytes: how long it may be.
+
+    Raises:
+        FormatError: as `parse` does, or it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8 + MAX_HEADER_BYTES)
+        _check_length(start, size, max_bytes)
+        with safe_open(path, "numpy") as document:
+            header = _header(start)
+            names = (name for name in header if name != _METADATA)
+            arrays = {name: _loaded(document, name, header[name]["dtype"]) for name in names}
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (SafetensorError, ValueError, OverflowError, RecursionError) as error:
+        raise FormatError(f"{path}: not a safetensors document ({str(error)[:200]!r})") from error
+    return arrays, header.get(_METADATA) or {}
+
+
+def _check_length(start: bytes, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise FormatError(f"tensors: {size} bytes, over the {max_bytes} they may have")
+    if size < 8:
+        raise FormatError(f"tensors: {size} bytes are too short for a header")
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        raise FormatError(f"tensors: a header of {length} bytes is over {MAX_HEADER_BYTES}, or is truncated")
+
+
+def _header(start: bytes) -> dict[str, Any]:
+    (length,) = struct.unpack("<Q", start[:8])
+    found: dict[str, Any] = json.loads(start[8 : 8 + length], object_pairs_hook=_without_duplicates)
+    return found
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -125,9 +163,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _array(name: str, raw: Mapping[str, Any]) -> Array:
-    dtype, shown = _DTYPE_OF.get(raw["dtype"]), repr(name[:60])
-    if dtype is None:
-        raise FormatError(f"tensors: {shown} has dtype {raw['dtype']}, which is not supported here")
+    dtype, shown = _dtype(name, raw["dtype"]), repr(name[:60])
     if dtype == np.bool_ and raw["data"].translate(None, b"\x00\x01"):
         raise FormatError(f"tensors: {shown} is bool but holds other values than 0 and 1")
     try:
@@ -135,3 +171,18 @@ def _array(name: str, raw: Mapping[str, Any]) -> Array:
     except (ValueError, OverflowError) as error:
         raise FormatError(f"tensors: {shown} has a shape that numpy cannot hold ({error})") from error
     return array if sys.byteorder == "little" else array.byteswap(inplace=True)
+
+
+def _loaded(document: Any, name: str, code: str) -> Array:
+    dtype = _dtype(name, code)
+    array: Array = document.get_tensor(name)
+    if dtype == np.bool_ and array.view(np.uint8).max(initial=0) > 1:
+        raise FormatError(f"tensors: {name[:60]!r} is bool but holds other values than 0 and 1")
+    return array
+
+
+def _dtype(name: str, code: str) -> np.dtype[Any]:
+    dtype = _DTYPE_OF.get(code)
+    if dtype is None:
+        raise FormatError(f"tensors: {name[:60]!r} has dtype {code}, which is not supported here")
+    return dtype

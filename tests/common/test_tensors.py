@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import struct
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,56 @@ def test_flipped_bits_give_arrays_or_our_error(data: st.DataObject) -> None:
 def test_garbage_is_refused(data: bytes) -> None:
     with pytest.raises(FormatError):
         tensors.parse(data)
+
+
+@given(st.dictionaries(NAMES, ARRAYS, max_size=4), TEXTS)
+def test_a_file_is_loaded_as_its_bytes_are_parsed(
+    tmp_path_factory: pytest.TempPathFactory, arrays: dict[str, Any], metadata: dict[str, str]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "loaded"
+    path.write_bytes(tensors.dump(arrays, metadata))
+    found, found_metadata = tensors.load(path)
+    expected, _ = tensors.parse(path.read_bytes())
+    assert (list(found), found_metadata) == (list(expected), metadata)
+    for name, array in expected.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+        assert found[name].tobytes() == array.tobytes()
+        assert found[name].flags.writeable
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"1234567",
+        struct.pack("<Q", 2**40) + b"{}",
+        document(b"[]"),
+        document(b"nonsense"),
+        document({"a": entry("F32", [2], 0, 8)}, bytes(7)),
+        document({"a": entry("F32", [2], 0, 8)}, bytes(9)),
+        document({"a": entry("BOOL", [2], 0, 2)}, b"\x01\x02"),
+        document({"a": entry("BF16", [1], 0, 2)}, bytes(2)),
+        document({"a": entry("U8", [2**63, 0], 0, 0)}),
+        document(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+                 b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"1"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_document_is_refused_as_its_bytes_are(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    with pytest.raises(FormatError):
+        tensors.parse(data)
+    with pytest.raises(FormatError):
+        tensors.load(path)
+
+
+def test_a_file_that_is_absent_or_too_long_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="cannot be read"):
+        tensors.load(tmp_path / "absent")
+    path = tmp_path / "file"
+    path.write_bytes(tensors.dump({"a": np.zeros(9)}))
+    with pytest.raises(FormatError, match="over the 8"):
+        tensors.load(path, max_bytes=8)
 
 
 def test_chunks_are_the_document_and_show_contiguous_arrays_where_they_lie() -> None:

@@ -1,21 +1,21 @@
-"""The registry: a round counts once, when its row is committed."""
+"""The registry, on SQLite and PostgreSQL alike: a round counts once, when its row is committed."""
 
 from __future__ import annotations
 
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
-import sqlalchemy as sa
 
 from fedge.errors import DigestError, FedgeError, RoundError, UserError
 from fedge_server.registry.database import Registry
 from fedge_server.rounds.record import RoundRecord
 
 
-@pytest.fixture
-def registry(tmp_path):
-    with Registry.open(tmp_path) as opened:
-        opened.begin_run("r", task="digits", seed=0, config={"task": "digits"}, data="d")
-        yield opened
+@pytest.fixture(autouse=True)
+def begun(registry):
+    registry.begin_run("r", task="digits", seed=0, config={"task": "digits"}, data="d")
 
 
 def commit(registry: Registry, number: int, run: str = "r") -> str:
@@ -23,10 +23,10 @@ def commit(registry: Registry, number: int, run: str = "r") -> str:
     return registry.commit_round(run, RoundRecord(number, {"accuracy": 0.5}), model, b"state %d" % number)
 
 
-def test_the_last_committed_round_comes_back_whole(registry, tmp_path):
+def test_the_last_committed_round_comes_back_whole(registry, tmp_path, database_url):
     commit(registry, 0)
     digest = commit(registry, 1)
-    with Registry.open(tmp_path) as again:
+    with Registry.open(tmp_path, database_url) as again:
         last = again.last_round("r")
         assert again.records("r") == [RoundRecord(0, {"accuracy": 0.5}), RoundRecord(1, {"accuracy": 0.5})]
     assert (last.record.round, last.model_sha256, last.state) == (1, digest, b"state 1")
@@ -66,16 +66,6 @@ def test_a_damaged_model_is_noticed(registry):
         registry.last_round("r")
 
 
-def test_a_database_of_a_newer_fedge_is_refused(tmp_path):
-    Registry.open(tmp_path).close()
-    engine = sa.create_engine(f"sqlite:///{tmp_path / 'fedge.db'}")
-    with engine.begin() as connection:
-        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0099'"))
-    engine.dispose()
-    with pytest.raises(FedgeError, match="schema 0099, but this fedge reads up to 0002"):
-        Registry.open(tmp_path)
-
-
 def test_a_run_can_be_begun_again(registry):
     registry.end_run("r", "failed", "power cut")
     registry.begin_run("r", task="digits", seed=0, config={"task": "digits"}, data="d")
@@ -88,3 +78,79 @@ def test_a_run_does_not_go_on_with_other_settings_or_data(registry, changed):
         registry.begin_run(
             "r", **{"task": "digits", "seed": 0, "config": {"task": "digits"}, "data": "d", **changed}
         )
+
+
+def test_a_queued_run_is_begun_by_its_worker(registry):
+    registry.queue_run("q", task="digits", seed=1, config={"task": "digits"})
+    queued = registry.run("q")
+    assert (queued["status"], queued["data"], queued["restarts"]) == ("queued", "", 0)
+    registry.begin_run("q", task="digits", seed=1, config={"task": "digits"}, data="d")
+    assert (registry.run("q")["status"], registry.run("q")["data"]) == ("running", "d")
+    with pytest.raises(UserError, match="its data has changed"):
+        registry.begin_run("q", task="digits", seed=1, config={"task": "digits"}, data="other")
+    with pytest.raises(UserError, match="there is one already"):
+        registry.queue_run("q", task="digits", seed=1, config={})
+
+
+def test_a_run_can_be_asked_to_stop(registry):
+    registry.queue_run("q", task="digits", seed=1, config={})
+    assert registry.request_stop("q") == "stopped"
+    assert registry.request_stop("r") == registry.request_stop("r") == "stopping"
+    registry.begin_run("r", task="digits", seed=0, config={"task": "digits"}, data="d")
+    assert registry.run("r")["status"] == "stopping"  # a worker that starts meanwhile does not lose it
+    registry.end_run("r", "stopped", "asked to stop")
+    with pytest.raises(UserError, match="is stopped already"):
+        registry.request_stop("r")
+    with pytest.raises(UserError, match="there is none"):
+        registry.request_stop("nobody")
+
+
+def test_a_status_is_one_of_few(registry):
+    registry.set_status("r", "failed", "power cut")
+    assert (registry.run("r")["status"], registry.run("r")["reason"]) == ("failed", "power cut")
+    with pytest.raises(ValueError, match="is no status"):
+        registry.set_status("r", "pausing")
+
+
+def test_restarts_of_a_worker_are_counted(registry):
+    assert [registry.count_restart("r") for _ in range(2)] == [1, 2]
+    assert registry.count_restart("nobody") == 0
+    assert registry.run("nobody") is None
+
+
+def test_writers_take_turns_between_threads(registry):
+    with ThreadPoolExecutor(4) as pool:
+        counts = list(pool.map(lambda _: registry.count_restart("r"), range(40)))
+    assert sorted(counts) == list(range(1, 41))
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("nonsense", "database URL: Could not parse"),
+        ("mysql+nothing://x", "database URL: "),
+        (
+            "postgresql+psycopg://me:secret@127.0.0.1:1/none",
+            r"database postgresql\+psycopg://me:\*\*\*@.* refused",
+        ),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_one_line_without_its_password(tmp_path, url, said):
+    with pytest.raises(FedgeError, match=said) as found:
+        Registry.open(tmp_path, url)
+    assert "secret" not in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_a_model_is_committed_without_a_copy_of_it(registry):
+    model = {name: np.ones(2**20, np.float32) for name in "abcdefgh"}  # 32 MiB
+    tracemalloc.start()
+    registry.commit_round("r", RoundRecord(1, {"accuracy": 0.5}), model, b"")
+    written = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    last = registry.last_round("r")
+    read = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert last.model["h"].tobytes() == model["h"].tobytes()
+    assert written < 2 * 2**20
+    assert read < 34 * 2**20

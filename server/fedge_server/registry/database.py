@@ -232,7 +232,8 @@ class Registry:
             row = connection.execute(query).mappings().first()
         if row is None:
             return None
-        model, _ = tensors.parse(self.store.get(row["model"]))
+        self.store.open(row["model"]).close()  # checks its digest
+        model, _ = tensors.load(self.store.path(row["model"]))
         record = RoundRecord.from_json(row["record"])
         return CommittedRound(record, model, row["model"], self.store.get(row["state"]))
 

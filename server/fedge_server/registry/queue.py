@@ -198,6 +198,12 @@ class Queue:
             connection.execute(_runs.update().where(_runs.c.id == run_id).values(**zero))
         return CloseCount(*row) if row else CloseCount(0, 0, 0)
 
+    def expire(self, message_ids: Sequence[str]) -> None:
+        """Take no more answers to these messages: their deadline has passed. Later ones are late."""
+        with writing(self._engine) as connection:
+            for names in _chunks(message_ids):
+                _settle(connection, _messages.c.id.in_(names) & (_messages.c.state == OPEN))
+
     def traffic(self, run_id: str, down: int, up: int) -> None:
         """Add tensor bytes that have travelled for a run."""
         added = {"bytes_down": _runs.c.bytes_down + down, "bytes_up": _runs.c.bytes_up + up}
