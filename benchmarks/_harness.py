@@ -25,18 +25,29 @@ class Options:
 
     quick: bool  # less work, never other work
     json: Path
+    only: tuple[str, ...] = ()  # parts to measure; none: all
     started: float = field(default_factory=time.perf_counter)
 
 
-def options(description: str, argv: Sequence[str] | None = None) -> Options:
-    """Read `[--quick] --json FILE`; `description` is the script's docstring."""
+def options(description: str, argv: Sequence[str] | None = None, parts: Sequence[str] = ()) -> Options:
+    """Read `[--quick] [--only PART]... --json FILE`.
+
+    Args:
+        description: the script's docstring.
+        argv: instead of the command line.
+        parts: that can be measured by themselves; none: there is no --only.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="less work (about a minute), never other work")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the figures go")
+    if parts:
+        parser.add_argument(
+            "--only", choices=parts, action="append", default=[], help="measure this part; again for more"
+        )
     found = parser.parse_args(argv)
-    return Options(found.quick, found.json)
+    return Options(found.quick, found.json, tuple(found.only) if parts else ())
 
 
 def usable_cpus() -> int:

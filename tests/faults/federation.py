@@ -209,6 +209,7 @@ class Federation:
         agent_settings: of each agent.toml, beside its tasks.
         server_home: elsewhere than in `folder`, such as on a small disk.
         environment: of all processes.
+        before_up: called when the home is made and the hub not yet started.
     """
 
     folder: Path
@@ -218,6 +219,7 @@ class Federation:
     agent_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     server_home: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    before_up: Callable[[Federation], None] | None = None
     hub: Process | None = None
     devices: list[Agent] = field(default_factory=list)
     _ports: dict[str, int] = field(default_factory=dict)
@@ -259,6 +261,8 @@ class Federation:
         self.server("init", "--name", "127.0.0.1")
         self.write_settings()
         write_digits(self.folder, self.agents)
+        if self.before_up is not None:
+            self.before_up(self)
         self.start_hub()
         for i in range(self.agents):
             self.enrol(f"device-{i}")
