@@ -11,6 +11,7 @@ import binascii
 import hashlib
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -125,6 +126,21 @@ def pin_of(key: ec.EllipticCurvePublicKey) -> str:
     """A P-256 key in 44 characters: the compressed point in base64url."""
     point = key.public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
     return base64.urlsafe_b64encode(point).decode("ascii")
+
+
+def pins_of(certificates: Sequence[x509.Certificate]) -> list[str]:
+    """The pin of each CA.
+
+    Raises:
+        FormatError: a key is not on P-256.
+    """
+    pins = []
+    for certificate in certificates:
+        key = certificate.public_key()
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not is_p256(key):
+            raise FormatError("CA: its key is not on P-256")
+        pins.append(pin_of(key))
+    return pins
 
 
 def bundle_digest(bundle: bytes) -> str:

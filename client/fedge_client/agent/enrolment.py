@@ -21,7 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 import fedge
 from fedge.errors import FedgeError, FormatError, IdentityError, RevokedError, UserError
-from fedge.identity import JoinString, has_usage, issued_by, sign_renewal
+from fedge.identity import JoinString, has_usage, issued_by, load_certificates, pins_of, sign_renewal
 from fedge.wire import WIRE_VERSION
 from fedge.wire.v1 import enrolment_pb2 as pb
 from fedge.wire.v1 import enrolment_pb2_grpc
@@ -34,7 +34,6 @@ from fedge_client.agent.identity import (
     is_enrolled,
     load_or_create_keys,
     locked,
-    pins_of,
 )
 
 TIMEOUT_S: Final = 20.0
@@ -78,7 +77,7 @@ def enrol(
                 reply = stub.Enrol(request, timeout=timeout_s)
         except RevokedError as error:
             raise UserError(f"{error}; remove {folder} to enrol this device with a new key") from error
-        if join.pin not in pins_of(reply.ca_bundle):
+        if join.pin not in pins_of(load_certificates(reply.ca_bundle)):
             raise IdentityError("enrolment: the server's CAs do not hold the one that the join string pins")
         return _keep(folder, keys, reply)
 
@@ -178,7 +177,7 @@ def check_server(leaf_der: bytes, join: JoinString, now: float) -> None:
 def _enrolled(home: Path, join: JoinString) -> Identity:
     """What a folder holds already, if it is of the server that the join string means."""
     found = Identity.open(home)
-    if join.pin not in pins_of(found.bundle):
+    if join.pin not in pins_of(load_certificates(found.bundle)):
         raise UserError(
             f"{home}: enrolled with another server ({found.hub.enrolment_address}); use another --home, "
             f"or remove {home / FOLDER} to leave that one"

@@ -47,7 +47,7 @@ from fedge.identity import (
     issued_by,
     load_certificates,
     node_id_of,
-    pin_of,
+    pins_of,
     split_address,
 )
 
@@ -136,6 +136,7 @@ class Identity:
     bundle: bytes  # PEM
     not_before: float  # of the certificate, Unix seconds
     not_after: float
+    newest: bool  # whether the newest CA of the bundle has signed the certificate
 
     @classmethod
     def open(cls, home: Path) -> Self:
@@ -152,14 +153,12 @@ class Identity:
         hub = Hub.from_bytes(read_bounded(folder / HUB, _MAX_FILE_BYTES))
         certificate = read_bounded(folder / CERTIFICATE, MAX_CERTIFICATE_BYTES)
         bundle = read_bounded(folder / BUNDLE, MAX_BUNDLE_BYTES)
-        load_certificates(bundle)
         first = load_certificates(certificate, MAX_CERTIFICATE_BYTES)[0]
         if hub.device_id != keys.device_id:
             raise FormatError(
                 f"{folder}: {DEVICE_KEY} is not the key that was enrolled; enrol the device again"
             )
-        validity = (first.not_valid_before_utc.timestamp(), first.not_valid_after_utc.timestamp())
-        return cls(folder, hub, keys, certificate, bundle, *validity)
+        return cls(folder, hub, keys, certificate, bundle, *_facts(first, bundle))
 
     @property
     def device_id(self) -> str:
@@ -177,13 +176,13 @@ class Identity:
         return bytes.fromhex(bundle_digest(self.bundle))
 
     def needs_renewal(self, now: float) -> bool:
-        """Whether under a third of the certificate's time is left.
+        """Whether under a third of the certificate's time is left, or another CA has begun to sign devices.
 
         Args:
             now: Unix seconds by this device's clock.
         """
         issued = self.not_before + BACKDATED_S
-        return now > self.not_after - (self.not_after - issued) / 3
+        return not self.newest or now > self.not_after - (self.not_after - issued) / 3
 
     def expired(self, now: float) -> bool:
         """Whether the certificate has ended, by this device's clock."""
@@ -196,11 +195,12 @@ class Identity:
             FormatError: it holds no CA.
             FedgeError: the disk refuses it.
         """
-        check_bundle(bundle)
+        pins_of(load_certificates(bundle))
         if bundle == self.bundle:
             return self
         _write(self.folder, {BUNDLE: bundle})
-        return replace(self, bundle=bundle)
+        first = load_certificates(self.certificate, MAX_CERTIFICATE_BYTES)[0]
+        return replace(self, bundle=bundle, newest=_facts(first, bundle)[2])
 
     def with_reply(self, hub: Hub, certificate: bytes, bundle: bytes) -> Identity:
         """Keep a renewed certificate, and what else the server may have changed.
@@ -259,35 +259,15 @@ def commit(folder: Path, keys: Keys, hub: Hub, certificate: bytes, bundle: bytes
         TrustError: the certificate is for another key or signed by no CA of the bundle.
         FedgeError: the disk refuses it.
     """
-    issuers = check_bundle(bundle)
+    issuers = load_certificates(bundle)
+    pins_of(issuers)
     first = load_certificates(certificate, MAX_CERTIFICATE_BYTES)[0]
     if hub.device_id != keys.device_id or device_id_of(first) != keys.device_id:
         raise IdentityError("certificate: the server sent one for another key")
-    if not any(issued_by(first, key) for key in issuers):
+    if not any(_signed(first, issuer) for issuer in issuers):
         raise IdentityError("certificate: signed by none of the CAs that the server sent with it")
     _write(folder, {BUNDLE: bundle, CERTIFICATE: certificate, HUB: hub.to_bytes()})
-    validity = (first.not_valid_before_utc.timestamp(), first.not_valid_after_utc.timestamp())
-    return Identity(folder, hub, keys, certificate, bundle, *validity)
-
-
-def check_bundle(bundle: bytes) -> list[ec.EllipticCurvePublicKey]:
-    """The keys of the CAs in a bundle.
-
-    Raises:
-        FormatError: too long, not certificates, or one is no CA of fedge.
-    """
-    keys = []
-    for certificate in load_certificates(bundle):
-        key = certificate.public_key()
-        if not isinstance(key, ec.EllipticCurvePublicKey) or not is_p256(key):
-            raise FormatError("CA bundle: holds a certificate whose key is not on P-256")
-        keys.append(key)
-    return keys
-
-
-def pins_of(bundle: bytes) -> list[str]:
-    """The pins of the CAs in a bundle; see `check_bundle`."""
-    return [pin_of(key) for key in check_bundle(bundle)]
+    return Identity(folder, hub, keys, certificate, bundle, *_facts(first, bundle))
 
 
 @contextmanager
@@ -304,6 +284,21 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise FedgeError(f"{folder}: another process enrols or renews now; try again") from error
         yield
+
+
+def _facts(certificate: x509.Certificate, bundle: bytes) -> tuple[float, float, bool]:
+    """Of a certificate: not before, not after, and whether the bundle's newest CA, its last, signed it."""
+    newest = load_certificates(bundle)[-1]
+    return (
+        certificate.not_valid_before_utc.timestamp(),
+        certificate.not_valid_after_utc.timestamp(),
+        _signed(certificate, newest),
+    )
+
+
+def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    key = issuer.public_key()
+    return isinstance(key, ec.EllipticCurvePublicKey) and issued_by(certificate, key)
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from fedge import cli
 from fedge.errors import FedgeError, FormatError, UserError
-from fedge_client.cli import agent
+from fedge_client.cli import agent, enroll
 from fedge_client.device import Device, Installed, previous
 
 _MIN_FREE_BYTES: Final = 16 * 1024**2  # below this a next installation is doubtful
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples="  fedge-client rollback",
     )
     _add_home(made)
+    enroll.add(commands)
     agent.add(commands)
     return cli.run(parser, argv)
 

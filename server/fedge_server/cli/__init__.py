@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedge import cli
 from fedge.errors import ConfigError, UserError
-from fedge_server.cli import fleet, serving
+from fedge_server.cli import fleet, init, serving
 
 if TYPE_CHECKING:
     from fedge.manifest import Release
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tiers", type=Path, metavar="FILE", help="tiers to serve (default: the run's own)"
     )
     compress.add_argument("--run", metavar="ID", dest="run_id", help="which run (default: the newest)")
-    for module in (fleet, serving):
+    for module in (init, fleet, serving):
         module.add(commands)
     return cli.run(parser, argv)
 
