@@ -5,6 +5,7 @@ FedgeError                  the work failed                        exit code 1
 │   ├── ConfigError         a key or value of the configuration
 │   └── DataError           a data file, its arrays or its values
 ├── RoundError              a federated round could not be completed
+│   └── SupersededError     another worker has taken over the run
 ├── CompressionError        a stage could not produce a variant
 └── TrustError              something from outside was refused
     ├── FormatError         malformed, truncated or larger than it may be
@@ -43,6 +44,10 @@ class DataError(UserError):
 
 class RoundError(FedgeError):
     """A federated round could not be completed."""
+
+
+class SupersededError(RoundError):
+    """Another worker has taken over the run; this one stops and changes nothing."""
 
 
 class CompressionError(FedgeError):

@@ -28,7 +28,7 @@ __all__ = ["FileArray", "MemoryArray", "Packed", "pack", "unpack", "write_object
 
 MAX_RECORDS: Final = 64  # of one content
 MAX_VALUES: Final = 65_536  # entries and list items of one content: each becomes a Python object
-MAX_NAME: Final = 1024  # characters of a record's, tensor's or entry's name
+MAX_NAME: Final = 512  # characters of a record's, tensor's or entry's name
 MAX_DIMENSIONS: Final = 32
 DTYPES: Final = frozenset(
     ["bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))]
