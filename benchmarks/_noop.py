@@ -1,4 +1,4 @@
-"""A ServerApp for Flower's SuperLink that sends empty rounds when told to, and writes down how long each took.
+"""A ServerApp for Flower's SuperLink that sends empty rounds when told to, and writes down their times.
 
 `flwr run` starts it in a process of its own; `Baton` is the benchmark's side. Each round waits for the baton,
 so that the rounds of the two worlds take turns.
