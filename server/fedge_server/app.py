@@ -1,8 +1,9 @@
 """The Flower ServerApp: reads its configuration from the run, learns, and leaves all in the registry.
 
 The same app runs in every world; only where the server's data comes from differs, so that is its argument.
-`run_config` keys: `fedge-config` (the whole configuration as JSON, or the path of a TOML file on this machine),
-`fedge-home`, `fedge-run`; every other key is an override such as `rounds.count`.
+`run_config` keys: `fedge-config` (the whole configuration as JSON, or the path of a `.toml` file on this
+machine), `fedge-home`, `fedge-run`, `fedge-database` (a URL; absent: SQLite in the home); every other key is
+an override such as `rounds.count`.
 """
 
 from __future__ import annotations
@@ -17,21 +18,28 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedge.config import Config, override
-from fedge.errors import ConfigError
+from fedge.errors import ConfigError, FedgeError
 from fedge.task import Task, resolve
 from fedge_server.data import ServerData, own_data
 from fedge_server.registry.database import Registry
 from fedge_server.rounds.loop import Learned, Observer, learn
 
-CONFIG, HOME, RUN = "fedge-config", "fedge-home", "fedge-run"
+CONFIG, HOME, RUN, DATABASE = "fedge-config", "fedge-home", "fedge-run", "fedge-database"
 
 DataOf = Callable[[Config, Task], ServerData]
 """The server's own data for a run."""
 
 
-def run_config(config: Config, home: Path, run_id: str) -> dict[str, bool | float | int | str]:
+def run_config(
+    config: Config, home: Path, run_id: str, database: str | None = None
+) -> dict[str, bool | float | int | str]:
     """What a Grid's context carries so that `build`'s app runs this configuration."""
-    return {CONFIG: json.dumps(config.to_mapping()), HOME: str(home), RUN: run_id}
+    return {
+        CONFIG: json.dumps(config.to_mapping()),
+        HOME: str(home),
+        RUN: run_id,
+        **({DATABASE: database} if database else {}),
+    }
 
 
 def config_of(context: Context) -> Config:
@@ -44,7 +52,7 @@ def config_of(context: Context) -> Config:
     overrides = [
         f"{key}={json.dumps(value, ensure_ascii=False)}"
         for key, value in context.run_config.items()
-        if key not in (CONFIG, HOME, RUN)
+        if key not in (CONFIG, HOME, RUN, DATABASE)
     ]
     if text.endswith(".toml"):
         return Config.load(Path(text), overrides)
@@ -60,7 +68,10 @@ def config_of(context: Context) -> Config:
 def build(
     data_of: DataOf, observe: Observer = lambda _: None, done: Callable[[Learned], None] = lambda _: None
 ) -> ServerApp:
-    """A ServerApp with the server's data from `data_of`; `observe` hears of rounds, `done` of the result."""
+    """A ServerApp with the server's data from `data_of`; `observe` hears of rounds, `done` of the result.
+
+    The run is done when `done` returns: a server that dies in it finds the run still running.
+    """
     server = ServerApp()
 
     @server.main()
@@ -72,8 +83,15 @@ def build(
         task = resolve(config.task)
         home = Path(str(context.run_config.get(HOME) or os.environ.get("FEDGE_HOME", "fedge-home")))
         run_id = str(context.run_config.get(RUN) or f"run-{context.run_id}")
-        with Registry.open(home) as registry:
-            done(learn(grid, config, task, data_of(config, task), registry, run_id, observe))
+        database = context.run_config.get(DATABASE)
+        with Registry.open(home, str(database) if database else None) as registry:
+            learned = learn(grid, config, task, data_of(config, task), registry, run_id, observe)
+            try:
+                done(learned)
+            except FedgeError as error:
+                registry.end_run(run_id, "failed", str(error))
+                raise
+            registry.end_run(run_id, "done", learned.reason)
 
     return server
 
