@@ -1,0 +1,97 @@
+"""Who calls, and whether they may: asked at every call and for every message of a live stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, Final, NoReturn
+
+import grpc
+
+from fedge.errors import FedgeError, IdentityError, RevokedError
+from fedge_server.identity.admission import Peer, check, peer_of
+from fedge_server.identity.authority import Authority
+from fedge_server.registry.devices import DeviceRow, Devices
+
+Context = grpc.aio.ServicerContext  # of a call
+
+_REMEMBERED: Final = 4096  # certificates whose signature need not be checked again
+
+
+class Gate:
+    """Admission of devices, by their certificate and their row."""
+
+    def __init__(
+        self, authority: Authority, devices: Devices, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._authority = authority
+        self._devices = devices
+        self._clock = clock
+        self._peers: OrderedDict[tuple[str, bytes], Peer] = OrderedDict()
+        self._rows: dict[str, DeviceRow] = {}  # as last read
+        self._of_node: dict[int, str] = {}
+
+    async def admit(self, context: Any) -> tuple[Peer, DeviceRow]:
+        """The caller and its row, read anew; ends the call when it may not speak."""
+        try:
+            peer = self._peer(context)
+            row = await asyncio.to_thread(self._devices.get, peer.device_id)
+            check(peer, row, self._clock())
+        except FedgeError as error:
+            await refuse(context, error)
+        if row is None:  # check has refused it
+            raise AssertionError
+        self._rows[peer.device_id] = row
+        self._of_node[row.node_id] = row.id
+        return peer, row
+
+    def still(self, peer: Peer) -> None:
+        """Whether a device that was admitted may still speak; costs no database.
+
+        Raises:
+            RevokedError: it was revoked meanwhile, as `refresh` saw.
+            IdentityError: its certificate has expired.
+        """
+        check(peer, self._rows.get(peer.device_id), self._clock())
+
+    async def refresh(self) -> None:
+        """Read all rows again."""
+        self._rows = {row.id: row for row in await asyncio.to_thread(self._devices.all)}
+        self._of_node = {row.node_id: row.id for row in self._rows.values()}
+
+    async def rows_of(self, node_ids: Iterable[int]) -> dict[int, DeviceRow]:
+        """The devices behind node ids, read anew; those that nobody has enrolled are left out."""
+        await self.refresh()
+        found = {node_id: self._of_node.get(node_id) for node_id in node_ids}
+        return {node_id: self._rows[name] for node_id, name in found.items() if name is not None}
+
+    def _peer(self, context: Any) -> Peer:
+        certificates = context.auth_context().get("x509_pem_cert")
+        if not certificates:
+            raise IdentityError("certificate: none was shown")
+        key = (self._authority.bundle_digest, bytes(certificates[0]))
+        peer = self._peers.get(key)
+        if peer is None:
+            peer = self._peers[key] = peer_of(key[1], self._authority.certificates)
+            while len(self._peers) > _REMEMBERED:
+                self._peers.popitem(last=False)
+        return peer
+
+
+def status_of(error: FedgeError) -> grpc.StatusCode:
+    """How an error of admission is told to a device."""
+    if isinstance(error, RevokedError):
+        return grpc.StatusCode.PERMISSION_DENIED
+    if isinstance(error, IdentityError):
+        return grpc.StatusCode.UNAUTHENTICATED
+    return grpc.StatusCode.UNAVAILABLE
+
+
+async def refuse(context: Any, error: FedgeError) -> NoReturn:
+    """End a call with what an error of admission means."""
+    code = status_of(error)
+    # What went wrong inside is for the log, not for whoever asks.
+    await context.abort(code, str(error) if code != grpc.StatusCode.UNAVAILABLE else "try again later")
+    raise AssertionError("abort raises")
