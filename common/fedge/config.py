@@ -29,6 +29,9 @@ Positive = Annotated[float, Field(gt=0, strict=True)]
 NotNegative = Annotated[float, Field(ge=0, strict=True)]
 Count = Annotated[int, Field(ge=1, lt=2**53, strict=True)]
 
+TierName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+TagName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+
 LossName = Literal["cross_entropy", "focal", "multi_margin"]
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 FilterName = Literal["none", "median", "gaussian", "clip"]
@@ -96,15 +99,26 @@ class Model:
 class Clients:
     """`[clients]`: who takes part (a simulation makes them; a deployment has them)."""
 
-    count: Count | None = None  # None: 10, or as many as the data has natural clients
+    # A simulation makes so many (None: 10, or as many as the data has natural clients); a deployment begins
+    # once so many suitable devices are online (None: one).
+    count: Count | None = None
     partition: PartitionName = "iid"
     seconds_per_example: Positive = 0.001  # simulated time to train on one example once
     speed_sigma: NotNegative = 0.0  # spread of the clients' speeds: sigma of a log-normal
+    # Of a deployment alone: which of the devices that are online take part.
+    tiers: tuple[TierName, ...] = ()  # those of any of these tiers; empty: of all
+    tags: tuple[TagName, ...] = ()  # those that carry all of these tags
+    max_seconds: Positive | None = None  # not those whose answers have been taking longer
 
     @property
     def wanted(self) -> int:
         """How many clients an artificial partition makes."""
         return self.count if self.count is not None else 10
+
+    @property
+    def needed(self) -> int:
+        """How many suitable devices a deployment waits for before it begins."""
+        return self.count if self.count is not None else 1
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -208,9 +222,6 @@ class Tier:
     max_latency_ms: Positive | None = None  # median at batch 1, one thread, on the machine that compresses
     max_drop: Share = 0.01  # accuracy that may be lost, upper confidence bound
     max_class_drop: Share | None = None  # the same for the recall of each class
-
-
-TierName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)

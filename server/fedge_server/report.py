@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fedge.config import Config
 from fedge.dataset import Dataset, Indices
 from fedge.files import write_atomically
+from fedge.spec import Spec
 from fedge_server.compression import TierOutcome
 from fedge_server.rounds.loop import Learned
 from fedge_server.rounds.record import RoundRecord
@@ -34,6 +35,15 @@ class Plot:
 
 
 @dataclass(frozen=True, slots=True)
+class Holdings:
+    """Who holds what: known where one machine deals the data out, and nowhere else."""
+
+    dataset: Dataset
+    clients: Sequence[Indices]
+    names: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What the page shows."""
 
@@ -47,17 +57,18 @@ class Report:
     def of(
         cls,
         config: Config,
-        dataset: Dataset,
-        clients: Sequence[Indices],
-        names: Sequence[str],
+        spec: Spec,
         learned: Learned,
         outcomes: Sequence[TierOutcome],
         summary: dict[str, Any],
+        holdings: Holdings | None = None,
     ) -> Self:
         """Draw the plots of a run."""
-        plots = [_accuracy(learned.records), _partition(dataset, clients, names)]
+        plots = [_accuracy(learned.records)]
+        if holdings is not None:
+            plots.append(_partition(holdings.dataset, holdings.clients, holdings.names))
         if recall := learned.records[-1].metrics.get("recall"):
-            plots.append(_recall(recall, dataset.spec.labels))  # type: ignore[arg-type]  # recall is a list
+            plots.append(_recall(recall, spec.labels))  # type: ignore[arg-type]  # recall is a list
         if any(trial.accuracy is not None for outcome in outcomes for trial in outcome.tried):
             plots.append(_candidates(outcomes, summary["global_model"]["bytes"]))
         return cls(config, summary, learned.records, outcomes, tuple(plots))

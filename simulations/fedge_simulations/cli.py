@@ -14,7 +14,6 @@ from fedge import cli
 
 if TYPE_CHECKING:
     from fedge.config import Config
-    from fedge_server.rounds.record import RoundRecord
 
 _RUN_EXAMPLES = """\
   fedge-sim run examples/digits.toml --out out/digits
@@ -122,22 +121,9 @@ def _silent(_: Any) -> None:
 
 
 def _round_line(config: Config) -> Any:
-    count = config.rounds.count
+    from fedge_server.pipeline import round_line
 
-    def show(record: RoundRecord) -> None:
-        metrics = [
-            f"{name} {value:.4f}"
-            for name, value in record.metrics.items()
-            if isinstance(value, float) and name != "macro_f1"
-        ]
-        missing = f"  {record.failures} without an update" if record.failures else ""
-        why = f" ({record.rejected[0].reason})" if record.rejected else ""
-        _say(
-            f"round {record.round:>{len(str(count))}}/{count}  {'  '.join(metrics)}  {record.clients} clients"
-            f"  {record.seconds:.2f} s{missing}{why}"
-        )
-
-    return show
+    return lambda record: _say(round_line(config, record))
 
 
 def _tables(summary: dict[str, Any]) -> None:

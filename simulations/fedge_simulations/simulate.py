@@ -6,7 +6,6 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +15,17 @@ from flwr.app import Context, RecordDict
 
 from fedge.config import Config
 from fedge.errors import UserError
-from fedge.files import sha256, write_atomically
+from fedge.files import sha256
 from fedge_server import app as server_app
-from fedge_server.compression import TierOutcome, compress
+from fedge_server.compression import TierOutcome
+from fedge_server.pipeline import HISTORY, MODEL, REPORT, SUMMARY, Place, Say, conclude, observer, release
 from fedge_server.registry.database import Registry
-from fedge_server.release import KEYS, PUBLISHED, publish_outcomes
-from fedge_server.report import Report, write_report
+from fedge_server.release import KEYS, PUBLISHED
+from fedge_server.report import Holdings
 from fedge_server.rounds.loop import Learned, Observer
-from fedge_server.summary import summarise
 from fedge_simulations.devices import DEVICES, DeviceHome, DeviceResult, deliver
 from fedge_simulations.grid import RUN_ID, SERVER_NODE
 from fedge_simulations.world import World, prepare
-
-Say = Callable[[str], None]
-"""Takes one line of progress."""
-
-SUMMARY, HISTORY, MODEL, REPORT = "summary.json", "history.jsonl", "model.safetensors", "report.html"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,31 +73,29 @@ def run(
             say(f"resuming the interrupted run in {folder}")
         registry = stack.enter_context(Registry.open(folder))
         say(_describe(world))
-        run_id = f"run-{_config_digest(config)[:12]}"
-        learned = learn(world, folder, run_id, _both(_history_writer(folder / HISTORY), observe))
-        say(f"stopped: {learned.reason}")
-        write_atomically(folder / MODEL, registry.store.get(learned.model_sha256))
-        outcomes = _compress(world, learned, say)
-        release = publish_outcomes(
-            folder, registry, run_id, learned, config.task, world.server.spec, outcomes
+        place = Place(
+            run_id=f"run-{_config_digest(config)[:12]}",
+            folder=folder,
+            home=folder,
+            registry=registry,
+            config=config,
+            task=world.task,
+            server=world.server,
+            say=say,
+            started=started,
         )
-        if release is not None:
-            say(f"release {release.version} published in {folder / 'release'}")
-        devices = _deliver(folder, outcomes, world) if release is not None else ()
+        learned = learn(world, folder, place.run_id, observer(place, observe))
+        outcomes, released = release(place, learned)
+        devices = _deliver(folder, outcomes, world) if released else ()
         left_out = _leave_one_out(world, say) if config.evaluate.leave_one_client_out else []
-        summary = summarise(
-            config,
+        summary = conclude(
+            place,
             learned,
             outcomes,
             clients=len(world.clients),
-            seconds=time.perf_counter() - started,
+            holdings=Holdings(world.dataset, world.clients, world.names),
             further={"leave_one_client_out": left_out, "devices": [device.to_json() for device in devices]},
         )
-        write_report(
-            folder / REPORT,
-            Report.of(config, world.dataset, world.clients, world.names, learned, outcomes, summary),
-        )
-        write_atomically(folder / SUMMARY, json.dumps(summary, indent=2).encode())  # last: the run is whole
         return Result(summary, learned, outcomes, devices, out)
 
 
@@ -114,13 +106,6 @@ def learn(world: World, home: Path, run_id: str, observe: Observer) -> Learned:
     settings = server_app.run_config(world.config, home, run_id)
     app(world.grid(settings), Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
     return results[0]
-
-
-def _compress(world: World, learned: Learned, say: Say) -> tuple[TierOutcome, ...]:
-    if not world.config.tiers:
-        return ()
-    server = world.server
-    return compress(learned.model, world.task, server.spec, server.proxy, server.gate, world.config, say)
 
 
 def _deliver(folder: Path, outcomes: tuple[TierOutcome, ...], world: World) -> tuple[DeviceResult, ...]:
@@ -182,24 +167,6 @@ def _remove_run(folder: Path) -> None:
 
 def _config_digest(config: Config) -> str:
     return sha256(json.dumps(config.to_mapping(), sort_keys=True).encode())
-
-
-def _history_writer(path: Path) -> Observer:
-    """Append each round as one JSON line; a resumed run tells the earlier ones again, so it starts anew."""
-
-    def write(record: Any) -> None:
-        with path.open("w" if record.round == 1 else "a", encoding="utf-8") as file:
-            file.write(json.dumps(record.to_json()) + "\n")
-
-    return write
-
-
-def _both(first: Observer, second: Observer) -> Observer:
-    def observe(record: Any) -> None:
-        first(record)
-        second(record)
-
-    return observe
 
 
 def _describe(world: World) -> str:

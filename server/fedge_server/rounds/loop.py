@@ -22,7 +22,7 @@ from torch import nn
 
 from fedge.config import Config
 from fedge.dataset import Examples
-from fedge.errors import FedgeError, FormatError, RoundError
+from fedge.errors import FedgeError, FormatError, RoundError, SupersededError
 from fedge.learning import local, messages
 from fedge.learning.messages import Instructions
 from fedge.learning.metrics import evaluate
@@ -38,6 +38,7 @@ from fedge_server.registry.database import Registry
 from fedge_server.rounds.closing import Collected, collect, payload_bytes
 from fedge_server.rounds.record import Metric, RoundRecord
 from fedge_server.rounds.stopping import check_target, why_stop
+from fedge_server.rounds.traffic import Traffic
 from fedge_server.rounds.validation import evaluation_fault
 from fedge_server.strategies.state import capture, restore
 
@@ -68,6 +69,8 @@ def learn(
 ) -> Learned:
     """Run rounds from the last committed one until target, patience or count ends them.
 
+    The run is left running in the registry: what follows its rounds is part of it.
+
     Raises:
         ConfigError: the strategy, model or pre-processing is not as configured.
         RoundError: no client answered, or several rounds in a row had too few valid updates.
@@ -84,11 +87,12 @@ def learn(
             observe(run.next_round())
         if not any(record.counted for record in run.records[1:]):
             raise RoundError(f"no round counted: {run.why_not_counted()}")
+    except SupersededError:
+        raise  # the run goes on elsewhere
     except FedgeError as error:
         registry.end_run(run_id, "failed", str(error))
         raise
     run.load_global()
-    registry.end_run(run_id, "done", reason)
     return Learned(run.model, run.model_sha256, tuple(run.records[1:]), reason)
 
 
@@ -149,6 +153,7 @@ class _Run:
     def next_round(self) -> RoundRecord:
         """One whole round: configure, send, collect, aggregate, evaluate, commit."""
         started, number = time.perf_counter(), self.records[-1].round + 1
+        meter = Traffic.of(self.grid)
         asked = list(self.configure(number, MessageType.TRAIN))
         collected = collect(
             self.grid.send_and_receive(asked, timeout=self.config.rounds.deadline_s),
@@ -162,6 +167,8 @@ class _Run:
         metrics, counted = self.aggregate(number, collected) if enough else (None, False)
         scores = self.evaluate_centrally()
         on_clients = self.evaluate_on_clients(number) if self.config.evaluate.federated else {}
+        now = Traffic.of(self.grid)
+        travelled = now.since(meter) if now and meter else None
         record = RoundRecord(
             round=number,
             metrics=scores,
@@ -170,8 +177,9 @@ class _Run:
             rejected=collected.rejected,
             train_loss=_scalar(metrics, messages.TRAIN_LOSS),
             seconds=time.perf_counter() - started,
-            bytes_up=collected.bytes_up,
-            bytes_down=sum(payload_bytes(message) for message in asked),
+            bytes_up=collected.bytes_up if travelled is None else travelled.bytes_up,
+            bytes_down=sum(map(payload_bytes, asked)) if travelled is None else travelled.bytes_down,
+            late=0 if travelled is None else travelled.late,
             updates=collected.updates if counted else "",
             counted=counted,
             client_metrics=on_clients,

@@ -28,8 +28,9 @@ class RoundRecord:
     rejected: tuple[Rejected, ...] = ()  # answers that were errors or did not pass validation
     train_loss: float | None = None  # mean of the clients' training losses, weighted by examples
     seconds: float = 0.0  # wall time of the whole round
-    bytes_up: int = 0  # arrays received
-    bytes_down: int = 0  # arrays sent
+    bytes_up: int = 0  # arrays received; over a link, what really travelled
+    bytes_down: int = 0  # arrays sent; over a link, what really travelled
+    late: int = 0  # answers that came since the last round to messages that nobody waited for any more
     updates: str = ""  # SHA-256 of the anonymous set of updates aggregated
     counted: bool = True  # False: too few updates, so the global model stayed as it was
     client_metrics: Mapping[str, float] = field(default_factory=dict)  # of federated evaluation, if asked for
@@ -52,6 +53,7 @@ class RoundRecord:
             "seconds": round(self.seconds, 4),
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
+            "late": self.late,
             "updates": self.updates,
             "counted": self.counted,
             **({"client_metrics": dict(self.client_metrics)} if self.client_metrics else {}),

@@ -1,0 +1,134 @@
+"""From a run's rounds to its results: compress, gate, publish, and write down; the same in every world.
+
+`history.jsonl` grows with the rounds; `model.safetensors`, `report.html` and, last of all, `summary.json`
+are written when the run is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedge.config import Config
+from fedge.files import write_atomically
+from fedge.task import Task
+from fedge_server.compression import TierOutcome, compress
+from fedge_server.data import ServerData
+from fedge_server.registry.database import Registry
+from fedge_server.release import publish_outcomes
+from fedge_server.report import Holdings, Report, write_report
+from fedge_server.rounds.loop import Learned, Observer
+from fedge_server.rounds.record import RoundRecord
+from fedge_server.summary import summarise
+
+SUMMARY, HISTORY, MODEL, REPORT = "summary.json", "history.jsonl", "model.safetensors", "report.html"
+
+Say = Callable[[str], None]
+"""Takes one line of progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A run, and where its results go."""
+
+    run_id: str
+    folder: Path  # history, model, report, summary
+    home: Path  # the published release and the keys
+    registry: Registry
+    config: Config
+    task: Task
+    server: ServerData
+    say: Say = lambda _: None
+    started: float = field(default_factory=time.perf_counter)
+
+
+def observer(place: Place, further: Observer = lambda _: None) -> Observer:
+    """Write each committed round into `history.jsonl`, then tell `further`.
+
+    A resumed run tells the earlier rounds again, so the file starts anew with the first.
+    """
+    path = place.folder / HISTORY
+
+    def observe(record: RoundRecord) -> None:
+        with path.open("w" if record.round == 1 else "a", encoding="utf-8") as file:
+            file.write(json.dumps(record.to_json()) + "\n")
+        further(record)
+
+    return observe
+
+
+def round_line(config: Config, record: RoundRecord) -> str:
+    """A round in one line."""
+    count = config.rounds.count
+    metrics = [
+        f"{name} {value:.4f}"
+        for name, value in record.metrics.items()
+        if isinstance(value, float) and name != "macro_f1"
+    ]
+    missing = f"  {record.failures} without an update" if record.failures else ""
+    why = f" ({record.rejected[0].reason})" if record.rejected else ""
+    late = f"  {record.late} late" if record.late else ""
+    return (
+        f"round {record.round:>{len(str(count))}}/{count}  {'  '.join(metrics)}  {record.clients} clients"
+        f"  {record.seconds:.2f} s{missing}{why}{late}"
+    )
+
+
+def release(place: Place, learned: Learned) -> tuple[tuple[TierOutcome, ...], bool]:
+    """Compress for all tiers, and publish what passed its gate.
+
+    Returns:
+        One outcome per tier, and whether there is a release of them.
+    """
+    place.say(f"stopped: {learned.reason}")
+    shutil.copyfile(place.registry.store.path(learned.model_sha256), place.folder / MODEL)
+    outcomes: tuple[TierOutcome, ...] = ()
+    if place.config.tiers:
+        data = place.server
+        outcomes = compress(
+            learned.model, place.task, data.spec, data.proxy, data.gate, place.config, place.say
+        )
+    made = publish_outcomes(
+        place.home, place.registry, place.run_id, learned, place.config.task, place.server.spec, outcomes
+    )
+    if made is not None:
+        place.say(f"release {made.version} published in {place.home / 'release'}")
+    return outcomes, made is not None
+
+
+def conclude(
+    place: Place,
+    learned: Learned,
+    outcomes: tuple[TierOutcome, ...],
+    *,
+    clients: int,
+    holdings: Holdings | None = None,
+    further: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write report and summary; the summary says that the run is whole.
+
+    Args:
+        place: of the run.
+        learned: its result.
+        outcomes: one per tier.
+        clients: how many took part.
+        holdings: who holds what; None where only the clients know.
+        further: parts of the summary that only some worlds have.
+    """
+    summary = summarise(
+        place.config,
+        learned,
+        outcomes,
+        clients=clients,
+        seconds=time.perf_counter() - place.started,
+        further=further or {},
+    )
+    report = Report.of(place.config, place.server.spec, learned, outcomes, summary, holdings)
+    write_report(place.folder / REPORT, report)
+    write_atomically(place.folder / SUMMARY, json.dumps(summary, indent=2).encode())
+    return summary
