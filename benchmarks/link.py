@@ -17,27 +17,27 @@ Hub, worker, agents and SuperLink are processes started from the commands that u
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import _faults  # noqa: F401 - makes federation importable
 import numpy as np
 from _harness import Options, Row, machine, options, publish
-from _noop import MANIFEST, Baton, ping
 from _stubs import raise_file_limit, register, stubs
+from _superlink import NoopRounds, noop_rounds
 from federation import Federation, cpu_s, memory_mb, reset_peak, wait_for
 
+if TYPE_CHECKING:
+    from fedge_server.link.grid import LinkGrid
+
 AGENTS = 3
-SUPERLINK_ROUND_S = 120.0  # of one empty round there: then something is wrong
 BIG_TASK = '''\
 """One tensor after the other that nobody trains: what a large model costs on its way."""
 
@@ -95,45 +95,54 @@ def _median_row(part: str, what: str, values: list[float], unit: str) -> Row:
 
 def measure_noop(quick: bool) -> Figures:
     """Empty rounds here and on a SuperLink, in turns."""
-    turns, each = (3, 20) if quick else (8, 50)
+    turns, each, rounds = (1, 30, 3) if quick else (3, 100, 4)
     ours: list[float] = []
     theirs: list[float] = []
-    with deployed(AGENTS) as federation:
-        federation.start_agents()
-        with _link_rounds(federation) as link_round, _superlink_rounds() as superlink_round:
-            for number in range(turns):
-                ours += [link_round() for _ in range(each)]
-                theirs.append(superlink_round(number))
+    superlink: list[NoopRounds] = []
+    for _ in range(turns):
+        ours += _link_rounds(each)
+        with tempfile.TemporaryDirectory(prefix="fedge-superlink-") as name:
+            superlink.append(noop_rounds(Path(name), AGENTS, rounds))
+        theirs += [1e3 * seconds for seconds in superlink[-1].round_s]
+    ours += _link_rounds(each)
     claims = {"noop_round_ms": statistics.median(ours), "superlink_noop_round_ms": statistics.median(theirs)}
     rows = [
         _median_row("noop", "link, mutual TLS", ours, "ms"),
         _median_row("noop", "SuperLink, plain text", theirs, "ms"),
+        _median_row("noop", "SuperNode's resident memory at rest", [s.idle_rss_mb for s in superlink], "MB"),
+        _median_row("noop", "SuperLink and SuperNodes start", [s.start_s for s in superlink], "s"),
     ]
     return claims, rows
 
 
-@contextmanager
-def _link_rounds(federation: Federation) -> Iterator[Callable[[], float]]:
-    """Milliseconds of one empty round after the other, through the Grid that a worker uses."""
+def _link_rounds(count: int) -> list[float]:
+    """Milliseconds of empty rounds, through the Grid that a worker uses; this process is the worker."""
     from fedge.task_digest import task_digest
     from fedge.wire.v1 import admin_pb2
     from fedge_server.hub.home import Home
     from fedge_server.link.grid import LinkGrid
 
-    selection = admin_pb2.Selection(task="digits", task_digest=task_digest("digits"))
-    grid = LinkGrid(Home(federation.home), _run_of_ours(federation), selection)
-    nodes = grid.wait_for(AGENTS)
-    assert ping(grid, nodes) == AGENTS  # loads torch in the training processes
+    with deployed(AGENTS) as federation:
+        federation.start_agents()
+        selection = admin_pb2.Selection(task="digits", task_digest=task_digest("digits"))
+        grid = LinkGrid(Home(federation.home), _run_of_ours(federation), selection)
+        nodes = grid.wait_for(AGENTS)
+        _ping(grid, nodes)  # loads torch in the training processes
+        milliseconds = [_ping(grid, nodes) for _ in range(count)]
+        grid.close()
+    return milliseconds
 
-    def one_round() -> float:
-        started = time.perf_counter()
-        answered = ping(grid, nodes)
-        ms = (time.perf_counter() - started) * 1e3
-        assert answered == AGENTS
-        return ms
 
-    yield one_round
-    grid.close()
+def _ping(grid: LinkGrid, nodes: Sequence[int]) -> float:
+    """Milliseconds of a message to each node and its answer."""
+    from flwr.app import Message, RecordDict
+
+    started = time.perf_counter()
+    asked = [Message(RecordDict(), node, "query.ping") for node in nodes]
+    replies = list(grid.send_and_receive(asked, timeout=60))
+    ms = (time.perf_counter() - started) * 1e3
+    assert [reply.has_error() for reply in replies] == [False] * len(nodes), replies
+    return ms
 
 
 def _run_of_ours(federation: Federation) -> str:
@@ -147,28 +156,6 @@ def _run_of_ours(federation: Federation) -> str:
             schema.runs.insert().values(id="noop", created="2000-01-01T00:00:00+00:00", **values)
         )
     return "noop"
-
-
-@contextmanager
-def _superlink_rounds() -> Iterator[Callable[[int], float]]:
-    """Milliseconds of round `number`, on Flower's SuperLink with as many SuperNodes."""
-    from _superlink import deployment
-
-    with tempfile.TemporaryDirectory(prefix="fedge-superlink-") as name:
-        folder = Path(name)
-        app, baton = folder / "app", Baton(folder / "baton")
-        app.mkdir()
-        baton.folder.mkdir()
-        (app / "pyproject.toml").write_text(MANIFEST, encoding="utf-8")
-        os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent)  # where the app's module is
-        with deployment(folder / "deployment", app, [""] * AGENTS) as superlink:
-            config = {"baton": str(baton.folder)}
-            runs = threading.Thread(target=superlink.run, args=(config, 3600.0), daemon=True)
-            runs.start()
-            wait_for(lambda: superlink.online() == AGENTS, "SuperNodes are online")
-            yield lambda number: baton.round_ms(number, SUPERLINK_ROUND_S)
-            baton.end()
-            runs.join(60)
 
 
 # Digits
