@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedge import cli
 from fedge.errors import ConfigError, UserError
-from fedge_server.cli import fleet, init, serving
+from fedge_server.cli import backup, fleet, init, runs, serving
+from fedge_server.cli.runs import find_run, open_registry
 
 if TYPE_CHECKING:
     from fedge.manifest import Release
-    from fedge_server.registry.database import Registry
 
 _EXAMPLES = """\
   fedge-server run ls --home out/digits
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fedge-server", "The cloud side: runs, variants and releases of a home folder.", _EXAMPLES
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _group(commands, "run", "what was learned", _run_ls, _run_show, "ID", str)
+    runs.add(commands)
     _group(commands, "release", "what devices can install", _release_ls, _release_show, "VERSION", int)
     compress = cli.subcommand(
         commands,
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tiers", type=Path, metavar="FILE", help="tiers to serve (default: the run's own)"
     )
     compress.add_argument("--run", metavar="ID", dest="run_id", help="which run (default: the newest)")
-    for module in (init, fleet, serving):
+    for module in (init, fleet, serving, backup):
         module.add(commands)
     return cli.run(parser, argv)
 
@@ -72,62 +71,10 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("text", "json"), default="text")
 
 
-def _open(arguments: argparse.Namespace) -> tuple[Path, Registry]:
-    from fedge_server.registry.database import Registry
-
-    chosen = arguments.home or os.environ.get("FEDGE_HOME")
-    if not chosen:
-        raise UserError("which home folder? give --home DIR or set FEDGE_HOME")
-    home = Path(chosen)
-    if not (home / "fedge.db").exists():
-        raise UserError(f"{home} is no home of fedge: it holds no fedge.db")
-    return home, Registry.open(home)
-
-
 def _print(arguments: argparse.Namespace, value: Any, lines: Sequence[str]) -> int:
     text = json.dumps(value, indent=2) if arguments.format == "json" else "\n".join(lines)
     sys.stdout.write(text + "\n")
     return 0
-
-
-def _run_ls(arguments: argparse.Namespace) -> int:
-    _, registry = _open(arguments)
-    with registry:
-        rows = [_run_row(registry, run) for run in registry.runs()]
-    lines = [f"{r['id']}  {r['status']:8} {r['task']}  {r['rounds']} rounds  {r['created']}" for r in rows]
-    return _print(arguments, rows, lines or ["no runs"])
-
-
-def _run_row(registry: Registry, run: Mapping[str, Any]) -> dict[str, Any]:
-    rounds = max(len(registry.records(run["id"])) - 1, 0)
-    return {key: run[key] for key in ("id", "task", "seed", "status", "reason", "created")} | {
-        "rounds": rounds
-    }
-
-
-def _run_show(arguments: argparse.Namespace) -> int:
-    _, registry = _open(arguments)
-    with registry:
-        run = _find(registry, arguments.which)
-        records = [record.to_json() for record in registry.records(run["id"])[1:]]
-        row = _run_row(registry, run) | {"config": run["config"], "history": records}
-    lines = [f"{key}: {row[key]}" for key in ("id", "task", "seed", "status", "reason", "created")]
-    lines += [
-        f"round {r['round']}: accuracy {r['accuracy']:.4f}, loss {r['loss']:.4f}, {r['clients']} clients, "
-        f"{r['failures']} without an update"
-        for r in records
-    ]
-    return _print(arguments, row, lines)
-
-
-def _find(registry: Registry, run_id: str | None) -> dict[str, Any]:
-    runs = registry.runs()
-    found = [run for run in runs if run_id in (None, run["id"])]
-    if not found:
-        raise UserError(
-            f"run {run_id!r}: there is none; runs: {', '.join(run['id'] for run in runs) or 'none'}"
-        )
-    return found[-1]
 
 
 def _releases(home: Path) -> list[Release]:
@@ -138,7 +85,8 @@ def _releases(home: Path) -> list[Release]:
 
 
 def _release_ls(arguments: argparse.Namespace) -> int:
-    home, registry = _open(arguments)
+    opened, registry = open_registry(arguments.home)
+    home = opened.root
     registry.close()
     releases = [release.to_json() for release in _releases(home)]
     lines = [
@@ -149,7 +97,8 @@ def _release_ls(arguments: argparse.Namespace) -> int:
 
 
 def _release_show(arguments: argparse.Namespace) -> int:
-    home, registry = _open(arguments)
+    opened, registry = open_registry(arguments.home)
+    home = opened.root
     with registry:
         releases = {release.version: release for release in _releases(home)}
         if arguments.which not in releases:
@@ -182,9 +131,10 @@ def _compress(arguments: argparse.Namespace) -> int:
     from fedge_server.release import publish_outcomes
     from fedge_server.rounds.loop import recall
 
-    home, registry = _open(arguments)
+    opened, registry = open_registry(arguments.home)
+    home = opened.root
     with registry:
-        run = _find(registry, arguments.run_id)
+        run = find_run(registry, arguments.run_id)
         config = Config.from_mapping(run["config"])
         if arguments.tiers is not None:
             config = replace(config, tiers=Config.from_mapping({"tiers": _read_tiers(arguments.tiers)}).tiers)

@@ -37,7 +37,7 @@ def read_result(data: bytes, max_result_bytes: int) -> records.Result:
         FormatError: garbage, or tensors that are too many, too large or of no known kind.
     """
     try:
-        result = records.Result.FromString(data)
+        result: records.Result = records.Result.FromString(data)
     except DecodeError as error:
         raise FormatError("the answer cannot be decoded") from error
     if not (math.isfinite(result.seconds) and result.seconds >= 0):
@@ -81,9 +81,12 @@ def _bytes_of(tensor: records.Tensor) -> int:
         raise FormatError(f"a tensor with {len(tensor.shape)} dimensions, more than {MAX_DIMENSIONS}")
     if len(tensor.name) > MAX_NAME:
         raise FormatError(f"a tensor's name has more than {MAX_NAME} characters")
-    return item * math.prod(tensor.shape)  # Python's integers do not wrap around
+    size: int = item * math.prod(tensor.shape)  # Python's integers do not wrap around
+    return size
 
 
 def failure(code: int, reason: str) -> bytes:
     """A serialised Result that says the device has no answer."""
-    return records.Result(failure=records.Failure(code=code, reason=reason[:MAX_REASON])).SerializeToString()
+    result = records.Result(failure=records.Failure(code=code, reason=reason[:MAX_REASON]))
+    data: bytes = result.SerializeToString()
+    return data

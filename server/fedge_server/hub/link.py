@@ -35,7 +35,7 @@ HELLO_S: Final = 10.0  # until a device has said Hello
 TRANSFERS: Final = 48  # at full speed at once, each way
 
 
-class LinkServicer(link_pb2_grpc.LinkServicer):  # type: ignore[misc]  # generated, untyped
+class LinkServicer(link_pb2_grpc.LinkServicer):
     """Serves Link on a grpc.aio server with mutual TLS."""
 
     def __init__(

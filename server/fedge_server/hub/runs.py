@@ -38,7 +38,7 @@ _MESSAGE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # names a file in the spool
 _TYPE = re.compile(r"(train|evaluate|query)(\.[A-Za-z0-9_.-]{1,50})?")
 
 
-class RunsServicer(admin_pb2_grpc.RunsServicer):  # type: ignore[misc]  # generated, untyped
+class RunsServicer(admin_pb2_grpc.RunsServicer):
     """Serves workers."""
 
     def __init__(
@@ -216,7 +216,7 @@ class RunsServicer(admin_pb2_grpc.RunsServicer):  # type: ignore[misc]  # genera
         return run_id
 
 
-class AdminServicer(admin_pb2_grpc.AdminServicer):  # type: ignore[misc]  # generated, untyped
+class AdminServicer(admin_pb2_grpc.AdminServicer):
     """Serves the command line."""
 
     def __init__(

@@ -115,7 +115,7 @@ class Hub:
         self.link_port = self._bind(link, listen.host, listen.link_port, mutual=True)
         enrol = self._device_server(_DEVICE_OPTIONS + enrolment.SERVER_OPTIONS + _age(300))
         self.enrolment_port = self._bind(enrol, listen.host, listen.enrolment_port, mutual=False)
-        link_pb2_grpc.add_LinkServicer_to_server(
+        link_pb2_grpc.add_LinkServicer_to_server(  # type: ignore[no-untyped-call]  # generated
             LinkServicer(
                 self.home,
                 self._gate,
@@ -127,7 +127,9 @@ class Hub:
             ),
             link,
         )
-        enrolment_pb2_grpc.add_EnrolmentServicer_to_server(self._enrolment(), enrol)
+        enrolment_pb2_grpc.add_EnrolmentServicer_to_server(  # type: ignore[no-untyped-call]
+            self._enrolment(), enrol
+        )
         _describe(link, link_pb2)
         _describe(enrol, enrolment_pb2)
         self._servers = [link, enrol, self._local_server()]
@@ -200,7 +202,7 @@ class Hub:
 
     def _local_server(self) -> Any:
         server = grpc.aio.server(options=list(_LOCAL_OPTIONS))
-        admin_pb2_grpc.add_RunsServicer_to_server(
+        admin_pb2_grpc.add_RunsServicer_to_server(  # type: ignore[no-untyped-call]
             RunsServicer(
                 self.home,
                 self._gate,
@@ -211,7 +213,7 @@ class Hub:
             ),
             server,
         )
-        admin_pb2_grpc.add_AdminServicer_to_server(
+        admin_pb2_grpc.add_AdminServicer_to_server(  # type: ignore[no-untyped-call]
             AdminServicer(self._fleet, self.exchange, self._supervisor, self.refresh), server
         )
         if len(os.fsencode(self.home.socket)) > MAX_SOCKET_PATH:

@@ -119,7 +119,7 @@ class Settings:
 
 
 _ADAPTER = TypeAdapter(Settings)
-_SECTIONS = {
+_SECTIONS: dict[str, Any] = {
     "listen": Listen,
     "public": Public,
     "database": Database,
