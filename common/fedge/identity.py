@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import ipaddress
 import re
 import struct
 from collections.abc import Sequence
@@ -188,6 +189,25 @@ def has_usage(certificate: x509.Certificate, usage: x509.ObjectIdentifier) -> bo
         )
     except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
         return False
+
+
+def names_of(certificate: x509.Certificate) -> frozenset[str]:
+    """The host names and addresses that a certificate stands for; none when it names none."""
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
+        return frozenset()
+    addresses = map(str, found.get_values_for_type(x509.IPAddress))
+    return frozenset({*found.get_values_for_type(x509.DNSName), *addresses})
+
+
+def stands_for(certificate: x509.Certificate, host: str) -> bool:
+    """Whether a certificate names this host; an address may be written in any way."""
+    try:
+        wanted = str(ipaddress.ip_address(host))
+    except ValueError:
+        wanted = host.lower()
+    return wanted in names_of(certificate)
 
 
 def sign_renewal(key: ec.EllipticCurvePrivateKey, csr: bytes, time: float) -> bytes:

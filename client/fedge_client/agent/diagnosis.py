@@ -1,4 +1,4 @@
-"""Why the server cannot be reached: gRPC says UNAVAILABLE to everything, so the connection is tried by hand."""
+"""Why a server cannot be reached: gRPC says UNAVAILABLE to everything, so this tries TLS by hand."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from datetime import UTC, datetime
 from typing import Final, Literal
 
 from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from fedge.errors import FedgeError
-from fedge.identity import is_p256, issued_by, load_certificates, split_address
+from fedge.identity import (
+    has_usage,
+    is_p256,
+    issued_by,
+    load_certificates,
+    names_of,
+    split_address,
+    stands_for,
+)
 from fedge_client.agent.enrolment import server_certificate
 from fedge_client.agent.identity import CERTIFICATE, DEVICE_KEY, Identity
 
@@ -75,7 +84,8 @@ def diagnose(
 def _server(identity: Identity, leaf: x509.Certificate, host: str, now: float) -> Diagnosis | None:
     """What is wrong with the certificate that the server shows."""
     keys = [issuer.public_key() for issuer in load_certificates(identity.bundle)]
-    if not any(is_p256(key) and issued_by(leaf, key) for key in keys):  # type: ignore[arg-type]  # is_p256 says so
+    trusted = any(is_p256(key) and issued_by(leaf, key) for key in keys)  # type: ignore[arg-type]  # is_p256 says so
+    if not trusted or not has_usage(leaf, ExtendedKeyUsageOID.SERVER_AUTH):
         return Diagnosis(
             "server_untrusted",
             f"{host}: its certificate is from another authority; somebody sits in between, or the server was "
@@ -85,12 +95,11 @@ def _server(identity: Identity, leaf: x509.Certificate, host: str, now: float) -
         return Diagnosis(
             "clock",
             f"this device's clock says {_shown(now)}, and the server's certificate is valid from "
-            f"{leaf.not_valid_before_utc:%Y-%m-%d} to {leaf.not_valid_after_utc:%Y-%m-%d}: set the clock, or if "
-            "it is right, the server's certificate was not renewed",
+            f"{leaf.not_valid_before_utc:%Y-%m-%d} to {leaf.not_valid_after_utc:%Y-%m-%d}: set the clock, or "
+            "if it is right, the server's certificate was not renewed",
         )
-    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    shown = {*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))}
-    if host.lower() not in shown:
+    if not stands_for(leaf, host):
+        shown = names_of(leaf)
         return Diagnosis(
             "server_untrusted", f"{host}: the server's certificate is for {', '.join(sorted(shown))}"
         )
@@ -108,8 +117,8 @@ def _own(identity: Identity, now: float) -> Diagnosis | None:
     if identity.expired(now):
         return Diagnosis(
             "own_certificate_expired",
-            f"this device's certificate ended at {_shown(identity.not_after)}, and its clock says {_shown(now)}; "
-            "renew it",
+            f"this device's certificate ended at {_shown(identity.not_after)}, and its clock says "
+            f"{_shown(now)}; renew it",
         )
     return None
 

@@ -21,7 +21,16 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 import fedge
 from fedge.errors import FedgeError, FormatError, IdentityError, RevokedError, UserError
-from fedge.identity import JoinString, has_usage, issued_by, load_certificates, pins_of, sign_renewal
+from fedge.identity import (
+    JoinString,
+    has_usage,
+    issued_by,
+    load_certificates,
+    names_of,
+    pins_of,
+    sign_renewal,
+    stands_for,
+)
 from fedge.wire import WIRE_VERSION
 from fedge.wire.v1 import enrolment_pb2 as pb
 from fedge.wire.v1 import enrolment_pb2_grpc
@@ -152,9 +161,8 @@ def check_server(leaf_der: bytes, join: JoinString, now: float) -> None:
     """
     try:
         leaf = x509.load_der_x509_certificate(leaf_der)
-        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         trusted = issued_by(leaf, join.ca_key) and has_usage(leaf, ExtendedKeyUsageOID.SERVER_AUTH)
-    except (ValueError, x509.ExtensionNotFound) as error:
+    except ValueError as error:
         raise UserError(f"{join.address}: what answers there is no fedge server") from error
     if not trusted:
         raise UserError(
@@ -166,11 +174,10 @@ def check_server(leaf_der: bytes, join: JoinString, now: float) -> None:
             f"clock: this device's says {_shown(now)}, and the server's certificate is valid from "
             f"{leaf.not_valid_before_utc:%Y-%m-%d} to {leaf.not_valid_after_utc:%Y-%m-%d}; set the clock"
         )
-    shown = {*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))}
-    if join.host.lower() not in shown:
+    if not stands_for(leaf, join.host):
         raise UserError(
-            f"{join.host}: the server's certificate is for {', '.join(sorted(shown))}; use one of these "
-            "names, or add this one to [public] names in its server.toml"
+            f"{join.host}: the server's certificate is for {', '.join(sorted(names_of(leaf)))}; use one of "
+            "these names, or add this one to [public] names in its server.toml"
         )
 
 

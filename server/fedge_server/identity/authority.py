@@ -44,6 +44,7 @@ from fedge.identity import (
     is_p256,
     issued_by,
     load_certificates,
+    names_of,
     pin_of,
 )
 
@@ -81,13 +82,7 @@ class ServerCertificate:
     @property
     def names(self) -> frozenset[str]:
         """Names and addresses it stands for."""
-        found = self.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        return frozenset(
-            {
-                *found.get_values_for_type(x509.DNSName),
-                *map(str, found.get_values_for_type(x509.IPAddress)),
-            }
-        )
+        return names_of(self.certificate)
 
     @classmethod
     def load(cls, folder: Path) -> Self:

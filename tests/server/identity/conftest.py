@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from fedge.errors import IdentityError, RevokedError
 from fedge.identity import JoinString
 from fedge.wire.v1 import enrolment_pb2_grpc
 from fedge_server.hub.enrolment import SERVER_OPTIONS, EnrolmentServicer, EnrolmentSettings
@@ -34,8 +35,13 @@ class Link(grpc.GenericRpcHandler):
 
     async def answer(self, _: bytes, context: Any) -> bytes:
         server = self.server
-        peer = peer_of(context.auth_context()["x509_pem_cert"][0], server.authority.certificates)
-        check(peer, server.registry.devices.get(peer.device_id), server.clock())
+        try:
+            peer = peer_of(context.auth_context()["x509_pem_cert"][0], server.authority.certificates)
+            check(peer, server.registry.devices.get(peer.device_id), server.clock())
+        except RevokedError as error:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+        except IdentityError as error:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         return peer.device_id.encode()
 
 
@@ -45,6 +51,7 @@ class Server:
     def __init__(self, home: Path, name: str = "localhost") -> None:
         self.shift = 0.0  # seconds that the server's clock differs from this machine's
         self.home, self.name = home, name
+        self.listen = "127.0.0.1"
         self.authority = Authority.create(home / "ca", clock=self.clock)
         self.authority.ensure_server_certificate(home / "tls", [name], 90)
         self.registry = Registry.open(home)
@@ -91,10 +98,10 @@ class Server:
         pair = [(shown.key, shown.chain)]
         enrolment, link = grpc.aio.server(options=SERVER_OPTIONS), grpc.aio.server()
         self.enrolment_port = enrolment.add_secure_port(
-            f"127.0.0.1:{self.enrolment_port}", grpc.ssl_server_credentials(pair)
+            f"{self.listen}:{self.enrolment_port}", grpc.ssl_server_credentials(pair)
         )
         mutual = grpc.ssl_server_credentials(pair, self.authority.bundle, require_client_auth=True)
-        self.link_port = link.add_secure_port(f"127.0.0.1:{self.link_port}", mutual)
+        self.link_port = link.add_secure_port(f"{self.listen}:{self.link_port}", mutual)
         settings = EnrolmentSettings(
             f"{self.name}:{self.link_port}", f"{self.name}:{self.enrolment_port}", self.device_hours
         )
@@ -114,7 +121,19 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    made = Server(tmp_path / "server").start()
-    yield made
-    made.close()
+def make_server(tmp_path: Path) -> Iterator[Callable[[str], Server]]:
+    """Makes servers under these folder names, each with an authority of its own."""
+    made: list[Server] = []
+
+    def make(name: str) -> Server:
+        made.append(Server(tmp_path / name).start())
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.close()
+
+
+@pytest.fixture
+def server(make_server: Callable[[str], Server]) -> Server:
+    return make_server("server")
