@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -83,15 +83,27 @@ def postgresql_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def postgresql_url(postgresql_server: str) -> Iterator[str]:
-    """The URL of an empty database of its own."""
-    name = f"fedge_{next(_NUMBERS)}"
+def new_postgresql_database(postgresql_server: str) -> Iterator[Callable[[], str]]:
+    """Makes an empty database and returns its URL."""
     admin = sa.create_engine(postgresql_server, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    made: list[str] = []
+
+    def new() -> str:
+        made.append(f"fedge_{next(_NUMBERS)}")
+        with admin.connect() as connection:
+            connection.execute(sa.text(f"CREATE DATABASE {made[-1]}"))
+        return postgresql_server.replace("/postgres?", f"/{made[-1]}?")
+
+    yield new
     with admin.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name}"))
-    yield postgresql_server.replace("/postgres?", f"/{name}?")
-    with admin.connect() as connection:
-        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+        for name in made:
+            connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+def postgresql_url(new_postgresql_database: Callable[[], str]) -> str:
+    """The URL of an empty database of its own."""
+    return new_postgresql_database()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
