@@ -275,10 +275,14 @@ def locked(folder: Path) -> Iterator[None]:
     """Only one process at a time enrols or renews.
 
     Raises:
-        FedgeError: another one does so now.
+        FedgeError: another one does so now, or the folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (folder / ".lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise FedgeError(f"{folder}: cannot be written ({error.strerror})") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
