@@ -19,7 +19,8 @@ from fedge.wire.v1 import link_pb2 as pb
 from fedge.wire.v1.records_pb2 import Object
 from fedge_client.agent import status
 from fedge_client.agent.child import TrainingChild
-from fedge_client.agent.connection import Link, backoff, is_refusal, said
+from fedge_client.agent.connection import Link, backoff, said
+from fedge_client.agent.diagnosis import diagnose
 from fedge_client.agent.enrolment import renew
 from fedge_client.agent.identity import Identity
 from fedge_client.agent.objects import ObjectCache
@@ -62,7 +63,7 @@ class Agent:
             changed=self._work_changed,
         )
         self._last_work = time.monotonic()
-        self._diagnosed = float("-inf")
+        self._diagnosed = self._renewed = float("-inf")  # when, by the monotonic clock
         if self._outbox.waiting():
             self._to_send.set()
 
@@ -118,20 +119,33 @@ class Agent:
         """Connect and stay connected; returns why that ended, and whether the hub refuses this device."""
         self._show("connecting", "")
         try:
-            await self._renew_if_due()
+            await self._renew_before_connecting()
             async with Link(self._identity) as link:
                 await self._session(link)
             return "the server ended the connection", False
         except grpc.RpcError as error:
-            fault = said(error)
-            refused = is_refusal(error)
+            return await self._explained(error)
         except IdentityError as error:
-            fault, refused = str(error), True
+            return str(error), True
         except (FedgeError, OSError) as error:
-            fault, refused = str(error), False
+            return str(error), False
         finally:
             self._linked.set(None)
-        return fault, refused
+
+    async def _explained(self, error: grpc.RpcError) -> tuple[str, bool]:
+        """An outage or a certificate problem? gRPC alone does not tell: see `diagnosis`."""
+        if error.code() is grpc.StatusCode.PERMISSION_DENIED:
+            return said(error), True
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            return await self._renew_refused(said(error))
+        if time.monotonic() - self._diagnosed < DIAGNOSE_EVERY_S:
+            return said(error), False
+        found = await asyncio.to_thread(diagnose, self._identity, self._identity.hub.link_address)
+        self._diagnosed = time.monotonic()
+        self._status.show(diagnosis=found.kind)
+        if found.renewable:
+            return await self._renew_refused(found.detail)
+        return (said(error) if found.kind == "ok" else f"{found.kind}: {found.detail}"), False
 
     async def _session(self, link: Link) -> None:
         welcome = await link.greet(self._hello())
@@ -193,15 +207,39 @@ class Agent:
         log.info("certificate renewed until %s", _day(self._identity.not_after))
         return True
 
+    async def _renew_before_connecting(self) -> None:
+        """Renew when it is time; a certificate that is still valid will do where that fails."""
+        try:
+            await self._renew_if_due()
+        except FedgeError as error:
+            if self._identity.expired(time.time()):
+                raise
+            log.warning("certificate cannot be renewed yet: %s", error)
+
+    async def _renew_refused(self, fault: str) -> tuple[str, bool]:
+        """The server refuses the certificate: a new one may mend that, but is not asked for each time."""
+        if time.monotonic() - self._renewed < REFUSED_DELAY_S / 2:
+            return fault, True
+        self._renewed = time.monotonic()
+        try:
+            self._identity = await asyncio.to_thread(renew, self._identity)
+        except IdentityError as error:
+            return f"{fault}; {error}", True
+        except FedgeError as error:
+            return f"{fault}; {error}", False
+        return f"{fault}; certificate renewed until {_day(self._identity.not_after)}", False
+
     async def _renew_in_time(self, link: Link) -> None:
         """Renew while connected, then end the connection: the next one shows the new certificate."""
+        delay = RENEWAL_CHECK_S
         while True:
-            await asyncio.sleep(RENEWAL_CHECK_S)
+            await asyncio.sleep(delay)
             try:
                 if await self._renew_if_due():
                     await link.close()
             except FedgeError as error:
                 log.warning("certificate cannot be renewed yet: %s", error)
+                delay = REFUSED_DELAY_S
 
     # --- answers
 
@@ -234,7 +272,7 @@ class Agent:
                 log.info("answer to %s: %s; kept", message_id, said(error))
                 return False
             reply = pb.SubmitReply(outcome=pb.SubmitReply.REFUSED, reason=said(error))
-        except (asyncio.InvalidStateError, OSError):
+        except OSError:
             self._broken.add(message_id)
             return False
         if reply.outcome in (pb.SubmitReply.INCOMPLETE, pb.SubmitReply.OUTCOME_UNSPECIFIED):

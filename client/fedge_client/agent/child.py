@@ -77,26 +77,22 @@ class TrainingChild:
                 )
             self._reader, self._writer = await asyncio.open_connection(sock=ours)
             self._changed(f"started (process {self._process.pid})")
+            self._rest()
 
     async def run(self, job: Job, work: bytes) -> Result:
         """The answer to a message; a process that was killed is replaced once.
 
         Cancelling this call ends the work: between two operations, or by SIGKILL after a grace.
         """
-        if self._idle is not None:
-            self._idle.cancel()
         try:
-            try:
-                return await self._attempt(job, work)
-            except _Died as death:
-                self._changed(str(death))
-                if not death.killed:
-                    return failure(str(death))
-            try:
-                return await self._attempt(job, work)
-            except _Died as death:
-                self._changed(str(death))
-                return failure(str(death))
+            for again in (True, False):
+                try:
+                    return await self._attempt(job, work)
+                except _Died as death:
+                    self._changed(str(death))
+                    if not death.killed or not again:
+                        return failure(str(death))
+            raise AssertionError  # the loop returns
         except FormatError as error:
             await self._end()
             return failure(str(error))
@@ -105,7 +101,8 @@ class TrainingChild:
 
     async def _attempt(self, job: Job, work: bytes) -> Result:
         await self.start()
-        assert self._writer is not None  # noqa: S101 - `start` has set it
+        if self._idle is not None:
+            self._idle.cancel()
         exchange = asyncio.ensure_future(self._exchange(frames.job_frame(job, work)))
         try:
             return await asyncio.shield(exchange)
@@ -141,6 +138,9 @@ class TrainingChild:
             await self._end()
 
     def _rest(self) -> None:
+        """Begin to count the time without work."""
+        if self._idle is not None:
+            self._idle.cancel()
         if self._settings.idle_unload_s and self.pid is not None:
             self._idle = asyncio.ensure_future(self._unload())
 

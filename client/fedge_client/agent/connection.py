@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -75,12 +76,13 @@ class Link:
         self._stream = self._stub.Connect()
         try:
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
-                await self._stream.write(pb.DeviceMessage(hello=hello))
+                try:
+                    await self._stream.write(pb.DeviceMessage(hello=hello))
+                except asyncio.InvalidStateError as error:  # the call had ended when we wrote
+                    raise await self._ended() from error
                 first = await self._stream.read()
         except TimeoutError as error:
             raise FormatError(f"the server did not answer within {WELCOME_TIMEOUT_S:g} s") from error
-        except asyncio.InvalidStateError as error:  # the call had ended when we wrote
-            raise await self._ended() from error
         if first is grpc.aio.EOF:
             raise await self._ended()
         if first.WhichOneof("kind") != "welcome":
@@ -98,32 +100,52 @@ class Link:
         return error
 
     async def messages(self) -> AsyncIterator[pb.HubMessage]:
-        """What the hub sends, until it ends the stream."""
-        while (message := await self._stream.read()) is not grpc.aio.EOF:
-            yield message
-        if await self._stream.code() is not grpc.StatusCode.OK:
-            raise await self._ended()
+        """What the hub sends, until it or `close` ends the stream."""
+        with _closed_is_broken():
+            while (message := await self._stream.read()) is not grpc.aio.EOF:
+                yield message
+            if await self._stream.code() is not grpc.StatusCode.OK:
+                raise await self._ended()
 
-    async def fetch(self, message_id: str, sha256: bytes, offset: int) -> AsyncIterator[bytes]:
+    async def fetch(self, message_id: str, sha256: bytes, offset: int) -> AsyncGenerator[bytes, None]:
         """The bytes of a message's object from an offset on."""
-        request = pb.FetchRequest(message_id=message_id, sha256=sha256, offset=offset)
-        call = self._stub.Fetch(request)
-        try:
-            async for chunk in call:
-                yield chunk.data
-        finally:
-            call.cancel()  # of no effect when it has ended; else the hub need not send the rest
+        with _closed_is_broken():
+            call = self._stub.Fetch(pb.FetchRequest(message_id=message_id, sha256=sha256, offset=offset))
+            try:
+                async for chunk in call:
+                    yield chunk.data
+            finally:
+                call.cancel()  # of no effect when it has ended; else the hub need not send the rest
 
     async def progress(self, message_id: str, sha256: bytes) -> pb.ProgressReply:
         """How much of an answer's object has arrived."""
         request = pb.ProgressRequest(message_id=message_id, sha256=sha256)
-        reply: pb.ProgressReply = await self._stub.Progress(request, timeout=CALL_TIMEOUT_S)
-        return reply
+        with _closed_is_broken():
+            reply: pb.ProgressReply = await self._stub.Progress(request, timeout=CALL_TIMEOUT_S)
+            return reply
 
     async def submit(self, header: pb.SubmitHeader, path: Path | None) -> pb.SubmitReply:
         """Send an answer, and its object's bytes from the header's offset on."""
-        reply: pb.SubmitReply = await self._stub.Submit(_parts(header, path))
-        return reply
+        with _closed_is_broken():
+            reply: pb.SubmitReply = await self._stub.Submit(_parts(header, path))
+            return reply
+
+
+@contextmanager
+def _closed_is_broken() -> Iterator[None]:
+    """Calls are cancelled when their channel is closed: to us that is a connection which broke.
+
+    A task that is cancelled itself stays so.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ConnectionResetError("the connection was closed") from None
+    except (grpc.aio.UsageError, asyncio.InvalidStateError) as error:
+        raise ConnectionResetError("the connection was closed") from error
 
 
 async def _parts(header: pb.SubmitHeader, path: Path | None) -> AsyncIterator[pb.SubmitPart]:
@@ -134,11 +156,6 @@ async def _parts(header: pb.SubmitHeader, path: Path | None) -> AsyncIterator[pb
         file.seek(header.offset)
         while data := file.read(CHUNK_BYTES):
             yield pb.SubmitPart(data=data)
-
-
-def is_refusal(error: grpc.RpcError) -> bool:
-    """Whether the hub refuses this device, as opposed to being away."""
-    return error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 
 def said(error: grpc.RpcError) -> str:

@@ -7,8 +7,8 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import AsyncIterable, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from fedge.files import sync_folder
 from fedge.wire import MAX_OBJECT_BYTES
 from fedge.wire.v1.records_pb2 import Object
 
-Fetch = Callable[[int], AsyncIterable[bytes]]
+Fetch = Callable[[int], AsyncGenerator[bytes, None]]
 """The object's bytes from an offset on; what it raises when the connection breaks goes through."""
 
 _PART: Final = ".part"
@@ -96,12 +96,13 @@ class ObjectCache:
             sha = await asyncio.to_thread(_digest, part)
         with part.open("ab") as file:
             if received < size:
-                async for data in fetch(received):
-                    received += len(data)
-                    if received > size:
-                        break
-                    sha.update(data)
-                    file.write(data)
+                async with aclosing(fetch(received)) as chunks:
+                    async for data in chunks:
+                        received += len(data)
+                        if received > size:
+                            break
+                        sha.update(data)
+                        file.write(data)
             file.flush()
             os.fsync(file.fileno())
         if received != size or sha.hexdigest() != name:

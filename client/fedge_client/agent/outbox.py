@@ -34,6 +34,7 @@ class Outbox:
     def __init__(self, folder: Path) -> None:
         """Open it; work that was not finished before a restart is removed."""
         self._folder = folder
+        self._in_memory: dict[str, Result] = {}
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for path in folder.iterdir():
             if not (path / _ANSWER).exists():
@@ -42,7 +43,8 @@ class Outbox:
     def waiting(self) -> list[str]:
         """Ids of messages whose answers wait, the oldest first."""
         answers = [path / _ANSWER for path in self._folder.iterdir() if (path / _ANSWER).exists()]
-        return [path.parent.name for path in sorted(answers, key=lambda path: path.stat().st_mtime_ns)]
+        kept = [path.parent.name for path in sorted(answers, key=lambda path: path.stat().st_mtime_ns)]
+        return [*kept, *self._in_memory]
 
     def begin(self, message_id: str) -> Path:
         """An empty folder for the object of an answer in the making."""
@@ -63,12 +65,19 @@ class Outbox:
         except OSError as error:
             raise FedgeError(f"outbox: an answer cannot be kept ({error.strerror})") from error
 
+    def put_in_memory(self, message_id: str, result: Result) -> None:
+        """Keep a failure that the disk does not take; a restart forgets it, and the message comes again."""
+        self.drop(message_id)
+        self._in_memory[message_id] = result
+
     def get(self, message_id: str) -> tuple[SubmitHeader, Result]:
         """An answer that waits.
 
         Raises:
             FormatError: it is damaged.
         """
+        if (result := self._in_memory.get(message_id)) is not None:
+            return SubmitHeader(message_id=message_id, result=result.SerializeToString()), result
         data = read_bounded(self._folder / message_id / _ANSWER, MAX_MESSAGE_BYTES)
         try:
             header = SubmitHeader.FromString(data)
@@ -82,6 +91,7 @@ class Outbox:
 
     def drop(self, message_id: str) -> None:
         """Forget an answer, or work in the making."""
+        self._in_memory.pop(message_id, None)
         folder = self._folder / message_id
         (folder / _ANSWER).unlink(missing_ok=True)  # first: half a removal must not look like an answer
         shutil.rmtree(folder, ignore_errors=True)

@@ -39,12 +39,19 @@ def run(home: Path, *, once: bool = False) -> int:
 
 async def _until_signal(agent: Agent, once: bool) -> int:
     running = asyncio.ensure_future(agent.run(once=once))
-    loop = asyncio.get_running_loop()
+    signals: list[int] = []
+
+    def stop(number: int) -> None:
+        signals.append(number)
+        running.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, running.cancel)
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
     try:
         return await running
     except asyncio.CancelledError:
+        if not signals:
+            raise
         status.notify("STOPPING=1")
         log.info("stopped")
         return 0

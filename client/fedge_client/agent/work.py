@@ -8,7 +8,8 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,7 +28,9 @@ from fedge_client.agent.objects import ObjectCache
 from fedge_client.agent.outbox import Outbox, is_message_id
 from fedge_client.agent.settings import OfferedTask
 
-MAX_WAITING: Final = 256  # messages; a hub that sends more is answered with failures
+MAX_WAITING: Final = 64  # messages; a hub that sends more is answered with failures
+MAX_SECONDS: Final = 60 * 24 * 3600.0  # that a message may take
+RETRY_S: Final = 0.5  # before a transfer that broke is taken up again
 KEEP_STATE_S: Final = 60 * 24 * 3600.0  # of a run that has sent nothing for so long
 
 log = logging.getLogger("fedge.agent")
@@ -122,7 +125,8 @@ class Workshop:
             log.warning("message %s refused: %s", message_id, reason)
             self._finish(message_id, failure(reason, LOAD_FAILED))
             return
-        deadline = asyncio.get_running_loop().time() + work.seconds_left
+        seconds = work.seconds_left if 0 <= work.seconds_left <= MAX_SECONDS else MAX_SECONDS  # NaN neither
+        deadline = asyncio.get_running_loop().time() + seconds
         self._queue.append(Held(work, deadline))
         self._arrived.set()
         self._changed()
@@ -198,7 +202,7 @@ class Workshop:
             starting = asyncio.ensure_future(self._child.start())  # torch loads while the model travels
             try:
                 async with self._cache.held(work.content.object, self._fetching(work)) as path:
-                    await starting
+                    await asyncio.shield(starting)
                     offer = self._offers[work.task]
                     run = hashlib.sha256(work.run_id.encode()).hexdigest()[:32]
                     job = Job(
@@ -209,31 +213,37 @@ class Workshop:
                     )
                     return await self._child.run(job, work.SerializeToString())
             finally:
-                await asyncio.wait([starting])
+                await asyncio.gather(starting, return_exceptions=True)
         except FedgeError as error:
             return failure(str(error))
+        except Closed:
+            raise
         except OSError as error:
             return failure(f"this device cannot do it ({error.strerror or error})")
+        except Exception as error:  # one message must not end the agent, whatever is in it
+            log.exception("message %s", work.message_id)
+            return failure(f"this device cannot do it ({type(error).__name__}: {error})")
 
-    def _fetching(self, work: Work) -> Callable[[int], AsyncIterator[bytes]]:
+    def _fetching(self, work: Work) -> Callable[[int], AsyncGenerator[bytes, None]]:
         """The bytes of a message's object from an offset on, over as many connections as it takes."""
 
-        async def fetch(offset: int) -> AsyncIterator[bytes]:
+        async def fetch(offset: int) -> AsyncGenerator[bytes, None]:
             while True:
                 link = await self._linked.get()
                 try:
-                    async for data in link.fetch(work.message_id, work.content.object.sha256, offset):
-                        offset += len(data)
-                        yield data
+                    sent = link.fetch(work.message_id, work.content.object.sha256, offset)
+                    async with aclosing(sent) as chunks:
+                        async for data in chunks:
+                            offset += len(data)
+                            yield data
+                    return
                 except grpc.RpcError as error:
                     if error.code() in _GONE:
                         log.info("message %s: %s", work.message_id, said(error))
                         raise Closed from error
-                    await asyncio.sleep(1.0 if link.wire_version else 0.0)
-                except asyncio.InvalidStateError:  # the channel was closed under the call
-                    await asyncio.sleep(1.0)
-                else:
-                    return
+                except ConnectionError:
+                    pass
+                await asyncio.sleep(RETRY_S)  # the connection may be gone without our knowing it yet
 
         return fetch
 
@@ -243,9 +253,10 @@ class Workshop:
                 self._outbox.begin(message_id)
             self._outbox.put(message_id, result)
         except (FedgeError, OSError) as error:
-            # The hub sends the message again after a break, and gives it up at its deadline.
-            log.warning("message %s: its answer is lost (%s)", message_id, error)
-            self._outbox.drop(message_id)
+            log.warning("message %s: its answer cannot be kept (%s)", message_id, error)
+            self._outbox.put_in_memory(
+                message_id, failure(f"this device's disk refuses the answer ({error})")
+            )
         self._changed()
 
 

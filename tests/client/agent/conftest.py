@@ -95,7 +95,7 @@ class StubHub(LinkServicer):
         self.stop()
         self._loop.call_soon_threadsafe(self._loop.stop)
 
-    async def Connect(self, requests: Any, context: Any) -> None:
+    async def Connect(self, requests: Any, context: Any) -> None:  # noqa: N802
         if self.refuse is not None:
             await context.abort(self.refuse, "device: revoked")
         message = await context.read()
@@ -113,7 +113,7 @@ class StubHub(LinkServicer):
         stream = wait_for(lambda: self._streams and self._streams[-1], "a device connects")
         self._loop.call_soon_threadsafe(stream.put_nowait, message)
 
-    async def Fetch(self, request: pb.FetchRequest, context: Any) -> AsyncIterator[pb.Chunk]:
+    async def Fetch(self, request: pb.FetchRequest, context: Any) -> AsyncIterator[pb.Chunk]:  # noqa: N802
         self.fetches.append((request.message_id, request.offset))
         data = self.objects.get(request.sha256)
         if data is None:
@@ -124,10 +124,10 @@ class StubHub(LinkServicer):
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "broken off")
             yield pb.Chunk(data=data[start : start + CHUNK_BYTES])
 
-    async def Progress(self, request: pb.ProgressRequest, context: Any) -> pb.ProgressReply:
+    async def Progress(self, request: pb.ProgressRequest, context: Any) -> pb.ProgressReply:  # noqa: N802
         return pb.ProgressReply(wanted=True, offset=len(self.parts.get(request.message_id, b"")))
 
-    async def Submit(self, requests: Any, context: Any) -> pb.SubmitReply:
+    async def Submit(self, requests: Any, context: Any) -> pb.SubmitReply:  # noqa: N802
         header = (await context.read()).header
         self.submits.append((header.message_id, header.offset))
         if self.refuse_submits:
@@ -143,6 +143,15 @@ class StubHub(LinkServicer):
         assert len(data) == result.content.object.size
         self.answers[header.message_id] = (result, data)
         return pb.SubmitReply(outcome=self.outcome)
+
+    def train(self, message: pb.HubMessage, data: bytes) -> None:
+        """Offer the object and send the message."""
+        self.objects[hashlib.sha256(data).digest()] = data
+        self.send(message)
+
+    def digest_of(self, name: str) -> str:
+        """As the device that connected last says it."""
+        return next(task.digest for task in self.hellos[-1].tasks if task.name == name)
 
     def answer(self, message_id: str, timeout_s: float = WAIT_S) -> tuple[Result, bytes]:
         return wait_for(lambda: self.answers.get(message_id), f"an answer to {message_id}", timeout_s)
@@ -237,6 +246,38 @@ def agent(tmp_path: Path, hub: StubHub) -> Iterator[AgentProcess]:
         made.kill()
 
 
+OWN_TASK = """
+import os, time
+from dataclasses import replace
+from pathlib import Path
+from fedge.tasks.digits import TASK as DIGITS
+
+HOME = Path(__file__).parent
+{top}
+
+def read(source):
+    (HOME / "reading").write_text(str(os.getpid()))
+    {middle}
+    while not (HOME / "go").exists():
+        time.sleep(0.01)
+    return DIGITS.read(source)
+
+TASK = replace(DIGITS, name="own", read=read)
+"""
+
+
+@pytest.fixture
+def own_task(agent: AgentProcess) -> Callable[..., Path]:
+    """Let the device offer a task of its own that reads until the file `go` is there; gives that file."""
+
+    def make(top: str = "", middle: str = "", **tables: Any) -> Path:
+        (agent.home / "own.py").write_text(OWN_TASK.format(top=top, middle=middle))
+        agent.write({"own:TASK": {"data": "digits.npz"}}, **tables)
+        return agent.home / "go"
+
+    return make
+
+
 @pytest.fixture
 def ping() -> Callable[..., pb.HubMessage]:
     """A query.ping; it may carry an object."""
@@ -266,9 +307,11 @@ def ping() -> Callable[..., pb.HubMessage]:
 
 @pytest.fixture
 def training() -> Callable[..., tuple[pb.HubMessage, bytes]]:
-    """A message that trains digits for some epochs, and its object's bytes."""
+    """A message that trains digits for an epoch, and its object's bytes."""
 
-    def make(message_id: str, epochs: int = 1, **changes: Any) -> tuple[pb.HubMessage, bytes]:
+    def make(
+        message_id: str, name: str = "digits", digest: str = "", **changes: Any
+    ) -> tuple[pb.HubMessage, bytes]:
         from flwr.app import RecordDict
 
         from fedge.config import Train
@@ -279,16 +322,17 @@ def training() -> Callable[..., tuple[pb.HubMessage, bytes]]:
 
         task = resolve("digits")
         spec = task.read(Source()).spec
+        digest = digest or task_digest("digits")
         instructions = Instructions(
-            task="digits",
+            task=name,
             spec=spec,
             model="mlp",
             noise_filter="none",
             moments=None,
-            train=Train(epochs=epochs),
+            train=Train(epochs=1),
             seed=1,
             update="weights",
-            task_digest=task_digest("digits"),
+            task_digest=digest,
         )
         arrays = arrays_of(task.model("mlp")(spec))
         packed = pack(RecordDict({ARRAYS: to_record(arrays), CONFIG: instructions.to_config()}))
@@ -297,8 +341,8 @@ def training() -> Callable[..., tuple[pb.HubMessage, bytes]]:
         work = pb.Work(
             message_id=message_id,
             run_id="run-1",
-            task="digits",
-            task_digest=task_digest("digits"),
+            task=name,
+            task_digest=digest,
             message_type="train",
             group_id="1",
             content=packed.content,
@@ -311,3 +355,9 @@ def training() -> Callable[..., tuple[pb.HubMessage, bytes]]:
         return pb.HubMessage(work=work), data
 
     return make
+
+
+@pytest.fixture
+def wait() -> Callable[..., Any]:
+    """Waits for a condition, with a bound."""
+    return wait_for
