@@ -29,6 +29,7 @@ RUN_ID, SERVER_NODE = 1, 0xFED  # Flower's numbers for the one run and the serve
 RESULT_SLACK: Final = 16 * 1024**2  # bytes: an answer may be twice what was sent, and this much longer
 BATCH: Final = 1000  # messages of one call to the hub
 WAIT_S: Final = 30.0  # for devices, before it is said that there are none
+ROUND: Final = "server-round"  # the key in which Flower's strategies name the round
 PULL_S: Final = 0.2  # `pull_messages` takes what arrives in this time
 
 
@@ -168,10 +169,11 @@ class LinkGrid(Grid):
             outbox.add(message_id, message)
             ids.append(message_id)
         self._files |= outbox.files
-        for request in outbox.requests(self._selection, deadline_s):
-            self._calls.push(request)
+        # Before the calls: who is interrupted in one closes what the hub may have queued.
         self._sent |= dict(zip(ids, messages, strict=True))
         self._waiting |= dict.fromkeys(ids)
+        for request in outbox.requests(self._selection, deadline_s):
+            self._calls.push(request)
         return ids
 
     def _close(self, ids: Sequence[str]) -> None:
@@ -238,7 +240,7 @@ class _Outbox:
         """What the hub is told, in calls of at most BATCH messages of one type and group."""
         groups: dict[tuple[str, str], list[tuple[str, Message]]] = {}
         for message_id, message in self._messages:
-            kind = (message.metadata.message_type, message.metadata.group_id)
+            kind = (message.metadata.message_type, _group_of(message))
             groups.setdefault(kind, []).append((message_id, message))
         for (message_type, group_id), members in groups.items():
             for start in range(0, len(members), BATCH):
@@ -264,3 +266,11 @@ class _Outbox:
             )
         largest = max(content.object.size for content in request.contents)
         request.max_result_bytes = 2 * largest + RESULT_SLACK
+
+
+def _group_of(message: Message) -> str:
+    """The message's own group, else its round: Flower's strategies name no group."""
+    if message.metadata.group_id:
+        return message.metadata.group_id
+    rounds = [record.get(ROUND) for record in message.content.config_records.values()]
+    return next((str(number) for number in rounds if number is not None), "")
