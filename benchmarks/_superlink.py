@@ -165,6 +165,7 @@ class Deployment:
     superlink: Process
     further: Mapping[str, str]  # environment of all of them
     nodes: list[Process] = field(default_factory=list)
+    processes: list[Process] = field(default_factory=list)  # all but the SuperLink
 
     def flwr(self, *arguments: str | Path) -> str:
         """What the `flwr` command prints.
@@ -240,8 +241,14 @@ class Deployment:
             key = self.tls.nodes[number]
             self.flwr("supernode", "register", f"{key}.pub", "here")
             command += ["--root-certificates", ca or self.tls.ca, "--auth-supernode-private-key", key]
-        self.nodes.append(Process.start(f"supernode-{number}", command, self.folder, self.further))
+        self.nodes.append(self.process(f"supernode-{number}", command))
         return self.nodes[-1]
+
+    def process(self, name: str, command: Sequence[str | Path]) -> Process:
+        """Start another process that ends with the deployment."""
+        started = Process.start(name, command, self.folder, self.further)
+        self.processes.append(started)
+        return started
 
 
 def _toml(value: str | float) -> str:
@@ -279,9 +286,9 @@ def deployment(
     (folder / "flwr").mkdir(parents=True)
     settings = f'[superlink]\ndefault = "here"\n[superlink.here]\n{connection}'
     (folder / "flwr" / "config.toml").write_text(settings, encoding="utf-8")
+    superlink = Process.start("superlink", command, folder, further or {})
+    made = Deployment(folder, app, port, tls, superlink, further or {})
     try:
-        superlink = Process.start("superlink", command, folder, further or {})
-        made = Deployment(folder, app, port, tls, superlink, further or {})
         until("the SuperLink starts", lambda: superlink.said("startup complete"))
         for config in node_configs:
             made.add_node(config)
@@ -289,6 +296,8 @@ def deployment(
         yield made
     finally:
         end_processes_of(folder)
+        for process in (superlink, *made.processes):
+            process.popen.wait()
 
 
 @dataclass(frozen=True, slots=True)
