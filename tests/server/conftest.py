@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -68,7 +69,8 @@ def postgresql_server() -> Iterator[str]:
     data, log = folder / "data", folder / "log"
     make = [initdb, "--pgdata", data, "--username", "fedge", "--auth", "trust", "--no-sync", "-E", "UTF8"]
     subprocess.run(make, check=True, capture_output=True, cwd=folder, **user)
-    serve = [postgres, "-D", data, "-k", folder, "-c", "listen_addresses=", "-c", "fsync=off"]
+    settings = ("listen_addresses=", "fsync=off", "full_page_writes=off", "autovacuum=off")
+    serve = [postgres, "-D", data, "-k", folder, *(word for value in settings for word in ("-c", value))]
     with_parent = ["setpriv", "--pdeathsig", "INT"] if shutil.which("setpriv") else []  # ends with the tests
     with log.open("wb") as file:
         server = subprocess.Popen([*with_parent, *serve], stdout=file, stderr=file, cwd=folder, **user)
@@ -77,7 +79,7 @@ def postgresql_server() -> Iterator[str]:
         wait_until_ready(server, url, log)
         yield url
     finally:
-        server.send_signal(2)  # fast shutdown
+        server.send_signal(signal.SIGQUIT)  # at once: nothing of it is wanted
         server.wait(60)
         shutil.rmtree(folder)
 

@@ -154,3 +154,18 @@ def test_a_model_is_committed_without_a_copy_of_it(registry):
     assert last.model["h"].tobytes() == model["h"].tobytes()
     assert written < 2 * 2**20
     assert read < 34 * 2**20
+
+
+def test_a_folder_that_cannot_be_a_home_is_said_in_one_line(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be made"):
+        Registry.open(tmp_path / "file")
+    for name, content in (("garbage", b"rubbish" * 1000), ("folder", None)):
+        home = tmp_path / name
+        home.mkdir()
+        if content is None:
+            (home / "fedge.db").mkdir()
+        else:
+            (home / "fedge.db").write_bytes(content)
+        with pytest.raises(FedgeError, match=r"file is not a database|unable to open"):
+            Registry.open(home)

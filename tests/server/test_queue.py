@@ -99,6 +99,18 @@ def test_late_answers_are_counted_once_and_dropped(queue: Queue, session: str) -
     assert queue.close("r", session, []).late == 0
 
 
+def test_messages_past_their_deadline_take_no_answer_but_keep_the_one_they_have(
+    queue: Queue, session: str
+) -> None:
+    push(queue, session, "a", "b")
+    queue.answer([Answer("a", b"1")])
+    queue.expire(["a", "b"])
+    assert queue.open_messages() == []
+    assert queue.answer([Answer("a", b"1"), Answer("b", b"1")]) == ["again", "late"]
+    assert [answer.message_id for answer in queue.answered("r", session, ["a", "b"])] == ["a"]
+    assert queue.close("r", session, ["a", "b"]).late == 1
+
+
 def test_closing_lets_go_of_contents_that_no_message_needs(queue: Queue, session: str) -> None:
     push(queue, session, "a", "b")
     queue.close("r", session, ["a"])

@@ -64,9 +64,12 @@ class Registry:
 
         Raises:
             FedgeError: a newer fedge has written the database, or it cannot be reached.
-            UserError: the URL is none, or names a database that is not served.
+            UserError: the folder cannot be made, or the URL is none or names a database that is not served.
         """
-        home.mkdir(parents=True, exist_ok=True)
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"home {home}: cannot be made ({error.strerror})") from error
         engine = connect(home, url)
         try:
             upgrade(engine, home)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import sqlalchemy as sa
 from fedge.errors import FedgeError, UserError
 
 DATABASE: Final = "fedge.db"  # in the home folder, unless a URL is given
+_CAUSED_BY_US: Final = (sa.exc.IntegrityError, sa.exc.ProgrammingError, sa.exc.DataError)
 _WRITES: Final = "fedge_writes"
 _WRITERS_KEY: Final = 0x6665646765  # PostgreSQL's advisory lock that writers of fedge take
 
@@ -49,7 +51,9 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
             if connection.dialect.name == "postgresql":
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_KEY)))
             yield connection
-    except (sa.exc.OperationalError, sa.exc.InternalError) as error:
+    except _CAUSED_BY_US:
+        raise
+    except sa.exc.DatabaseError as error:
         raise refused(engine, error) from error
 
 
@@ -63,14 +67,25 @@ def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
     try:
         with engine.connect() as connection:
             yield connection
-    except (sa.exc.OperationalError, sa.exc.InternalError) as error:
+    except _CAUSED_BY_US:
+        raise
+    except sa.exc.DatabaseError as error:
         raise refused(engine, error) from error
 
 
 @contextmanager
 def opening(home: Path) -> Iterator[None]:
-    """One process at a time makes or upgrades the SQLite database of a home; the lock dies with it."""
-    with (home / f"{DATABASE}.lock").open("w") as lock:
+    """One process at a time makes or upgrades the SQLite database of a home; the lock dies with it.
+
+    Raises:
+        FedgeError: the folder cannot be written.
+    """
+    path = home / f"{DATABASE}.lock"
+    try:
+        lock = path.open("a")
+    except OSError as error:
+        raise FedgeError(f"database: {path} cannot be written ({error.strerror})") from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -83,12 +98,13 @@ def refused(engine: sa.Engine, error: sa.exc.DBAPIError) -> FedgeError:
 
 def _durable_sqlite(connection: Any, _: Any) -> None:
     connection.isolation_level = None  # transactions begin where we say, see _begin_sqlite
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA busy_timeout=10000")
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")  # a committed round survives a power cut
-    cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.close()
+    try:
+        connection.execute("PRAGMA busy_timeout=10000")
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")  # a committed round survives a power cut
+        connection.execute("PRAGMA foreign_keys=ON")
+    except sqlite3.DatabaseError as error:  # SQLAlchemy wraps only what it runs itself
+        raise FedgeError(f"database {DATABASE}: {error}; restore a backup") from error
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:

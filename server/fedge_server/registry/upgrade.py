@@ -8,7 +8,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from fedge.errors import FedgeError
-from fedge_server.registry.engine import opening, reading, writing
+from fedge_server.registry.engine import opening, reading, refused, writing
 from fedge_server.registry.schema import HEAD, REVISIONS
 
 FOLDER = Path(__file__).parent / "migrations"
@@ -22,13 +22,16 @@ def upgrade(engine: sa.Engine, home: Path) -> None:
     """
     sqlite = engine.dialect.name == "sqlite"
     with opening(home) if sqlite else nullcontext():
-        with reading(engine) as connection:
-            if _revision(engine, connection) == HEAD:
-                return
-        with writing(engine) as connection:
-            found = _revision(engine, connection)  # another process may have been faster
-            if found != HEAD:
-                run_migrations(connection, found)
+        try:
+            with reading(engine) as connection:
+                if _revision(engine, connection) == HEAD:
+                    return
+            with writing(engine) as connection:
+                found = _revision(engine, connection)  # another process may have been faster
+                if found != HEAD:
+                    run_migrations(connection, found)
+        except sa.exc.DatabaseError as error:  # no right to make tables, or other tables of these names
+            raise refused(engine, error) from error
 
 
 def run_migrations(connection: sa.Connection, found: str, target: str = HEAD) -> None:
