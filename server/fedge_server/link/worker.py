@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--home", type=Path, required=True, help="folder of the server")
     parser.add_argument("--run", required=True, help="name of the run")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    # Others' libraries tell each step of an export as INFO; the run's log is for whoever watches the run.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("fedge").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _stop)
     try:
         return _guarded(Home(arguments.home.absolute()), arguments.run)
