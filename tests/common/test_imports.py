@@ -90,6 +90,10 @@ def test_the_walk_sees_an_arrow_that_points_up(source: str) -> None:
             {"torch", "flwr", "alembic", "pydantic"},
         ),
         ("import fedge_client.updater", {"torch", "flwr", "sklearn", "pydantic"}),
+        (
+            "import fedge_client.agent.running, fedge_client.cli",
+            {"torch", "flwr", "onnxruntime", "sklearn", "pydantic", "PIL"},
+        ),
     ],
 )
 def test_an_import_loads_nothing_heavy(code: str, absent: set[str]) -> None:

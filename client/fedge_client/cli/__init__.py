@@ -1,33 +1,25 @@
-"""`fedge-client`: install a release on a device, ask it, look at it, go one release back."""
+"""`fedge-client`: join a server and train for it; install a release, ask it, go one release back."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import shutil
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
 
 from fedge import cli
 from fedge.errors import FedgeError, FormatError, UserError
-from fedge_client.cli import agent, enroll
-from fedge_client.device import Device, Installed, previous
-
-_MIN_FREE_BYTES: Final = 16 * 1024**2  # below this a next installation is doubtful
-_CLOCK_SLACK_S: Final = 24 * 3600  # a clock may lag the publisher's by this much
+from fedge_client.cli import agent, enroll, preflight, status
+from fedge_client.device import Device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 the work failed, 2 the user's mistake."""
     parser = cli.parser(
         "fedge-client",
-        "Install, verify and run fedge releases on this device.",
+        "Be a device: train with its own data when asked; install, verify and run releases.",
         "  fedge-client install /mnt/published --tier micro --trust signing.pub\n"
         "  fedge-client infer picture.png\n"
         "  fedge-client status --format json",
@@ -36,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_install(commands)
     _add_infer(commands)
     for name, run, summary in (
-        ("status", _status, "Show what is installed, where it comes from, and whether it is whole."),
-        ("preflight", _preflight, "Check that this device can install and run a release."),
+        ("status", status.run, "Show what is installed, where it comes from, and what the agent does."),
+        ("preflight", preflight.run, "Check all that installing, answering and training need here."),
     ):
         made = cli.subcommand(
             commands,
@@ -186,51 +178,6 @@ def _infer(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _status(arguments: argparse.Namespace) -> int:
-    device = Device.open(arguments.home)
-    current = device.current()
-    shown: dict[str, Any] = {"home": str(device.home), "tier": device.tier, "version": None}
-    if current is None:
-        _print_status(shown, arguments.format)
-        return 0
-    back = previous(device, current)
-    shown |= {
-        "version": current.version,
-        "previous": back.release.version if back else None,
-        "floor": current.floor,
-        "left": current.left or None,
-    }
-    try:
-        installed, _ = device.running()
-    except FedgeError as error:
-        _print_status({**shown, "damaged": str(error)}, arguments.format)
-        return error.exit_code
-    _print_status({**shown, **_described(installed)}, arguments.format)
-    return 0
-
-
-def _described(installed: Installed) -> dict[str, Any]:
-    entry, release = installed.entry, installed.release
-    return {
-        "task": release.task,
-        "created": release.created,
-        "recipe": entry.recipe,
-        "wire_bytes": entry.wire_bytes,
-        "installed_bytes": entry.installed_bytes,
-        "lineage": asdict(release.lineage),
-    }
-
-
-def _print_status(shown: dict[str, Any], form: str) -> None:
-    if form == "json":
-        _say(json.dumps(shown))
-        return
-    for name, value in shown.items():
-        parts = value if isinstance(value, dict) else {"": value}
-        for part, item in parts.items():
-            _say(f"{(name + ' ' + part).strip():<22}{'none' if item is None else item}")
-
-
 def _rollback(arguments: argparse.Namespace) -> int:
     from fedge_client.updater import Updater
 
@@ -245,74 +192,6 @@ def _rollback(arguments: argparse.Namespace) -> int:
 
 def _no_fetch(name: str, maximum: int) -> bytes:
     raise FedgeError(f"{name}: a rollback reads nothing from elsewhere")
-
-
-def _preflight(arguments: argparse.Namespace) -> int:
-    """Try each thing that an installation or an answer needs; every check is tried, whatever fails."""
-    checks: dict[str, Callable[[Path], str]] = {
-        "home": _check_home,
-        "space": _check_space,
-        "keys": _check_keys,
-        "clock": _check_clock,
-        "model": _check_model,
-    }
-    results = {name: _tried(check, arguments.home) for name, check in checks.items()}
-    if arguments.format == "json":
-        _say(json.dumps({name: {"ok": ok, "detail": detail} for name, (ok, detail) in results.items()}))
-    else:
-        for name, (ok, detail) in results.items():
-            _say(f"{'ok  ' if ok else 'FAIL'} {name}: {detail}")
-    return 0 if all(ok for ok, _ in results.values()) else 1
-
-
-def _tried(check: Callable[[Path], str], home: Path) -> tuple[bool, str]:
-    try:
-        return True, check(home)
-    except FedgeError as error:
-        return False, str(error)
-    except OSError as error:
-        return False, f"{error.filename or home}: {error.strerror}"
-
-
-def _check_home(home: Path) -> str:
-    from fedge.files import write_atomically
-
-    probe = home / ".preflight"
-    Device.open(home)
-    write_atomically(probe, b"")
-    probe.unlink()
-    return f"{home} can be written"
-
-
-def _check_space(home: Path) -> str:
-    free = shutil.disk_usage(home).free
-    if free < _MIN_FREE_BYTES:
-        raise FedgeError(f"{free} bytes are free, under {_MIN_FREE_BYTES}; make room")
-    return f"{free} bytes are free"
-
-
-def _check_keys(home: Path) -> str:
-    device = Device.open(home)
-    return f"tier {device.tier}, {len(device.trusted)} trusted key(s)"
-
-
-def _check_clock(home: Path) -> str:
-    """The clock must not lag the newest thing that this device has verified."""
-    created = Device.open(home).running()[0].release.created
-    now = datetime.now(UTC)
-    if time.time() < datetime.fromisoformat(created).timestamp() - _CLOCK_SLACK_S:
-        raise FedgeError(
-            f"it says {now:%Y-%m-%d}, before the installed release was made ({created}); set the clock"
-        )
-    return f"{now:%Y-%m-%dT%H:%M:%SZ}"
-
-
-def _check_model(home: Path) -> str:
-    from fedge_client.runtime import Runtime
-
-    runtime = Runtime.open(home)
-    runtime.infer(runtime.spec.zeros(1))
-    return f"release {runtime.release.version} loads and answers"
 
 
 def _say(line: str) -> None:

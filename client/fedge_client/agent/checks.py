@@ -1,0 +1,163 @@
+"""What `preflight` tries on an enrolled device: certificate, server, clock, and each task with its data."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+
+import fedge
+from fedge.errors import FedgeError
+from fedge.wire import WIRE_VERSION
+from fedge.wire.v1 import link_pb2 as pb
+from fedge_client.agent import settings, status
+from fedge_client.agent.connection import Link, said
+from fedge_client.agent.diagnosis import diagnose
+from fedge_client.agent.identity import Identity
+from fedge_client.agent.offers import digests_of, process_environment
+from fedge_client.agent.settings import OfferedTask
+
+Check = Callable[[], str]
+
+_MAX_SKEW_S: Final = 300.0
+_PROBE_TIMEOUT_S: Final = 600
+
+_PROBE = """
+import json, sys
+from pathlib import Path
+from fedge.errors import FedgeError
+from fedge.task import Source, resolve
+name, data, label, size = json.loads(sys.argv[1])
+found = {}
+try:
+    task = resolve(name)
+    found["models"] = sorted(task.models)
+    source = Source(Path(data) if data else None, label=label or "y", size=tuple(size) if size else None)
+    found["examples"] = len(task.read(source))
+except Exception as error:
+    found["fault"] = str(error) if isinstance(error, FedgeError) else f"{type(error).__name__}: {error}"
+print("\\n" + json.dumps(found))
+"""
+
+
+def of(home: Path) -> Iterator[tuple[str, Check]]:
+    """The checks of an enrolled device, by name."""
+    reached = cache(partial(_skew, home))
+    yield "certificate", partial(_certificate, home)
+    yield "server", partial(_server, home, reached)
+    yield "server clock", partial(_clock, reached)
+    yield "settings", partial(_settings, home)
+    try:
+        tasks = settings.load(home / settings.FILE).tasks
+    except FedgeError:
+        return  # the check of the settings says so
+    for task in tasks:
+        probed = cache(partial(_probe, home, task))
+        yield f"task {task.name}", partial(_task, home, task, probed)
+        yield f"data {task.name}", partial(_data, task, probed)
+
+
+def _certificate(home: Path) -> str:
+    identity = Identity.open(home)
+    days = (identity.not_after - time.time()) / 86400
+    if days < 0:
+        raise FedgeError(
+            f"it ended {-days:.1f} days ago; fedge-client run renews it, if the server is reached and the "
+            "clock is right"
+        )
+    return f"device {identity.device_id[:16]}, tier {identity.hub.tier}, {days:.1f} days left"
+
+
+def _skew(home: Path) -> float:
+    """Seconds by which this device's clock is ahead of the server's, asked over the link.
+
+    The hub keeps one stream for a device, so while the agent is connected its own finding is used.
+    """
+    agent = status.read(home)
+    if status.is_running(home) and agent.get("state") == "connected":
+        return float(agent.get("clock_skew_s", 0.0))
+    identity = Identity.open(home)
+    try:
+        return asyncio.run(_ask(identity))
+    except grpc.RpcError as error:
+        found = diagnose(identity, identity.hub.link_address)
+        raise FedgeError(said(error) if found.kind == "ok" else f"{found.kind}: {found.detail}") from error
+
+
+async def _ask(identity: Identity) -> float:
+    hello = pb.Hello(
+        wire_version=WIRE_VERSION,
+        fedge_version=fedge.__version__,
+        bundle_sha256=identity.bundle_sha256,
+    )
+    async with Link(identity) as link:
+        welcome = await link.greet(hello)
+        return time.time() - welcome.server_time
+
+
+def _server(home: Path, reached: Callable[[], float]) -> str:
+    address = Identity.open(home).hub.link_address
+    reached()
+    return f"{address} answers and takes this device's certificate"
+
+
+def _clock(reached: Callable[[], float]) -> str:
+    try:
+        skew = reached()
+    except FedgeError as error:
+        raise FedgeError("cannot be compared: the server was not reached") from error
+    if abs(skew) > _MAX_SKEW_S:
+        raise FedgeError(f"this device's clock is {skew:+.0f} s off the server's; set the clock")
+    return f"{skew:+.0f} s off the server's"
+
+
+def _settings(home: Path) -> str:
+    found = settings.load(home / settings.FILE)
+    if not found.tasks:
+        raise FedgeError(f"{home / settings.FILE}: offers no task; name one as [tasks.NAME]")
+    return f"{home / settings.FILE}: {len(found.tasks)} task(s)"
+
+
+def _probe(home: Path, task: OfferedTask) -> dict[str, Any]:
+    """Load a task and read its data in a process of their own, as training will."""
+    what = json.dumps([task.name, str(task.data) if task.data else None, task.label, task.size])
+    command = [sys.executable, "-P", "-c", _PROBE, what]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=home,
+            env=process_environment(),
+            capture_output=True,
+            timeout=_PROBE_TIMEOUT_S,
+            check=False,
+        )
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError) as error:
+        raise FedgeError(f"cannot be tried ({error})") from error
+    except (ValueError, IndexError) as error:
+        last = next(iter(reversed(done.stderr.decode(errors="replace").splitlines())), "no message")
+        raise FedgeError(f"cannot be tried: {last}; is 'fedge[train]' installed?") from error
+    return found
+
+
+def _task(home: Path, task: OfferedTask, probed: Callable[[], dict[str, Any]]) -> str:
+    digest = digests_of([task], home)[task.name]
+    found = probed()
+    if "models" not in found:
+        raise FedgeError(str(found.get("fault")))
+    return f"digest {digest}"
+
+
+def _data(task: OfferedTask, probed: Callable[[], dict[str, Any]]) -> str:
+    found = probed()
+    if "examples" not in found:
+        raise FedgeError(str(found.get("fault")))
+    return f"{found['examples']} examples in {task.data or 'the task itself'}"
