@@ -150,8 +150,8 @@ def _start(stack: ExitStack, names: dict[str, str], folders: Folders, say: Say) 
     """A hub, and an enrolled and connected agent for each device; all end with the stack."""
     home = ("--home", str(folders.server))
     completed(
-        "fedge_server", "init", *home, "--name", "127.0.0.1", "--link-port", "0", "--enrolment-port", "0",
-        name="server",
+        "fedge_server", "init", *home, "--name", "127.0.0.1", "--listen", "127.0.0.1",
+        "--link-port", "0", "--enrolment-port", "0", name="server",
     )  # fmt: skip
     log = folders.out / DATA / "hub.log"
     hub = stack.enter_context(service("fedge_server", "up", *home, log=log))

@@ -20,6 +20,7 @@ from fedge_server.cli.place import add_home, show
 from fedge_server.hub.home import Home
 
 LINK_PORT, ENROLMENT_PORT = 9443, 9444
+EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 - both ports are made for the network
 _BUILD: Final = ".init"
 _PARTS: Final = ("ca", "tls", "keys", "fedge.db", "server.toml")  # in the order in which they are moved
 _IGNORED: Final = {"lost+found"}  # of a disk that is mounted there
@@ -28,7 +29,7 @@ _SETTINGS = """\
 # Settings of a fedge server; `fedge-server preflight` checks them. A change counts from the next start.
 
 [listen]                        # where the hub listens for devices
-host = "0.0.0.0"
+host = {host}
 link_port = {link_port}                # mutual TLS: devices that are enrolled
 enrolment_port = {enrolment_port}           # TLS: devices that enrol or renew their certificate
 
@@ -70,22 +71,29 @@ def add(commands: Any) -> None:
         "(default: this machine's host name)",
     )
     made.add_argument(
+        "--listen",
+        default=EVERYWHERE,
+        metavar="ADDRESS",
+        help="where to listen for devices (default: on every address of this machine)",
+    )
+    made.add_argument(
         "--link-port", type=int, default=LINK_PORT, metavar="PORT", help="for enrolled devices; 0: any"
     )
     made.add_argument(
         "--enrolment-port", type=int, default=ENROLMENT_PORT, metavar="PORT", help="for new devices; 0: any"
     )
-    made.add_argument("--database", default="", metavar="URL", help="instead of SQLite in the home")
+    made.add_argument("--database", metavar="URL", help="instead of SQLite in the home")
     add_home(made)
 
 
 def _init(arguments: argparse.Namespace) -> int:
     home = Home.chosen(arguments.home)
+    url = arguments.database or ""
     names = list(dict.fromkeys(arguments.name or [socket.gethostname()]))
-    text = _settings(names, arguments.link_port, arguments.enrolment_port, arguments.database)
+    text = _settings(names, arguments.listen, arguments.link_port, arguments.enrolment_port, url)
     try:
         _prepare(home.root)
-        pin = _build(home.root / _BUILD, names, text, arguments.database)
+        pin = _build(home.root / _BUILD, names, text, url)
         _move(home.root)
     except OSError as error:
         raise FedgeError(f"{home.root}: a home cannot be made there ({error.strerror})") from error
@@ -101,7 +109,7 @@ def _init(arguments: argparse.Namespace) -> int:
     return show(arguments, value, lines)
 
 
-def _settings(names: list[str], link_port: int, enrolment_port: int, url: str) -> str:
+def _settings(names: list[str], host: str, link_port: int, enrolment_port: int, url: str) -> str:
     """The text of server.toml, read back once before anything is made.
 
     Raises:
@@ -116,6 +124,7 @@ def _settings(names: list[str], link_port: int, enrolment_port: int, url: str) -
     if not url.isprintable():
         raise UserError(f"database URL {url!r}: holds a character that cannot be printed")
     text = _SETTINGS.format(
+        host=json.dumps(host),
         link_port=link_port,
         enrolment_port=enrolment_port,
         names=json.dumps(names),
