@@ -10,7 +10,7 @@ from torch import nn
 from fedge import tensors
 from fedge.config import Config
 from fedge.learning.models import parameters
-from fedge.learning.state import arrays_of
+from fedge.learning.state import names_of
 from fedge_server.compression import TierOutcome
 from fedge_server.rounds.loop import Learned
 from fedge_server.rounds.stopping import reached_target_at
@@ -59,7 +59,8 @@ def summarise(
 
 def fp32_bytes(network: nn.Module) -> int:
     """Bytes of the network's state as safetensors: what variants are compared with."""
-    return len(tensors.dump(arrays_of(network)))
+    state = {name: value.detach().numpy() for name, value in network.state_dict().items()}
+    return sum(map(len, tensors.dump_chunks({name: state[name] for name in names_of(network)})))
 
 
 def _tier(outcome: TierOutcome) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def test_it_learns_digits(name, small, learn, tmp_path):
 
 
 def test_a_strategy_without_metrics_still_counts(small, learn, tmp_path, monkeypatch):
-    from flwr.serverapp.strategy import FedAvg
+    from fedge_server.strategies.fedavg import FedAvg
 
     plain = FedAvg.aggregate_train
     monkeypatch.setattr(FedAvg, "aggregate_train", lambda *arguments: (plain(*arguments)[0], None))

@@ -13,14 +13,14 @@ Keys that Flower's own strategies add to the config (`server-round`, `proximal-m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedge.config import FilterName, Train, parse_train
 from fedge.errors import FormatError
@@ -154,11 +154,14 @@ def to_record(arrays: NamedArrays, *, shared: bool = True) -> ArrayRecord:
     return record
 
 
-def from_record(record: ArrayRecord, *, consume: bool = False) -> dict[str, npt.NDArray[np.generic]]:
+def from_record(
+    record: MutableMapping[str, Array], *, consume: bool = False
+) -> dict[str, npt.NDArray[np.generic]]:
     """Flower's record as named arrays; `np.load` inside refuses pickles.
 
     Args:
-        record: arrays that share memory with others come as views that cannot be written to.
+        record: Flower's, or a dict of its arrays; those that share memory with others come as views that
+            cannot be written to.
         consume: take each array out of the record once it is read, so that no two copies of all exist.
 
     Raises:

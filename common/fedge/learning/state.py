@@ -23,6 +23,11 @@ def arrays_of(model: nn.Module) -> NamedArrays:
     return {name: value.detach().numpy().copy() for name, value in state if value.is_floating_point()}
 
 
+def names_of(model: nn.Module) -> list[str]:
+    """The names of `arrays_of`, in its order."""
+    return [name for name, value in model.state_dict().items() if value.is_floating_point()]
+
+
 def load_arrays(model: nn.Module, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
     """Put arrays into the model; names and shapes must be those of `arrays_of` (torch checks shapes).
 
@@ -30,24 +35,49 @@ def load_arrays(model: nn.Module, arrays: Mapping[str, npt.NDArray[np.generic]])
         KeyError: a name is missing or unknown.
     """
     state = model.state_dict()
-    expected = {name for name, value in state.items() if value.is_floating_point()}
-    if expected != set(arrays):
-        raise KeyError(f"names differ from the model's: {', '.join(sorted(expected ^ set(arrays))[:3])}")
+    _check_names(state, arrays)
     model.load_state_dict(state | {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()})
 
 
-def cast_like(
-    arrays: Mapping[str, npt.NDArray[np.generic]], like: Mapping[str, npt.NDArray[np.generic]]
-) -> NamedArrays:
-    """The arrays in the dtypes of `like`: an average may come back as float64, that of counters as float."""
-    return {
-        name: (
-            np.rint(arrays[name])
-            if model.dtype.kind in "iub" and arrays[name].dtype.kind == "f"
-            else arrays[name]
-        ).astype(model.dtype, copy=False)
-        for name, model in like.items()
+def _check_names(state: Mapping[str, torch.Tensor], arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    expected = {name for name, value in state.items() if value.is_floating_point()}
+    if expected != set(arrays):
+        raise KeyError(f"names differ from the model's: {', '.join(sorted(expected ^ set(arrays))[:3])}")
+
+
+def share_arrays(model: nn.Module, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    """Let the model's parameters and buffers be these arrays: no second copy, for a model that only answers.
+
+    Training it would change the arrays. Where two names stand for one parameter, which they must go on
+    doing, and where an array cannot be written to, the values are copied.
+
+    Raises:
+        KeyError: a name is missing or unknown.
+    """
+    everything = sum(1 for _ in model.named_parameters(remove_duplicate=False))
+    if everything != sum(1 for _ in model.parameters()):
+        load_arrays(model, arrays)
+        return
+    state = model.state_dict()
+    _check_names(state, arrays)
+    shared = {
+        name: torch.from_numpy(value if value.flags.writeable else value.copy())
+        for name, value in arrays.items()
     }
+    model.load_state_dict(state | shared, assign=True)
+
+
+def cast_like(arrays: NamedArrays, like: Mapping[str, npt.NDArray[np.generic]]) -> NamedArrays:
+    """The arrays in the dtypes of `like`: an average may come back as float64, that of counters as float.
+
+    `arrays` is empty afterwards, so that no array is there twice.
+    """
+    return {name: _cast(arrays.pop(name), model.dtype) for name, model in like.items()}
+
+
+def _cast(value: npt.NDArray[np.generic], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+    rounded = np.rint(value) if dtype.kind in "iub" and value.dtype.kind == "f" else value
+    return np.asarray(rounded.astype(dtype, copy=False))
 
 
 def digest(arrays: Mapping[str, npt.NDArray[np.generic]]) -> str:

@@ -26,7 +26,7 @@ from fedge.errors import FedgeError, FormatError, RoundError, SupersededError
 from fedge.learning import local, messages
 from fedge.learning.messages import Instructions
 from fedge.learning.metrics import evaluate
-from fedge.learning.state import NamedArrays, arrays_of, cast_like, load_arrays
+from fedge.learning.state import NamedArrays, arrays_of, cast_like, load_arrays, names_of, share_arrays
 from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
 from fedge.statistics import Moments
@@ -46,6 +46,8 @@ Observer = Callable[[RoundRecord], None]
 """Told of each round once it is committed; on resume, of the earlier ones first."""
 
 MAX_FAILED_ROUNDS = 3  # in a row without enough valid updates: something is wrong that waiting does not mend
+
+PIECE = 2**20  # elements looked at together
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ class _Run:
             arrays = arrays_of(network)
         else:
             moments = kept_moments(last.model)
-            arrays = {name: last.model[name] for name in arrays_of(network)}  # in the model's own order
+            arrays = {name: last.model[name] for name in names_of(network)}
             restore(chosen.strategy, last.state)
         model = WholeModel(task.preprocess(data.spec, moments, config.model.filter), network)
         run = cls(
@@ -208,7 +210,8 @@ class _Run:
             found, metrics = self.chosen.strategy.aggregate_train(number, collected.valid)
             if found is None:
                 return None, False
-            self.arrays = cast_like(messages.from_record(found), before)
+            pieces, found = dict(found), None  # where the strategy keeps none of them, each goes once read
+            self.arrays = cast_like(messages.from_record(pieces, consume=True), before)
         except FedgeError:
             raise
         except Exception as error:  # a strategy may be anyone's code
@@ -223,7 +226,7 @@ class _Run:
 
     def is_sound(self) -> bool:
         """Whether the global state and what it answers to the test data are finite."""
-        if not all(np.isfinite(value).all() for value in self.arrays.values() if value.dtype.kind == "f"):
+        if not all(_is_finite(value) for value in self.arrays.values() if value.dtype.kind == "f"):
             return False
         self.load_global()
         return bool(np.isfinite(probabilities_of(self.model, self.data.test)).all())
@@ -244,7 +247,7 @@ class _Run:
 
     def load_global(self) -> None:
         """Put the global state into the scratch model."""
-        load_arrays(self.model.network, self.arrays)
+        share_arrays(self.model.network, self.arrays)
 
     def commit(self, record: RoundRecord) -> None:
         """Make the round count."""
@@ -274,6 +277,12 @@ class _Run:
             "too few updates, or the strategy made no sound model of them; lower the learning rates, or see "
             "what the strategy needs (strategy, rounds.min_updates)"
         )
+
+
+def _is_finite(value: npt.NDArray[np.generic]) -> bool:
+    """Whether all values are; in pieces, since numpy's answer is an array of its own."""
+    flat = value.reshape(-1)
+    return all(np.isfinite(flat[i : i + PIECE]).all() for i in range(0, len(flat), PIECE))
 
 
 def probabilities_of(model: WholeModel, examples: Examples) -> npt.NDArray[np.float32]:
@@ -346,7 +355,7 @@ def recall(registry: Registry, run_id: str, config: Config, task: Task, spec: Sp
     if last is None or last.record.round == 0:
         raise RoundError(f"run {run_id}: has no committed round yet")
     network = task.model(config.model.name)(spec)
-    load_arrays(network, {name: last.model[name] for name in arrays_of(network)})
+    load_arrays(network, {name: last.model[name] for name in names_of(network)})
     preprocess = task.preprocess(spec, kept_moments(last.model), config.model.filter)
     records = tuple(registry.records(run_id)[1:])
     return Learned(WholeModel(preprocess, network), last.model_sha256, records, "recalled")

@@ -1,5 +1,7 @@
 """Aggregation rules by name: Flower's Message-API strategies, taken from Flower as they are, and ours.
 
+Those that are a weighted mean, or start from one, have it computed tensor by tensor (`fedavg`).
+
 FedXgb* are left out: they aggregate trees. The differential-privacy wrappers go around a base strategy
 (`base = "fedavg"`); they are for experiments, not for protection: the noise comes from the run's seed, so
 that a run can be repeated and resumed, and whoever knows the seed can take it out again.
@@ -18,6 +20,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from fedge.config import Config, StrategyConfig, Train, suggestion
 from fedge.errors import ConfigError
 from fedge.learning.messages import TRAIN_LOSS, Update
+from fedge_server.strategies import fedavg
 from fedge_server.strategies.fedsgd import FedSgd
 
 PLAIN: Mapping[str, type[FedAvg]] = {
@@ -25,6 +28,17 @@ PLAIN: Mapping[str, type[FedAvg]] = {
         name.lower(): found
         for name in flower.__all__
         if inspect.isclass(found := getattr(flower, name)) and issubclass(found, FedAvg) and "Xgb" not in name
+    },
+    **{
+        found.__name__.lower(): found
+        for found in (
+            fedavg.FedAvg,
+            fedavg.FedProx,
+            fedavg.FedAvgM,
+            fedavg.FedAdagrad,
+            fedavg.FedAdam,
+            fedavg.FedYogi,
+        )
     },
     "fedsgd": FedSgd,
 }

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
 
 from fedge.learning.messages import from_record, to_record
+from fedge_server.strategies.fedavg import FedAvg
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": torch.optim.SGD,
