@@ -7,7 +7,7 @@ import errno
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, NoReturn
 
 import grpc
@@ -27,6 +27,8 @@ from fedge_server.registry.queue import Answer
 _log = logging.getLogger("fedge.hub")
 
 PART_S: Final = 60.0  # until the next part of an answer, or the stream is given up
+LINGER_S: Final = 1.0
+LINGER_PARTS: Final = 64
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -48,6 +50,12 @@ class Submitting:
 
     async def receive(self, peer: Peer, context: Any) -> link.SubmitReply:
         """Take one answer in, and say what became of it."""
+        reply = await self._receive(peer, context)
+        if reply is not _ACCEPTED:  # it came before the device had sent everything
+            await _linger(context)
+        return reply
+
+    async def _receive(self, peer: Peer, context: Any) -> link.SubmitReply:
         part = await self._next(context)
         if part is None or part.WhichOneof("kind") != "header":
             return _reply("REFUSED", "an answer begins with its header")
@@ -58,6 +66,7 @@ class Submitting:
             _log.warning(
                 "device %s answered message %s of node %d", peer.device_id, header.message_id, node_id
             )
+            await _linger(context)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the message is another device's")
         if flight is None:
             return await self._commit(header.message_id, header.result, "", context)
@@ -157,6 +166,7 @@ class Submitting:
         upload.drop()
         _log.error("answer %s cannot be kept: %s", upload.final.name, error.strerror)
         full = error.errno in _FULL
+        await _linger(context)
         code = grpc.StatusCode.RESOURCE_EXHAUSTED if full else grpc.StatusCode.UNAVAILABLE
         await context.abort(code, "the server's disk is full" if full else "the server's disk refuses it")
         raise AssertionError("abort raises")
@@ -189,6 +199,15 @@ class Submitting:
         except TimeoutError:
             return None
         return None if part is grpc.aio.EOF else part
+
+
+async def _linger(context: Any) -> None:
+    """Read on for a moment before the call ends early: grpc's client loses the status while it writes."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            for _ in range(LINGER_PARTS):
+                if await context.read() is grpc.aio.EOF:
+                    return
 
 
 def _reply(outcome: str, reason: str = "") -> link.SubmitReply:
