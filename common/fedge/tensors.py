@@ -6,6 +6,7 @@ input gave unequal digests, and it silently reorders the elements of a transpose
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -117,7 +118,7 @@ def load(path: Path, *, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Array], d
     """What `parse` makes of a file's bytes, without holding them in memory beside the arrays.
 
     Args:
-        path: a file that nobody changes meanwhile: its pages are mapped.
+        path: a file that nobody changes meanwhile.
         max_bytes: how long it may be.
 
     Raises:
@@ -125,13 +126,13 @@ def load(path: Path, *, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Array], d
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
             start = file.read(8 + MAX_HEADER_BYTES)
-        _check_length(start, size, max_bytes)
-        with safe_open(path, "numpy") as document:
-            header = _header(start)
-            names = (name for name in header if name != _METADATA)
-            arrays = {name: _loaded(document, name, header[name]["dtype"]) for name in names}
+            _check_length(start, os.fstat(file.fileno()).st_size, max_bytes)
+            with safe_open(path, "numpy"):  # checks offsets, sizes and cover; reads no tensor
+                header = _header(start)
+            (length,) = struct.unpack("<Q", start[:8])
+            names = [name for name in header if name != _METADATA]
+            arrays = {name: _read(file, 8 + length, name, header[name]) for name in names}
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (SafetensorError, ValueError, OverflowError, RecursionError) as error:
@@ -173,12 +174,17 @@ def _array(name: str, raw: Mapping[str, Any]) -> Array:
     return array if sys.byteorder == "little" else array.byteswap(inplace=True)
 
 
-def _loaded(document: Any, name: str, code: str) -> Array:
-    dtype = _dtype(name, code)
-    array: Array = document.get_tensor(name)
-    if dtype == np.bool_ and array.view(np.uint8).max(initial=0) > 1:
+def _read(file: io.BufferedReader, start: int, name: str, entry: Mapping[str, Any]) -> Array:
+    """An array from its place in a file whose header has been checked."""
+    dtype = _dtype(name, entry["dtype"])
+    array = np.empty(entry["shape"], dtype)
+    raw = array.reshape(-1).view(np.uint8)
+    file.seek(start + entry["data_offsets"][0])
+    if file.readinto(raw.data) != raw.nbytes:
+        raise FormatError(f"tensors: {name[:60]!r} was cut off while it was read")
+    if dtype == np.bool_ and raw.max(initial=0) > 1:
         raise FormatError(f"tensors: {name[:60]!r} is bool but holds other values than 0 and 1")
-    return array
+    return array if sys.byteorder == "little" else array.byteswap(inplace=True)
 
 
 def _dtype(name: str, code: str) -> np.dtype[Any]:

@@ -153,7 +153,7 @@ def test_a_model_is_committed_without_a_copy_of_it(registry):
     tracemalloc.stop()
     assert last.model["h"].tobytes() == model["h"].tobytes()
     assert written < 2 * 2**20
-    assert read < 34 * 2**20
+    assert read < 34 * 2**20  # the model itself
 
 
 def test_a_folder_that_cannot_be_a_home_is_said_in_one_line(tmp_path):
