@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedge_server.identity.authority import Authority
     from fedge_server.registry.devices import DeviceRow, TokenRow
 
+_TIMES = {"created", "expires", "used", "enrolled", "revoked", "last_seen", "certificate_not_after"}
 _DOWN = "no hub is up; it counts from its next start"
 
 
@@ -72,7 +73,7 @@ def _add_devices(group: Any) -> None:
         examples='  fedge-server devices revoke 3fa1 --reason "stolen"',
     )
     made.add_argument("which", metavar="ID", help="its id, or how the id begins")
-    made.add_argument("--reason", default="", metavar="TEXT", help="kept, and told to the device")
+    made.add_argument("--reason", metavar="TEXT", help="kept, and told to the device")
     add_home(made)
 
 
@@ -121,7 +122,9 @@ def _token_create(arguments: argparse.Namespace) -> int:
             for _ in range(arguments.count)
         ]
     expires = now + arguments.ttl_h * 3600
-    value = [{"id": j.token_id, "tier": arguments.tier, "expires": expires, "join": str(j)} for j in made]
+    value = [
+        {"id": j.token_id, "tier": arguments.tier, "expires": _when(expires), "join": str(j)} for j in made
+    ]
     return show(arguments, value, [str(join) for join in made])
 
 
@@ -142,7 +145,7 @@ def _token_ls(arguments: argparse.Namespace) -> int:
     now = time.time()
     with opened(arguments) as place:
         rows = [_token_value(token, now) for token in place.devices.tokens()]
-    lines = [(r["id"], r["tier"], r["state"], _when(r["expires"]), (r["used_by"] or "-")[:16]) for r in rows]
+    lines = [(r["id"], r["tier"], r["state"], r["expires"], (r["used_by"] or "-")[:16]) for r in rows]
     head = ("id", "tier", "state", "expires", "device")
     return show(arguments, rows, table([head, *lines]) if rows else ["no tokens"])
 
@@ -150,7 +153,7 @@ def _token_ls(arguments: argparse.Namespace) -> int:
 def _token_value(token: TokenRow, now: float) -> dict[str, Any]:
     state = "used" if token.used_by else "expired" if now > token.expires else "open"
     names = ("id", "tier", "created", "expires", "used_by", "used")
-    return {name: getattr(token, name) for name in names} | {"state": state}
+    return _values(token, names) | {"state": state}
 
 
 def _token_revoke(arguments: argparse.Namespace) -> int:
@@ -168,8 +171,8 @@ def _devices_ls(arguments: argparse.Namespace) -> int:
             r["id"][:16],
             r["tier"],
             _state(r),
-            _when(r["last_seen"]),
-            _when(r["certificate_not_after"]),
+            r["last_seen"] or "-",
+            r["certificate_not_after"],
             r["fedge_version"],
         )
         for r in rows
@@ -183,9 +186,7 @@ def _devices_show(arguments: argparse.Namespace) -> int:
         rows = place.devices.all()
         found = _one(arguments.which, [row.id for row in rows], "device")
         (value,) = _device_values(place, [row for row in rows if row.id == found])
-    times = ("enrolled", "revoked", "last_seen", "certificate_not_after")
-    shown = {name: _when(item) if name in times else item for name, item in value.items()}
-    lines = [f"{name:22} {'-' if item in (None, '') else item}" for name, item in shown.items()]
+    lines = [f"{name:22} {'-' if item in (None, '') else item}" for name, item in value.items()]
     return show(arguments, value, lines)
 
 
@@ -203,7 +204,7 @@ def _device_values(place: Place, rows: Sequence[DeviceRow]) -> list[dict[str, An
     for row in rows:
         here = online.get(row.id)
         values.append(
-            {name: getattr(row, name) for name in names}
+            _values(row, names)
             | {
                 "online": None if reply is None else here is not None,
                 "tags": list(here.tags) if here else None,
@@ -218,7 +219,7 @@ def _devices_revoke(arguments: argparse.Namespace) -> int:
 
     with opened(arguments) as place:
         found = _one(arguments.which, [row.id for row in place.devices.all()], "device")
-        row = place.devices.revoke(found, arguments.reason)
+        row = place.devices.revoke(found, arguments.reason or "")
         told = _told(place.home, f"device {found} is revoked in the database", control.refresh)
     line = f"revoked device {row.id}: " + ("the hub refuses it from now on" if told else _DOWN)
     return show(arguments, {"id": row.id, "status": row.status, "reason": row.reason, "hub": told}, [line])
@@ -237,11 +238,11 @@ def _ca_status(arguments: argparse.Namespace) -> int:
         authority = _authority(place.home)
         value = _ca_value(place, authority)
     lines = [
-        f"CA {ca['name']}: until {_when(ca['not_after'])}, signs {' and '.join(ca['signs'])}; pin {ca['pin']}"
+        f"CA {ca['name']}: until {ca['not_after']}, signs {' and '.join(ca['signs'])}; pin {ca['pin']}"
         for ca in value["authorities"]
     ]
     server = value["server"]
-    lines.append(f"server certificate: until {_when(server['not_after'])}, for {', '.join(server['names'])}")
+    lines.append(f"server certificate: until {server['not_after']}, for {', '.join(server['names'])}")
     active, lacking = value["devices"], value["lacking"]
     if value["rotating"]:
         lines.append(f"rotation under way: {active - len(lacking)} of {active} devices know the new CA")
@@ -259,7 +260,7 @@ def _ca_value(place: Place, authority: Authority) -> dict[str, Any]:
         {
             "name": certificate.subject.rfc4514_string().removeprefix("CN="),
             "pin": pin,
-            "not_after": certificate.not_valid_after_utc.timestamp(),
+            "not_after": _when(certificate.not_valid_after_utc.timestamp()),
             "signs": [
                 *(["the server"] if certificate == certificates[0] else []),
                 *(["devices"] if certificate == certificates[-1] else []),
@@ -270,7 +271,7 @@ def _ca_value(place: Place, authority: Authority) -> dict[str, Any]:
     return {
         "rotating": authority.rotating,
         "authorities": authorities,
-        "server": {"not_after": shown.not_after, "names": sorted(shown.names)},
+        "server": {"not_after": _when(shown.not_after), "names": sorted(shown.names)},
         "devices": sum(row.status == "active" for row in place.devices.all()),
         "lacking": _lacking(place, authority),
     }
@@ -358,7 +359,13 @@ def _state(row: dict[str, Any]) -> str:
     return {None: "active", True: "online", False: "offline"}[row["online"]]
 
 
-def _when(seconds: float | None) -> str:
+def _values(row: DeviceRow | TokenRow, names: Sequence[str]) -> dict[str, Any]:
+    """Fields of a row as JSON shows them: times in ISO 8601."""
+    found = {name: getattr(row, name) for name in names}
+    return {name: _when(value) if name in _TIMES else value for name, value in found.items()}
+
+
+def _when(seconds: float | None) -> str | None:
     from fedge_server.identity.admission import show_time
 
-    return "-" if seconds is None else show_time(seconds)
+    return None if seconds is None else show_time(seconds)

@@ -109,6 +109,7 @@ class Authority:
         self.folder = folder
         self._clock = clock
         self._issuers: tuple[_Issuer, ...] = ()
+        self._bundle, self._bundle_digest = b"", ""
         self.reload()
 
     @classmethod
@@ -156,6 +157,9 @@ class Authority:
         if not found:
             raise FormatError(f"{self.folder}: holds no certificate authority; restore it from a backup")
         self._issuers = tuple(found)
+        # Asked for at every call of a device, so made once.
+        self._bundle = b"".join(issuer.certificate.public_bytes(Encoding.PEM) for issuer in found)
+        self._bundle_digest = bundle_digest(self._bundle)
 
     @property
     def certificates(self) -> tuple[x509.Certificate, ...]:
@@ -165,12 +169,12 @@ class Authority:
     @property
     def bundle(self) -> bytes:
         """PEM of all CAs that devices and server have to trust now."""
-        return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in self.certificates)
+        return self._bundle
 
     @property
     def bundle_digest(self) -> str:
         """The bundle's name, as devices report it."""
-        return bundle_digest(self.bundle)
+        return self._bundle_digest
 
     @property
     def pin(self) -> str:
