@@ -89,6 +89,7 @@ def test_the_walk_sees_an_arrow_that_points_up(source: str) -> None:
             "fedge_server.registry.devices",
             {"torch", "flwr", "alembic", "pydantic"},
         ),
+        ("import fedge_server.hub.server, fedge_server.hub.preflight", {"torch", "flwr", "sklearn", "onnx"}),
         ("import fedge_client.updater", {"torch", "flwr", "sklearn", "pydantic"}),
         (
             "import fedge_client.agent.running, fedge_client.cli",

@@ -77,9 +77,11 @@ class Supervisor:
     async def look(self) -> None:
         """Start workers of new runs, and stop those whose runs were asked to stop."""
         for run in await asyncio.to_thread(self._registry.runs):
+            supervised = self._runs.get(run["id"])
+            if run["status"] == "stopped" and supervised is not None:  # in the moment before its start
+                supervised.stop.set()
             if run["status"] not in _ACTIVE or self._stopping:
                 continue
-            supervised = self._runs.get(run["id"])
             if supervised is None:
                 task = asyncio.create_task(self._supervise(run["id"]))
                 supervised = self._runs[run["id"]] = _Supervised(task)
@@ -114,6 +116,8 @@ class Supervisor:
                 continue
             if self._stopping:
                 return
+            if run["status"] == "queued":  # so that a request to stop waits for the worker
+                await self._set(run_id, "running", "")
             code = await self._one_worker(run_id, supervised)
             run = await asyncio.to_thread(self._registry.run, run_id)
             if run is None or run["status"] not in ("queued", "running") or self._stopping:
