@@ -11,7 +11,7 @@ import socket
 import ssl
 import time as clock
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,7 +55,8 @@ def enrol(
     """Make this folder the home of an enrolled device.
 
     Killed at any point, it can be called again with the same join string: the keys are kept before the
-    token is used, and the server gives the same key its certificate again.
+    token is used, and the server gives the same key its certificate again. A device that is enrolled may
+    enrol again with the same server, with its key: after the server has lost it, or for another tier.
 
     Args:
         home: the device's folder.
@@ -67,13 +68,12 @@ def enrol(
         UserError: the folder belongs to another server, or the join string is wrong, used or expired.
         FedgeError: the server cannot be reached, or the disk refuses it.
     """
-    folder = home / FOLDER
+    folder, moment = home / FOLDER, clock.time() if now is None else now
     with locked(folder):
-        if is_enrolled(home):
-            return _enrolled(home, join)
+        before = _enrolled(home, join)
         keys = load_or_create_keys(folder)
         leaf = server_certificate(join.host, join.port, timeout_s)
-        check_server(leaf, join, clock.time() if now is None else now)
+        check_server(leaf, join, moment)
         request = pb.EnrolRequest(
             wire_version=WIRE_VERSION,
             token=join.token,
@@ -86,6 +86,11 @@ def enrol(
                 reply = stub.Enrol(request, timeout=timeout_s)
         except RevokedError as error:
             raise UserError(f"{error}; remove {folder} to enrol this device with a new key") from error
+        except IdentityError as error:
+            if before is not None:  # the same command, days later: the token is over, the device is not
+                with suppress(FedgeError):
+                    return _renewed(before, moment, timeout_s)
+            raise UserError(str(error)) from error
         if join.pin not in pins_of(load_certificates(reply.ca_bundle)):
             raise IdentityError("enrolment: the server's CAs do not hold the one that the join string pins")
         return _keep(folder, keys, reply)
@@ -104,21 +109,21 @@ def renew(identity: Identity, *, now: float | None = None, timeout_s: float = TI
         IdentityError: the server does not know it, or the clocks differ too much.
         FedgeError: the server cannot be reached, or the disk refuses it.
     """
+    with locked(identity.folder):
+        return _renewed(identity, clock.time() if now is None else now, timeout_s)
+
+
+def _renewed(identity: Identity, now: float, timeout_s: float) -> Identity:
     csr = identity.keys.request()
-    moment = clock.time() if now is None else now
     request = pb.RenewRequest(
         wire_version=WIRE_VERSION,
         csr=csr,
-        time=moment,
-        signature=sign_renewal(identity.keys.device, csr, moment),
+        time=now,
+        signature=sign_renewal(identity.keys.device, csr, now),
     )
-    with locked(identity.folder):
-        try:
-            with _service(identity.hub.enrolment_address, identity.bundle, timeout_s) as stub:
-                reply = stub.Renew(request, timeout=timeout_s)
-        except UserError as error:  # nobody sits in front of a device that renews
-            raise IdentityError(str(error)) from error
-        return _keep(identity.folder, identity.keys, reply)
+    with _service(identity.hub.enrolment_address, identity.bundle, timeout_s) as stub:
+        reply = stub.Renew(request, timeout=timeout_s)
+    return _keep(identity.folder, identity.keys, reply)
 
 
 def server_certificate(host: str, port: int, timeout_s: float) -> bytes:
@@ -181,8 +186,10 @@ def check_server(leaf_der: bytes, join: JoinString, now: float) -> None:
         )
 
 
-def _enrolled(home: Path, join: JoinString) -> Identity:
-    """What a folder holds already, if it is of the server that the join string means."""
+def _enrolled(home: Path, join: JoinString) -> Identity | None:
+    """What a folder holds already, which must be of the server that the join string means."""
+    if not is_enrolled(home):
+        return None
     found = Identity.open(home)
     if join.pin not in pins_of(load_certificates(found.bundle)):
         raise UserError(
@@ -213,7 +220,7 @@ def _explained(error: Any, address: str, timeout_s: float) -> FedgeError:
     if code is grpc.StatusCode.PERMISSION_DENIED:
         return RevokedError(f"server: {details}")
     if code is grpc.StatusCode.UNAUTHENTICATED:
-        return UserError(f"server: {details}")
+        return IdentityError(f"server: {details}")
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return FormatError(f"server: {details}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -51,6 +51,6 @@ def _enroll(arguments: argparse.Namespace) -> int:
     if arguments.format == "json":
         sys.stdout.write(json.dumps({**asdict(hub), "new": not before}, indent=2) + "\n")
         return 0
-    done = "enrolled already" if before else "enrolled"
+    done = "enrolled again" if before else "enrolled"
     sys.stdout.write(f"{done}: device {hub.device_id[:16]}, tier {hub.tier}, server {hub.link_address}\n")
     return 0

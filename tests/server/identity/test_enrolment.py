@@ -90,10 +90,30 @@ def test_the_key_never_leaves_and_only_its_owner_may_read_it(device: Identity, s
     assert device.key_pem not in (server.home / "fedge.db").read_bytes()
 
 
-def test_enrolling_again_with_the_same_string_changes_nothing(device: Identity, server: Any) -> None:
-    join = server.join()
-    assert enrol(device.folder.parent, join).certificate == device.certificate
-    assert server.registry.devices.token(join.token_id).used_by is None
+def test_an_enrolled_device_enrols_again_with_its_key_and_may_change_its_tier(
+    server: Any, device: Identity
+) -> None:
+    again = enrol(device.folder.parent, server.join("board"))
+    assert (again.device_id, again.hub.tier) == (device.device_id, "board")
+    assert [row.tier for row in server.registry.devices.all()] == ["board"]
+
+
+def test_an_enrolled_device_survives_a_join_string_that_is_over(
+    server: Any, device: Identity, make_server: Any
+) -> None:
+    used = server.join()
+    enrol(device.folder.parent.parent / "other", used)
+    for join in (used, server.join(hours=1e-9)):
+        assert enrol(device.folder.parent, join).device_id == device.device_id
+
+
+def test_a_device_that_the_server_has_lost_comes_back_with_a_token(server: Any, device: Identity) -> None:
+    with server.registry.engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM tokens")
+        connection.exec_driver_sql("DELETE FROM devices")
+    with pytest.raises(UserError, match="token: unknown"):
+        enrol(device.folder.parent, replace(server.join(), secret="A" * 32))
+    assert enrol(device.folder.parent, server.join()).device_id == device.device_id
 
 
 def test_a_home_of_another_server_is_refused(device: Identity, tmp_path: Path, server: Any) -> None:
