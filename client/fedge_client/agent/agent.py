@@ -82,6 +82,7 @@ class Agent:
             await asyncio.gather(ours, *others, return_exceptions=True)
             await self._child.stop()
             self._status.show(state="stopped", detail="", working=[], child="ended")
+            self._status.write()
 
     # --- the connection
 

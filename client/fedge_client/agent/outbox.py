@@ -61,12 +61,13 @@ class Outbox:
         """
         header = SubmitHeader(message_id=message_id, result=result.SerializeToString())
         try:
+            (self._folder / message_id).mkdir(mode=0o700, exist_ok=True)
             write_atomically(self._folder / message_id / _ANSWER, header.SerializeToString(), mode=0o600)
         except OSError as error:
             raise FedgeError(f"outbox: an answer cannot be kept ({error.strerror})") from error
 
     def put_in_memory(self, message_id: str, result: Result) -> None:
-        """Keep a failure that the disk does not take; a restart forgets it, and the message comes again."""
+        """Keep an answer without an object until a restart; the message then comes again."""
         self.drop(message_id)
         self._in_memory[message_id] = result
 

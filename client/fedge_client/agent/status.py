@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedge.errors import FedgeError, FormatError
-from fedge.files import read_bounded, write_atomically
+from fedge.files import read_bounded
 
 FILE: Final = "agent-status.json"
 LOCK: Final = "agent.lock"
 _SCHEMA: Final = 1
 _MAX_BYTES: Final = 256 * 1024
+_DELAY_S: Final = 0.1
 
 
 @contextmanager
@@ -72,20 +74,31 @@ def read(home: Path) -> dict[str, Any]:
 
 
 class Status:
-    """The file's content; it is written when something in it changes."""
+    """The file's content; what changes is written a moment later, together with what else has changed."""
 
     def __init__(self, home: Path, facts: Mapping[str, Any]) -> None:
         self._path = home / FILE
         self._shown: dict[str, Any] = {"pid": os.getpid(), "since": time.time(), **facts}
+        self._pending: asyncio.TimerHandle | None = None
 
     def show(self, **facts: Any) -> None:
-        """Change some facts; a disk that refuses them does not stop the agent."""
+        """Change some facts."""
         if all(self._shown.get(name, ...) == value for name, value in facts.items()):
             return
-        self._shown |= facts | {"written": time.time()}
-        data = json.dumps({"schema": _SCHEMA, **self._shown}, sort_keys=True).encode() + b"\n"
+        self._shown |= facts
+        if self._pending is None:
+            self._pending = asyncio.get_running_loop().call_later(_DELAY_S, self.write)
+
+    def write(self) -> None:
+        """Write now; a disk that refuses it does not stop the agent."""
+        if self._pending is not None:
+            self._pending.cancel()
+            self._pending = None
+        data = json.dumps({"schema": _SCHEMA, **self._shown}, sort_keys=True) + "\n"
+        new = self._path.with_name(f".{FILE}.new")
         try:
-            write_atomically(self._path, data)
+            new.write_text(data, encoding="utf-8")  # not synced: nobody needs it after a power cut
+            new.replace(self._path)
         except OSError:
             return
 

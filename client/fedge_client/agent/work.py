@@ -30,6 +30,7 @@ from fedge_client.agent.settings import OfferedTask
 
 MAX_WAITING: Final = 64  # messages; a hub that sends more is answered with failures
 MAX_SECONDS: Final = 60 * 24 * 3600.0  # that a message may take
+CHEAP_S: Final = 1.0  # of work: an answer without tensors that took less is not kept on the disk
 RETRY_S: Final = 0.5  # before a transfer that broke is taken up again
 KEEP_STATE_S: Final = 60 * 24 * 3600.0  # of a run that has sent nothing for so long
 
@@ -248,9 +249,12 @@ class Workshop:
         return fetch
 
     def _finish(self, message_id: str, result: Result) -> None:
+        if not result.content.object.size and result.seconds < CHEAP_S:
+            # After a crash the hub sends the message again: that costs less than two syncs of the disk.
+            self._outbox.put_in_memory(message_id, result)
+            self._changed()
+            return
         try:
-            if result.HasField("failure"):
-                self._outbox.begin(message_id)
             self._outbox.put(message_id, result)
         except (FedgeError, OSError) as error:
             log.warning("message %s: its answer cannot be kept (%s)", message_id, error)
