@@ -100,8 +100,12 @@ class Supervisor:
             await self._keep_running(run_id)
         except Exception as error:  # noqa: BLE001 - one run must not take the others' supervision along
             _log.error("run %s: cannot be supervised: %s", run_id, error)
-        finally:
             self._runs.pop(run_id, None)
+            return
+        self._runs.pop(run_id, None)
+        run = await asyncio.to_thread(self._registry.run, run_id)
+        if run is not None and run["status"] == "queued":  # resumed while we were tidying up
+            await self.look()
 
     async def _keep_running(self, run_id: str) -> None:
         supervised = self._runs[run_id]
@@ -113,7 +117,8 @@ class Supervisor:
                 return
             if run["status"] == "stopping" and not lock_holder(self._home.worker_lock(run_id)):
                 await self._set(run_id, "stopped", "asked to stop")
-                continue
+                await self._over(run_id, run | {"status": "stopped", "reason": "asked to stop"})
+                return
             if self._stopping:
                 return
             if run["status"] == "queued":  # so that a request to stop waits for the worker

@@ -50,8 +50,8 @@ async def refresh(rig: Any) -> None:
 async def pid_of_worker(rig: Any, tools: Any) -> int:
     """The process of the only run, once it works."""
     await tools.until(lambda: "working" in tail(rig.home.run_log("run-1")))
-    reply = await rig.admin.Status(admin.StatusRequest())
-    return int(reply.workers[0].pid)
+    workers = await tools.until(rig.hub._supervisor.workers)
+    return int(workers[0].pid)
 
 
 @pytest.mark.slow
@@ -105,7 +105,6 @@ def test_a_run_is_stopped_on_request_and_resumed(hub: Any, tools: Any) -> None:
         assert lock_holder(rig.home.worker_lock("run-1")) == 0
         rig.script = worker(DONE)
         rig.registry.set_status("run-1", "queued")
-        await tools.until(lambda: not rig.hub._supervisor._runs)
         await refresh(rig)
         await tools.until(lambda: status(rig) == "done")
 
