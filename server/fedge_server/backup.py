@@ -82,7 +82,7 @@ def backup(home: Path, url: str | None, target: Path) -> Saved:
 
 
 class _Outrun(Exception):  # noqa: N818 - not an error yet: the next attempt begins with a newer state
-    """An object that the copied state needs went before it could be read."""
+    """Something that the copied state needs changed before it could be read."""
 
 
 @dataclass(slots=True)
@@ -98,7 +98,12 @@ class _Archive:
         member = tarfile.TarInfo(name)
         member.size, member.mode, member.mtime = state.st_size, stat.S_IMODE(state.st_mode), state.st_mtime
         reader = _Hashing(file)
-        self.tar.addfile(member, reader)
+        try:
+            self.tar.addfile(member, reader)
+        except OSError as error:
+            if error.errno is None:  # tarfile's own: the file has become shorter
+                raise _Outrun(f"{name} was cut while it was read") from error
+            raise
         digest = reader.hashed.hexdigest()
         self.entries[name] = {"sha256": digest, "size": member.size}
         return digest
@@ -221,7 +226,7 @@ def _object(registry: Registry, digest: str) -> BinaryIO:
 def _walk(home: Path) -> Iterator[Path]:
     """Every file and folder of a home that belongs into a backup; links are followed, each folder once."""
     visited = {_identity(home)}
-    for folder, folders, files in os.walk(home, followlinks=True):
+    for folder, folders, files in os.walk(home, followlinks=True, onerror=_unreadable):
         here = Path(folder)
         top = here == home
         keep = []
@@ -239,6 +244,13 @@ def _walk(home: Path) -> Iterator[Path]:
             )
             if not name.startswith(".") and not gone_with_process:
                 yield here / name
+
+
+def _unreadable(error: OSError) -> None:
+    if not isinstance(
+        error, FileNotFoundError
+    ):  # a folder may go; one that cannot be read must not be missed
+        raise error
 
 
 def _identity(folder: Path) -> tuple[int, ...]:

@@ -123,6 +123,7 @@ def test_a_home_comes_back_with_what_it_needs_to_go_on(
         assert registry.queue.attach("r")
 
 
+@pytest.mark.slow
 def test_a_backup_during_writes_of_another_process_is_one_state(
     tmp_path: Path, home: Path, database_url: str | None, other_url: str | None
 ) -> None:

@@ -108,3 +108,15 @@ def test_what_happens_to_a_device_is_remembered(registry: Registry) -> None:
     assert device is not None
     assert (device.last_seen, device.certificate_not_after, device.bundle) == (12.5, 2.5e9, "b" * 64)
     assert (device.wire_version, device.fedge_version) == (1, "0.2")
+
+
+def test_a_device_cannot_say_what_one_of_the_databases_refuses(registry: Registry) -> None:
+    with pytest.raises(TrustError, match="there is none"):
+        enrol(registry, token_id="t\0")
+    assert registry.devices.token("t\0") is None
+    device = enrol(registry, wire_version=2**32 - 1, fedge_version="0.1\0" + "x" * 1000)
+    assert (device.wire_version, device.fedge_version) == (2**31 - 1, "0.1" + "x" * 61)
+    registry.devices.introduced(ONE, wire_version=2**32 - 1, fedge_version="\0\n0.2", bundle="")
+    again = registry.devices.get(ONE)
+    assert again is not None
+    assert again.fedge_version == "0.2"

@@ -93,7 +93,7 @@ def test_late_answers_are_counted_once_and_dropped(queue: Queue, session: str) -
     queue.answer([Answer("a", b"1")])
     assert queue.close("r", session, ["a", "b", "c"]).late == 0
     assert queue.answer([Answer("b", b"1"), Answer("b", b"1"), Answer("never", b"1")]) == ["late"] * 3
-    assert queue.answer([Answer("b", b"1")]) == ["late"]
+    assert queue.answer([Answer("b\0", b"1"), Answer("b", b"1")]) == ["late", "late"]
     assert queue.answered("r", session, ["a", "b", "c"]) == []
     assert queue.close("r", session, []).late == 1
     assert queue.close("r", session, []).late == 0

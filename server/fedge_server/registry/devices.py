@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 
 from fedge.errors import TrustError, UserError
 from fedge_server.registry import schema
-from fedge_server.registry.engine import reading, writing
+from fedge_server.registry.engine import reading, storable, writing
 
 ACTIVE, REVOKED = "active", "revoked"
+_MAX_INTEGER: Final = 2**31 - 1  # of PostgreSQL's integer
+_MAX_VERSION: Final = 64  # characters of a fedge version
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +82,7 @@ class Devices:
             "public_key": public_key,
             "sealing_key": sealing_key,
             "certificate_not_after": not_after,
-            "wire_version": wire_version,
-            "fedge_version": fedge_version,
+            **_said(wire_version, fedge_version),
         }
         table = schema.devices
         with writing(self._engine) as connection:
@@ -152,7 +153,7 @@ class Devices:
     def introduced(self, device_id: str, *, wire_version: int, fedge_version: str, bundle: str) -> None:
         """Remember what a device said of itself when it connected; an empty bundle changes nothing."""
         table = schema.devices
-        changed: dict[str, Any] = {"wire_version": wire_version, "fedge_version": fedge_version}
+        changed = _said(wire_version, fedge_version)
         if bundle:
             changed["bundle"] = bundle
         with writing(self._engine) as connection:
@@ -203,7 +204,15 @@ def _required(connection: sa.Connection, device_id: str) -> DeviceRow:
     return device
 
 
+def _said(wire_version: int, fedge_version: str) -> dict[str, Any]:
+    """What a device says of itself, as both databases can hold it: it must not make them refuse."""
+    shown = "".join(letter for letter in fedge_version if letter.isprintable())
+    return {"wire_version": min(wire_version, _MAX_INTEGER), "fedge_version": shown[:_MAX_VERSION]}
+
+
 def _token(connection: sa.Connection, token_id: str) -> TokenRow | None:
+    if not storable(token_id):
+        return None
     row = connection.execute(sa.select(schema.tokens).where(schema.tokens.c.id == token_id)).mappings()
     found = row.first()
     return TokenRow(**found) if found else None

@@ -90,6 +90,11 @@ def opening(home: Path) -> Iterator[None]:
         yield
 
 
+def storable(text: str) -> bool:
+    """Whether a text from outside can be looked up: PostgreSQL refuses NUL, and the whole statement."""
+    return "\0" not in text
+
+
 def refused(engine: sa.Engine, error: sa.exc.DBAPIError) -> FedgeError:
     """The error to raise for one of the database, in one line and without a password."""
     line = " ".join(str(error.orig).split())[:300]

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from fedge.errors import FedgeError, RoundError
 from fedge_server.registry import schema
-from fedge_server.registry.engine import reading, writing
+from fedge_server.registry.engine import reading, storable, writing
 
 OPEN, ANSWERED, DONE, CLOSED, LATE = "open", "answered", "done", "closed", "late"
 ACCEPTED, AGAIN = "accepted", "again"  # outcomes of an answer, besides LATE
@@ -252,7 +252,7 @@ def _states(connection: sa.Connection, names: Sequence[str]) -> dict[str, tuple[
     """Run and state of each message that is known."""
     found: dict[str, tuple[str, str]] = {}
     columns = _messages.c
-    for some in _chunks(names):
+    for some in _chunks([name for name in names if storable(name)]):
         query = sa.select(columns.id, columns.run_id, columns.state).where(columns.id.in_(some))
         found |= {name: (run_id, state) for name, run_id, state in connection.execute(query)}
     return found
