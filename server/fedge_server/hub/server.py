@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ _log = logging.getLogger("fedge.hub")
 
 HOUSEKEEPING_S: Final = 60.0
 STOP_S: Final = 2.0  # that calls have to end when the hub stops
+MAX_FILES: Final = 65_536
 MAX_SOCKET_PATH: Final = 100  # bytes; the kernel's limit is 107
 _TRANSFER_GRACE_S: Final = 3600  # that a transfer may go on after its connection's age
 
@@ -316,6 +318,7 @@ def serve(home: Home, settings: Settings, *, ready: Callable[[Hub], None] = lamb
         UserError: another hub is up, or the home is none.
         FedgeError: the database, a port or a certificate refuses.
     """
+    _raise_file_limit()
     with only_hub(home), Registry.open(home.root, settings.database_url) as registry:
         asyncio.run(_serve(home, settings, registry, ready))
 
@@ -333,6 +336,13 @@ async def _serve(home: Home, settings: Settings, registry: Registry, ready: Call
         tell_systemd("STOPPING=1")
     finally:
         await hub.stop()
+
+
+def _raise_file_limit() -> None:
+    """Each device needs a socket, and often a file: take what the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def tell_systemd(state: str) -> None:
