@@ -11,16 +11,20 @@ import sqlite3
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from fedge.errors import DigestError, FedgeError, FormatError, UserError
 from fedge_server.backup import MANIFEST, Saved, backup
 from fedge_server.cli import main
 from fedge_server.registry.database import Registry
+from fedge_server.registry.dump import copy_database, load_database
+from fedge_server.registry.engine import connect, reading
 from fedge_server.registry.queue import Queued
 from fedge_server.restore import restore
 from fedge_server.rounds.record import RoundRecord
@@ -325,3 +329,56 @@ def test_a_link_to_a_folder_is_followed_once(
     assert (tmp_path / "new" / "elsewhere" / "file").read_bytes() == b"1"
     assert not (tmp_path / "new" / "elsewhere").is_symlink()
     assert not (tmp_path / "new" / "elsewhere" / "back").exists()
+
+
+def test_what_is_committed_while_the_database_is_copied_is_not_in_the_copy(
+    tmp_path: Path, home: Path, database_url: str | None, other_url: str | None
+) -> None:
+    held: list[str] = []
+    (tmp_path / "copy").mkdir()
+    with Registry.open(home, database_url) as registry:
+
+        def hold(needed: Sequence[str]) -> None:
+            held.extend(needed)
+            commit(registry, 5)
+
+        copy = copy_database(registry.engine, tmp_path / "copy", hold)
+        assert len(registry.records("r")) == 6
+    assert copy.stat().st_mode & 0o777 == 0o600
+    with closing_engine(connect(tmp_path / "copy", other_url)) as engine:
+        if other_url:
+            load_database(engine, copy)
+        with reading(engine) as connection:
+            query = sa.text("SELECT number, model, state FROM rounds ORDER BY number DESC")
+            number, *digests = connection.execute(query).first()  # type: ignore[misc]
+    assert (number, digests) == (4, held)
+
+
+@contextmanager
+def closing_engine(engine: sa.Engine) -> Iterator[sa.Engine]:
+    yield engine
+    engine.dispose()
+
+
+@sqlite
+@pytest.mark.slow
+def test_a_disk_that_is_full_leaves_no_part_of_a_backup_or_a_home(tmp_path: Path, home: Path) -> None:
+    (home / "runs" / "r" / "model").write_bytes(os.urandom(500_000))
+
+    def limited(*arguments: str) -> subprocess.CompletedProcess[str]:
+        script = (
+            "import resource, sys; from fedge_server.cli import main\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); sys.exit(main(sys.argv[1:]))"
+        )
+        command = [sys.executable, "-c", script, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = limited("backup", str(tmp_path / "b.tar.gz"), "--home", str(home))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "cannot be written (File too large)" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    backup(home, None, tmp_path / "b.tar.gz")
+    done = limited("restore", str(tmp_path / "b.tar.gz"), "--home", str(tmp_path / "new"))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "the disk refuses (File too large)" in done.stderr
+    assert not (tmp_path / "new").exists()
