@@ -85,11 +85,15 @@ def test_the_walk_sees_an_arrow_that_points_up(source: str) -> None:
         ("import fedge.cli, fedge_simulations", {"torch", "flwr", "pydantic"}),
         ("import fedge_client.runtime", {"torch", "flwr", "sklearn", "pydantic"}),
         (
-            "import fedge_server.registry.database, fedge_server.registry.queue, "
-            "fedge_server.registry.devices",
+            "import fedge_server.registry.database, fedge_server.registry.queue",
             {"torch", "flwr", "alembic", "pydantic"},
         ),
         ("import fedge_server.hub.server, fedge_server.hub.preflight", {"torch", "flwr", "sklearn", "onnx"}),
+        (
+            "import fedge_client.agent.enrolment, fedge_client.agent.diagnosis",
+            {"torch", "flwr", "sklearn", "pydantic", "onnxruntime"},
+        ),
+        ("import fedge_server.hub.enrolment, fedge_server.cli.fleet", {"torch", "flwr", "sklearn"}),
         ("import fedge_client.updater", {"torch", "flwr", "sklearn", "pydantic"}),
         (
             "import fedge_client.agent.running, fedge_client.cli",

@@ -78,7 +78,7 @@ class Peer:
 
 
 def peer_of(certificate_pem: bytes, issuers: Sequence[x509.Certificate]) -> Peer:
-    """Who a client certificate stands for; takes about 0.2 ms, once for each connection or call.
+    """Who a client certificate stands for; checks a signature, so remember what it says.
 
     Args:
         certificate_pem: as TLS hands it over (`x509_pem_cert`).
@@ -94,7 +94,9 @@ def peer_of(certificate_pem: bytes, issuers: Sequence[x509.Certificate]) -> Peer
     except (FormatError, ValueError) as error:
         raise IdentityError("certificate: malformed") from error
     if not any(_signed(certificate, issuer) for issuer in issuers):
-        raise IdentityError("certificate: not issued by this server's authority; renew it, or enrol the device")
+        raise IdentityError(
+            "certificate: not issued by this server's authority; renew it, or enrol the device"
+        )
     if not has_usage(certificate, ExtendedKeyUsageOID.CLIENT_AUTH):  # stops the server's own from being used
         raise IdentityError("certificate: not one of a device")
     if not is_p256(key) or [name.value for name in names] != [device_id_of(certificate)]:
