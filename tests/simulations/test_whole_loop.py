@@ -117,26 +117,43 @@ def test_a_table_with_missing_values_leaves_out_each_hospital(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_ends_with_three_devices_that_answer_as_the_gate_scored(tmp_path, capsys):
+def test_the_demo_deploys_a_hub_and_four_agents_whose_devices_answer_as_the_gate_scored(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     summary = json.loads((out / "summary.json").read_text())
     assert summary["global_model"]["accuracy"] >= 0.95
+    assert summary["clients"] == 4
     assert [variant["gate"] for variant in summary["variants"]] == ["passed"] * 3
     assert all(variant["drop_upper"] <= 0.03 for variant in summary["variants"])
-    assert [device["same_as_gate"] for device in summary["devices"]] == [True] * 3
+    assert [device["same_as_gate"] for device in summary["devices"]] == [True] * 4
+    assert {device["tier"] for device in summary["devices"]} == {"gateway", "board", "micro"}
     assert "round 30/30" in printed
     assert "one compact version per tier" in printed
-    key = (out / "keys" / "signing.pub").read_bytes()
-    (release,) = published(out / "release", [key])
+    server = out / "server"
+    key = (server / "keys" / "signing.pub").read_bytes()
+    (release,) = published(server / "release", [key])
     assert release.lineage.global_model == summary["global_model"]["sha256"]
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert release.lineage.updates == history[release.lineage.round - 1]["updates"]
+    assert all(row["clients"] == 4 for row in history)
     for entry, variant in zip(release.variants, summary["variants"], strict=True):
         assert (entry.tier, entry.wire_bytes) == (variant["tier"], variant["wire_bytes"])
-    assert signing.public_of((out / "keys" / "signing.key").read_bytes()) == key
-    assert (out / "keys" / "signing.key").stat().st_mode & 0o077 == 0
+    assert signing.public_of((server / "keys" / "signing.key").read_bytes()) == key
+    assert (server / "keys" / "signing.key").stat().st_mode & 0o077 == 0
+    mark = os.fsencode(tmp_path)
+    lines = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
+    assert not [line for line in lines if mark in line], "a process of the demonstration is left"
+    assert main(["demo", "--out", str(out)]) == 2
+    assert "holds a demonstration" in capsys.readouterr().err
+
+
+def test_a_demo_neither_overwrites_a_folder_of_others_nor_takes_other_data(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("keep")
+    assert main(["demo", "--out", str(tmp_path), "--overwrite"]) == 2
+    assert "holds no demonstration" in capsys.readouterr().err
+    assert main(["demo", "--out", str(tmp_path / "new"), "--set", "data=x.npz"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.slow
