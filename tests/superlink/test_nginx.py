@@ -82,11 +82,11 @@ class Caller:
         if certificate is not None:
             self.context.load_cert_chain(certificate, key)
 
-    def send(self, path: str, method: str = "POST") -> tuple[int, str]:
+    def send(self, path: str, method: str = "POST", body: bytes = b"") -> tuple[int, str]:
         """Status and body of a path that is sent as it is, without any cleaning."""
         connection = http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context, timeout=20)
         try:
-            connection.request(method, path, body=b"", headers={"Content-Type": "application/protobuf"})
+            connection.request(method, path, body=body, headers={"Content-Type": "application/protobuf"})
             response = connection.getresponse()
             return response.status, response.read().decode("utf-8", "replace")
         finally:
@@ -143,6 +143,13 @@ def test_a_device_reaches_the_fleet_api_and_without_a_key_no_further(device):
     assert "Invalid SuperNode authentication" in body
 
 
+def test_a_piece_of_an_array_is_not_too_large(device):
+    piece = b"\x0a" + bytes([0x80, 0x80, 0xC0, 0x02]) + bytes(5 * 2**20)  # field 1: 5 MiB
+    status, body = device.send("/v1/fleet/push-object", body=piece)
+    assert status not in (413, 502), body
+    assert "nginx" not in body
+
+
 @pytest.mark.parametrize("who", ["nobody", "a stranger", "the server"])
 def test_who_shows_no_certificate_of_a_device_reaches_nothing(who, proxied, certificates):
     server, ca = certificates.server, certificates.server / "ca.pem"
@@ -170,7 +177,7 @@ def test_a_device_whose_serial_number_is_in_the_map_is_shut_out(proxied, certifi
     [
         "/v1/control/list-runs",
         "/v1/runtime/acquire-task",
-        "/v1/responses",
+        "/v1/runtime/responses",
         "/health",
         "/docs",
         "/openapi.json",
