@@ -22,7 +22,7 @@ from fedge_client.agent import settings, status
 from fedge_client.agent.connection import Link, said
 from fedge_client.agent.diagnosis import diagnose
 from fedge_client.agent.identity import Identity
-from fedge_client.agent.offers import digests_of, process_environment
+from fedge_client.agent.offers import digests_of
 from fedge_client.agent.settings import OfferedTask
 
 Check = Callable[[], str]
@@ -35,7 +35,8 @@ import json, sys
 from pathlib import Path
 from fedge.errors import FedgeError
 from fedge.task import Source, resolve
-name, data, label, size = json.loads(sys.argv[1])
+sys.path.append(sys.argv[1])
+name, data, label, size = json.loads(sys.argv[2])
 found = {}
 try:
     task = resolve(name)
@@ -129,12 +130,10 @@ def _settings(home: Path) -> str:
 def _probe(home: Path, task: OfferedTask) -> dict[str, Any]:
     """Load a task and read its data in a process of their own, as training will."""
     what = json.dumps([task.name, str(task.data) if task.data else None, task.label, task.size])
-    command = [sys.executable, "-P", "-c", _PROBE, what]
+    command = [sys.executable, "-P", "-c", _PROBE, str(home.absolute()), what]
     try:
         done = subprocess.run(
             command,
-            cwd=home,
-            env=process_environment(),
             capture_output=True,
             timeout=_PROBE_TIMEOUT_S,
             check=False,

@@ -19,7 +19,6 @@ from fedge.wire.v1.records_pb2 import Result
 from fedge_client.agent import frames
 from fedge_client.agent.answering import failure
 from fedge_client.agent.frames import Job
-from fedge_client.agent.offers import process_environment
 from fedge_client.agent.settings import Training
 
 GRACE_S: Final = 5.0  # for work that is cancelled to end between two operations
@@ -60,7 +59,7 @@ class TrainingChild:
             ours, theirs = socket.socketpair()
             limits = self._settings
             numbers = (theirs.fileno(), os.getpid(), limits.max_memory_bytes, limits.threads, limits.nice)
-            environment = process_environment() | {
+            environment = os.environ | {
                 "OMP_NUM_THREADS": str(limits.threads),
                 "FLWR_TELEMETRY_ENABLED": "0",
                 "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -68,9 +67,9 @@ class TrainingChild:
             }
             with theirs:
                 self._process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-P", "-m", "fedge_client.agent.training", *map(str, numbers)),
+                    *(sys.executable, "-P", "-m", "fedge_client.agent.training", str(self._home)),
+                    *map(str, numbers),
                     pass_fds=[theirs.fileno()],
-                    cwd=self._home,  # modules of the device's own tasks may lie here
                     env=environment,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=sys.stderr,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,9 @@ _SCRIPT = """
 import json, sys
 from fedge.errors import ConfigError
 from fedge.task_digest import task_digest
+sys.path.append(sys.argv[1])
 found = {}
-for name in sys.argv[1:]:
+for name in sys.argv[2:]:
     try:
         found[name] = [task_digest(name), ""]
     except ConfigError as error:
@@ -49,11 +49,10 @@ def digests_of(tasks: Sequence[OfferedTask], home: Path) -> dict[str, str]:
 
 
 def _in_a_process(names: list[str], home: Path) -> dict[str, str]:
-    command = [sys.executable, "-P", "-c", _SCRIPT, *names]
+    # A module of the device's own may lie in its folder; appended, it hides no installed one.
+    command = [sys.executable, "-P", "-c", _SCRIPT, str(home.absolute()), *names]
     try:
-        done = subprocess.run(
-            command, cwd=home, env=process_environment(), capture_output=True, timeout=_TIMEOUT_S, check=True
-        )
+        done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=True)
         found: Mapping[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         raise ConfigError(f"tasks: the digests of {names} cannot be found ({error})") from error
@@ -61,12 +60,3 @@ def _in_a_process(names: list[str], home: Path) -> dict[str, str]:
         if not digest:
             raise ConfigError(fault)
     return {name: digest for name, (digest, _) in found.items()}
-
-
-def process_environment() -> dict[str, str]:
-    """The environment for processes that run in the device's folder, where modules of its own may lie."""
-    environment = dict(os.environ)
-    if path := environment.get("PYTHONPATH"):
-        parts = path.split(os.pathsep)
-        environment["PYTHONPATH"] = os.pathsep.join(str(Path(part or ".").absolute()) for part in parts)
-    return environment

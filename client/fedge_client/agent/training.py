@@ -1,7 +1,7 @@
 """The training process: loads torch and Flower once, then runs the ClientApp for one message after the other.
 
-`python -m fedge_client.agent.training FD`, started by the agent and ended with it. It opens no network
-connection; it reads this device's own data and the object file that it is given.
+`python -m fedge_client.agent.training HOME FD ...`, started by the agent and ended with it. It opens no
+network connection; it reads this device's own data and the object file that it is given.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class _Switch:
 
 def main() -> int:
     """Serve jobs until the agent closes the socket."""
-    descriptor, parent, memory, threads, nice = (int(value) for value in sys.argv[1:6])
+    home = sys.argv[1]
+    descriptor, parent, memory, threads, nice = (int(value) for value in sys.argv[2:7])
+    sys.path.append(home)  # modules of the device's own tasks may lie there; they hide no installed one
     switch = _Switch()
     _limit(parent, memory, nice)
     answer = _loaded(threads)
