@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import secrets
 import sys
 import time
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 POLL_S: Final = 0.3  # between looks at a run that is waited for
 OVER: Final = ("done", "failed", "stopped")
 _NO_HUB: Final = "no hub is up: it counts from the hub's next start"
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def add(commands: Any) -> None:
@@ -140,13 +138,13 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _start(arguments: argparse.Namespace) -> int:
     from fedge.config import Config
-    from fedge_server.hub.home import Home
+    from fedge_server.hub.home import RUN_ID, Home
     from fedge_server.hub.settings import Settings
 
     home = Home.chosen(arguments.home)
     Settings.load(home.settings)  # says so when this is no server's home
     run_id = arguments.name or f"run-{secrets.token_hex(6)}"
-    if not _RUN_ID.fullmatch(run_id):
+    if not RUN_ID.fullmatch(run_id):
         raise UserError(f"--name {run_id[:80]!r}: letters, digits, '.', '_' and '-', at most 64")
     config = Config.load(arguments.config, arguments.set)
     _check(config)

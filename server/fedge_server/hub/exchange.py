@@ -26,6 +26,7 @@ from fedge_server.registry.queue import Answer, CloseCount, Queue, Queued
 _log = logging.getLogger("fedge.hub")
 
 MAX_BATCH: Final = 256  # answers committed in one transaction
+STOP_S: Final = 5.0  # that answers in hand may take to be committed when the hub stops
 REMEMBERED: Final = 50_000  # closed messages whose late answers are still told apart from garbage
 
 
@@ -107,8 +108,8 @@ class Exchange:
 
     async def stop(self) -> None:
         """Commit what has been handed in and end."""
-        while not self._commits.empty() and not any(task.done() for task in self._tasks):
-            await asyncio.sleep(0.01)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._commits.join(), STOP_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -189,10 +190,13 @@ class Exchange:
     async def attach(self, run_id: str) -> str:
         """Begin a session of a run: whatever it had open before is closed."""
         session = await asyncio.to_thread(self._queue.attach, run_id)
-        self._end([f.message.id for f in self._flights.values() if f.message.run_id == run_id])
-        for message_id in [m for m, (run, _) in self._answered.items() if run == run_id]:
-            self._forget_answered(message_id)
+        self._end_run(run_id)
         return session
+
+    async def forget(self, run_id: str) -> None:
+        """A run is over: whatever it had open is closed, and nothing of it is kept."""
+        self._end_run(run_id)
+        await asyncio.to_thread(self._queue.forget, run_id)
 
     async def push(
         self,
@@ -234,10 +238,6 @@ class Exchange:
             self._forget_answered(message_id)
         return count
 
-    def open_in(self, run_id: str) -> int:
-        """How many messages of a run are open."""
-        return sum(flight.message.run_id == run_id for flight in self._flights.values())
-
     def watch(self, message_ids: Iterable[str]) -> Watch:
         """Hear of the ends of those messages that are open now."""
         watch = Watch({m for m in message_ids if m in self._flights})
@@ -256,6 +256,11 @@ class Exchange:
     async def answered(self, run_id: str, session: str, message_ids: Sequence[str]) -> list[Answer]:
         """The committed answers of these messages."""
         return await asyncio.to_thread(self._queue.answered, run_id, session, message_ids)
+
+    def _end_run(self, run_id: str) -> None:
+        self._end([f.message.id for f in self._flights.values() if f.message.run_id == run_id])
+        for message_id in [m for m, (run, _) in self._answered.items() if run == run_id]:
+            self._forget_answered(message_id)
 
     def _of_run(self, message_id: str, run_id: str) -> bool:
         flight = self._flights.get(message_id)
@@ -325,11 +330,13 @@ class Exchange:
                 for _, done in batch:
                     done.set_exception(FedgeError(f"the answer cannot be committed ({error})"))
                     done.exception()  # its device may have gone: nobody need look
+                    self._commits.task_done()
                 continue
             for (answer, done), outcome in zip(batch, outcomes, strict=True):
                 if outcome != "late":
                     self._settle(answer)
                 done.set_result(outcome)
+                self._commits.task_done()
 
     def _settle(self, answer: Answer) -> None:
         flight = self._flights.get(answer.message_id)

@@ -7,9 +7,8 @@ a few stalled devices would keep all places, and everybody else waiting.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,10 +30,14 @@ class Place:
         """How much to move at once."""
         return CHUNK_BYTES if self.fast else SLOW_CHUNK_BYTES
 
-    def took(self, started: float) -> None:
-        """A chunk was moved that began at this `time.monotonic()`."""
-        if time.monotonic() - started > SLOW_S:
-            self.leave()
+    @contextmanager
+    def chunk(self) -> Iterator[None]:
+        """Around the moving of one chunk; when that takes too long, the place is given up meanwhile."""
+        timer = asyncio.get_running_loop().call_later(SLOW_S, self.leave)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def leave(self) -> None:
         """Make room; a second time is no error."""

@@ -175,9 +175,8 @@ class LinkServicer(link_pb2_grpc.LinkServicer):
                     _log.error("object %s: %d bytes are missing", path, size - offset)
                     return  # its digest will not be right, and the device says so
                 offset += len(data)
-                started = time.monotonic()
-                yield data  # comes back when the device has room for more
-                place.took(started)
+                with place.chunk():
+                    yield data  # comes back when the device has room for more
                 flight.touched = time.time()
 
     async def Progress(  # noqa: N802 - the wire's name

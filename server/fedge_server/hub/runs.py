@@ -22,7 +22,7 @@ from fedge_server.hub.answers import check_content
 from fedge_server.hub.exchange import Exchange, Watch
 from fedge_server.hub.fleet import Fleet, Selection
 from fedge_server.hub.gate import Gate
-from fedge_server.hub.home import Home
+from fedge_server.hub.home import RUN_ID, Home
 from fedge_server.hub.roster import Roster
 from fedge_server.hub.supervisor import Supervisor
 from fedge_server.registry.queue import Answer, Queued
@@ -33,7 +33,6 @@ MAX_CONTENT_BYTES: Final = MAX_MESSAGE_BYTES - 64 * 1024  # leaves room for the 
 MAX_NODES_S: Final = 3600.0  # that one Nodes call waits
 ANSWERS_AT_ONCE: Final = 64  # read from the database for a worker
 
-RUN_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MESSAGE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # names a file in the spool
 _TYPE = re.compile(r"(train|evaluate|query)(\.[A-Za-z0-9_.-]{1,50})?")
 

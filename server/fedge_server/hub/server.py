@@ -51,6 +51,7 @@ _DEVICE_OPTIONS: Final = (
     ("grpc.keepalive_time_ms", 40_000),
     ("grpc.keepalive_timeout_ms", 15_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.bdp_probe", 0),
     ("grpc.max_concurrent_streams", 16),
@@ -93,6 +94,7 @@ class Hub:
             home,
             registry,
             restarts=settings.workers.restarts,
+            forget=self.exchange.forget,
             argv=argv,
             first_backoff_s=first_backoff_s,
         )

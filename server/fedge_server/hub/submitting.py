@@ -137,15 +137,14 @@ class Submitting:
     ) -> bool:
         """Write what comes; False: it ended early, was taken over, or nobody waits any more."""
         while self._exchange.flight(flight.message.id) is flight and not upload.stale:
-            started = time.monotonic()
-            part = await self._next(context)
+            with place.chunk():
+                part = await self._next(context)
             if part is None:
                 return upload.complete
             try:
                 self._gate.still(peer)
             except FedgeError as error:
                 await refuse(context, error)
-            place.took(started)
             if not await upload.write(part.data):
                 return False
             flight.touched = time.time()

@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,12 +55,14 @@ class Supervisor:
         registry: Registry,
         *,
         restarts: int,
+        forget: Callable[[str], Awaitable[None]],
         argv: Argv = worker_argv,
         first_backoff_s: float = 1.0,
     ) -> None:
         self._home = home
         self._registry = registry
         self._restarts = restarts
+        self._forget = forget
         self._argv = argv
         self._first_backoff_s = first_backoff_s
         self._runs: dict[str, _Supervised] = {}
@@ -197,7 +199,7 @@ class Supervisor:
         line = f"run {run_id}: {run['status']}"
         _log.info("%s%s", line, f" ({run['reason']})" if run["reason"] else "")
         try:
-            await asyncio.to_thread(self._registry.queue.forget, run_id)
+            await self._forget(run_id)
         except FedgeError as error:
             _log.error("run %s: its messages cannot be removed: %s", run_id, error)
         for folder in (self._home.objects(run_id), self._home.spool(run_id)):
