@@ -31,7 +31,7 @@ BACKDATED_S: Final = 24 * 3600.0  # a device's certificate begins so long before
 MAX_CLOCK_ERROR_S: Final = 2 * 24 * 3600.0  # between a device and the server, when a certificate is renewed
 
 _CONTEXT: Final = b"fedge.v1.renew"  # a signature for this purpose serves no other
-_HOST = re.compile(r"\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+_HOST = re.compile(r"\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9_])?")
 _TOKEN = re.compile(r"([0-9a-f]{16})\.([A-Za-z0-9_-]{22,64})")
 _PIN = re.compile(r"[A-Za-z0-9_-]{44}")
 

@@ -194,7 +194,7 @@ def _device_values(place: Place, rows: Sequence[DeviceRow]) -> list[dict[str, An
     """Rows as they are shown; `online` is None when no hub is up, as `tags` and `tasks` are."""
     from fedge_server.hub import control
 
-    reply = control.status(place.home)
+    reply, now = control.status(place.home), time.time()
     online = {device.device_id: device for device in reply.devices} if reply is not None else {}
     names = (
         "id", "node_id", "tier", "status", "reason", "enrolled", "revoked", "last_seen",
@@ -207,6 +207,7 @@ def _device_values(place: Place, rows: Sequence[DeviceRow]) -> list[dict[str, An
             _values(row, names)
             | {
                 "online": None if reply is None else here is not None,
+                **({"last_seen": _when(now)} if here else {}),
                 "tags": list(here.tags) if here else None,
                 "tasks": list(here.tasks) if here else None,
             }

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -15,7 +16,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedge.errors import FedgeError, FormatError, IdentityError, RevokedError, TrustError
-from fedge.identity import MAX_CERTIFICATE_BYTES, device_id_of, load_certificates, node_id_of, verify_renewal
+from fedge.identity import (
+    MAX_CERTIFICATE_BYTES,
+    bundle_digest,
+    device_id_of,
+    load_certificates,
+    node_id_of,
+    verify_renewal,
+)
 from fedge.wire import OLDEST_WIRE_VERSION
 from fedge.wire.v1 import enrolment_pb2 as pb
 from fedge.wire.v1 import enrolment_pb2_grpc
@@ -27,7 +35,7 @@ from fedge_server.identity.admission import (
     split_token,
 )
 from fedge_server.identity.authority import Authority, Clock, csr_key
-from fedge_server.registry.devices import Devices
+from fedge_server.registry.devices import DeviceRow, Devices
 
 MAX_MESSAGE_BYTES: Final = 64 * 1024
 SERVER_OPTIONS: Final = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),)
@@ -35,6 +43,7 @@ SERVER_OPTIONS: Final = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 
 _SEALING_KEY_BYTES: Final = 32
 _MAX_VERSION_LENGTH: Final = 64
+_THREADS: Final = 2
 _log = logging.getLogger(__name__)
 
 
@@ -64,6 +73,8 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
         self._settings = settings
         self._clock = clock
         self._limiter = limiter or RateLimiter()
+        # Threads of its own: strangers who ask too much must not hold up the hub's work for devices.
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="enrolment")
 
     async def Enrol(  # noqa: N802 - the wire's name
         self, request: pb.EnrolRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -79,7 +90,7 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
 
     async def _answer(
         self,
-        work: Callable[[Any], pb.EnrolReply],
+        work: Callable[[Any, str], pb.EnrolReply],
         request: Any,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> pb.EnrolReply:
@@ -97,14 +108,15 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
                 raise FormatError(
                     f"wire version {request.wire_version}: this server speaks {OLDEST_WIRE_VERSION} and newer"
                 )
-            return await asyncio.to_thread(work, request)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, work, request, peer)
         except FedgeError as error:
             code = _code(error)
             _log.warning("refused %s from %s: %s: %s", work.__name__.strip("_"), peer, code.name, error)
             # What went wrong inside is for the log, not for whoever asks.
             await _refuse(context, code, str(error) if isinstance(error, TrustError) else "try again later")
 
-    def _enrol(self, request: pb.EnrolRequest) -> pb.EnrolReply:
+    def _enrol(self, request: pb.EnrolRequest, peer: str) -> pb.EnrolReply:
         now = self._clock()
         key = csr_key(request.csr)
         device_id = device_id_of(key)
@@ -132,11 +144,12 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
             wire_version=request.wire_version,
             not_after=_not_after(certificate),
         )
-        self._devices.renewed(device_id, row.certificate_not_after, self._authority.bundle_digest)
-        _log.info("enrolled device %s, tier %s, with token %s", device_id, row.tier, token_id)
-        return self._reply(certificate, device_id, row.tier, now)
+        bundle = self._authority.bundle
+        self._devices.renewed(device_id, row.certificate_not_after, bundle_digest(bundle))
+        _log.info("enrolled device %s, tier %s, with token %s, from %s", device_id, row.tier, token_id, peer)
+        return self._reply(certificate, bundle, row, now)
 
-    def _renew(self, request: pb.RenewRequest) -> pb.EnrolReply:
+    def _renew(self, request: pb.RenewRequest, peer: str) -> pb.EnrolReply:
         now = self._clock()
         key = csr_key(request.csr)
         device_id = device_id_of(key)
@@ -150,20 +163,21 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
                 f"device {device_id[:16]}: revoked" + (f" ({row.reason})" if row.reason else "")
             )
         certificate = self._authority.issue_device(request.csr, self._settings.device_hours)
-        self._devices.renewed(device_id, _not_after(certificate), self._authority.bundle_digest)
-        _log.info("renewed the certificate of device %s", device_id)
-        return self._reply(certificate, device_id, row.tier, now)
+        bundle = self._authority.bundle
+        self._devices.renewed(device_id, _not_after(certificate), bundle_digest(bundle))
+        _log.info("renewed the certificate of device %s, from %s", device_id, peer)
+        return self._reply(certificate, bundle, row, now)
 
-    def _reply(self, certificate: bytes, device_id: str, tier: str, now: float) -> pb.EnrolReply:
+    def _reply(self, certificate: bytes, bundle: bytes, row: DeviceRow, now: float) -> pb.EnrolReply:
         return pb.EnrolReply(
             certificate=certificate,
-            ca_bundle=self._authority.bundle,
-            device_id=device_id,
-            tier=tier,
+            ca_bundle=bundle,
+            device_id=row.id,
+            tier=row.tier,
             link_address=self._settings.link_address,
             enrolment_address=self._settings.enrolment_address,
             server_time=now,
-            node_id=node_id_of(device_id),
+            node_id=row.node_id,
         )
 
 

@@ -197,10 +197,11 @@ class Authority:
             FormatError: the request is malformed, not self-signed, or its key is not P-256.
         """
         key = csr_key(csr_der)
-        builder = self._builder(self._issuers[-1], key, device_id_of(key), _DEVICE_BACK, hours)
+        issuer = self._issuers[-1]  # once: another thread may reload meanwhile
+        builder = self._builder(issuer, key, device_id_of(key), _DEVICE_BACK, hours)
         usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
         builder = builder.add_extension(usage, critical=True)
-        return builder.sign(self._issuers[-1].key, SHA256()).public_bytes(Encoding.PEM)
+        return builder.sign(issuer.key, SHA256()).public_bytes(Encoding.PEM)
 
     def issue_server(self, names: Sequence[str], days: float) -> tuple[bytes, bytes]:
         """A new key and certificate (both PEM) for the server.
