@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from fedge.errors import IdentityError, RevokedError
-from fedge.identity import JoinString
+from fedge.identity import JoinString, address
 from fedge.wire.v1 import enrolment_pb2_grpc
 from fedge_server.hub.enrolment import SERVER_OPTIONS, EnrolmentServicer, EnrolmentSettings
 from fedge_server.identity.admission import RateLimiter, check, peer_of
@@ -103,7 +103,7 @@ class Server:
         mutual = grpc.ssl_server_credentials(pair, self.authority.bundle, require_client_auth=True)
         self.link_port = link.add_secure_port(f"{self.listen}:{self.link_port}", mutual)
         settings = EnrolmentSettings(
-            f"{self.name}:{self.link_port}", f"{self.name}:{self.enrolment_port}", self.device_hours
+            address(self.name, self.link_port), address(self.name, self.enrolment_port), self.device_hours
         )
         servicer = EnrolmentServicer(
             self.authority, self.registry.devices, settings, clock=self.clock, limiter=self.limiter

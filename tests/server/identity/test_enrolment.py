@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +121,37 @@ def test_a_home_of_another_server_is_refused(device: Identity, tmp_path: Path, s
     other = Authority.create(tmp_path / "other")
     with pytest.raises(UserError, match="enrolled with another server"):
         enrol(device.folder.parent, server.join(pin=other.pin))
+
+
+def test_an_ipv6_address_serves_as_well(make_server: Any, tmp_path: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    server = make_server("server6")
+    server.stop()
+    server.name, server.listen, server.link_port, server.enrolment_port = "::1", "[::1]", 0, 0
+    server.start()
+    made = enrol(tmp_path / "device", JoinString.parse(str(server.join())))
+    assert made.hub.link_address == f"[::1]:{server.link_port}"
+    assert renew(made).device_id == made.device_id
+    assert diagnose(made, made.hub.link_address).kind == "ok"
+
+
+def test_successes_and_refusals_are_logged_without_the_secret(
+    server: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    join = server.join()
+    with caplog.at_level("INFO", logger="fedge_server.hub.enrolment"):
+        made = renew(enrol(tmp_path / "device", join))
+        with pytest.raises(UserError):
+            enrol(tmp_path / "other", join)
+    lines = [record.getMessage() for record in caplog.records]
+    assert f"enrolled device {made.device_id}, tier micro, with token {join.token_id}, from 127" in lines[0]
+    assert lines[1].startswith(f"renewed the certificate of device {made.device_id}, from ")
+    assert "refused enrol from" in lines[2]
+    assert "already used by another device" in lines[2]
+    assert join.secret not in caplog.text
 
 
 class TestTokens:
