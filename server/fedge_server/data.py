@@ -72,3 +72,19 @@ def own_data(config: Config, task: Task) -> ServerData:
     parts = split_of(config, dataset)
     proxy = np.sort(np.concatenate([parts.train, parts.proxy]))
     return server_part(dataset, Split(parts.train, proxy, parts.test, parts.gate))
+
+
+def data_of_run(config: Config, task: Task, digest: str) -> ServerData | None:
+    """The server's data of a run again, divided as in deployment or simulation; None: it has changed.
+
+    Args:
+        config: of the run.
+        task: of the run.
+        digest: that the run was begun with.
+
+    Raises:
+        DataError: the file cannot be used.
+    """
+    dataset = task.read(source_of(config))
+    simulated = server_part(dataset, split_of(config, dataset))
+    return next((data for data in (simulated, own_data(config, task)) if data.digest() == digest), None)

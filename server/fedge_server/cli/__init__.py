@@ -127,7 +127,7 @@ def _compress(arguments: argparse.Namespace) -> int:
     from fedge.config import Config
     from fedge.task import resolve
     from fedge_server.compression import check_possible, compress
-    from fedge_server.data import server_part, source_of, split_of
+    from fedge_server.data import data_of_run
     from fedge_server.release import publish_outcomes
     from fedge_server.rounds.loop import recall
 
@@ -141,9 +141,8 @@ def _compress(arguments: argparse.Namespace) -> int:
         if not config.tiers:
             raise ConfigError("the run names no tiers; give them with --tiers FILE")
         task = resolve(config.task)
-        dataset = task.read(source_of(config))
-        data = server_part(dataset, split_of(config, dataset))
-        if data.digest() != run["data"]:
+        data = data_of_run(config, task, run["data"])
+        if data is None:
             raise UserError(
                 f"run {run['id']}: the data in {config.data or config.task} has changed since the run; "
                 "its gate could hold examples that were trained on"
