@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord, RecordDict
 
 from fedge.errors import FormatError
 
@@ -104,6 +104,15 @@ def _read_into(view: memoryview, path: Path, offset: int) -> None:
             os.close(handle)
     except OSError as error:
         raise FormatError(f"{path.name}: cannot be read ({error.strerror})") from error
+
+
+def array_records(records: RecordDict) -> list[ArrayRecord]:
+    """The array records among others.
+
+    `RecordDict.array_records` makes a table that refers to itself: all arrays in it would stay in memory
+    until the garbage collector comes by.
+    """
+    return [record for record in records.values() if isinstance(record, ArrayRecord)]
 
 
 def nbytes_of(array: Array) -> int:

@@ -17,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
 
 from fedge.errors import FormatError
+from fedge.wire.arrays import array_records
 from fedge.wire.records import pack, unpack, write_object
 from fedge.wire.v1 import admin_pb2 as admin
 from fedge.wire.v1.records_pb2 import Content, Object, Result
@@ -227,7 +228,7 @@ class _Outbox:
 
     def _content(self, records: RecordDict) -> Content:
         packed = pack(records)
-        key = tuple(id(record) for record in records.array_records.values())
+        key = tuple(id(record) for record in array_records(records))
         if key in self._written:
             packed.content.object.CopyFrom(self._written[key])
         else:

@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 
-from fedge.learning.messages import ARRAYS, EXAMPLES, METRICS
-from fedge.wire.arrays import nbytes_of, raw_bytes
+from fedge.learning.messages import EXAMPLES, METRICS
+from fedge.wire.arrays import array_records, nbytes_of, raw_bytes
 from fedge_server.rounds.record import Rejected
 from fedge_server.rounds.validation import Arrays, fault
 
@@ -79,15 +79,13 @@ def payload_bytes(message: Message) -> int:
     """Bytes of all arrays in a message; nothing is read or serialised for it."""
     if not message.has_content():
         return 0
-    return sum(
-        nbytes_of(array) for record in message.content.array_records.values() for array in record.values()
-    )
+    return sum(nbytes_of(array) for record in array_records(message.content) for array in record.values())
 
 
 def _digest(message: Message) -> str:
     """Over examples, names, dtypes, shapes and little-endian values: the same however the arrays came."""
     sha = hashlib.sha256(str(message.content.metric_records[METRICS][EXAMPLES]).encode())
-    record: ArrayRecord = message.content.array_records[ARRAYS]
+    (record,) = array_records(message.content)
     for name, array in record.items():
         sha.update(f"\0{name}\0{array.dtype}\0{tuple(array.shape)}\0".encode())
         sha.update(raw_bytes(array.numpy()))

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
 
 from fedge.errors import FedgeError
 from fedge.learning.messages import ARRAYS, EXAMPLES, MAX_EXAMPLES, METRICS, TRAIN_LOSS
-from fedge.wire.arrays import DirectArray
+from fedge.wire.arrays import DirectArray, array_records
 
 MAX_LOSS = 1e6  # of one client; QFedAvg raises it to a power
 
@@ -62,7 +62,7 @@ def _fault(reply: Message, like: Arrays, further: frozenset[str]) -> str | None:
         return f"client error: {_last_line(reply.error.reason)}"
     if sorted(reply.content) != sorted((ARRAYS, METRICS)):
         return f"records {sorted(reply.content)} instead of {[ARRAYS, METRICS]}"
-    if len(reply.content.array_records) != 1 or len(reply.content.metric_records) != 1:
+    if not isinstance(reply.content[ARRAYS], ArrayRecord) or len(reply.content.metric_records) != 1:
         return "records of the wrong kind"
     return _metrics_fault(reply, further) or _arrays_fault(reply, like)
 
@@ -90,7 +90,7 @@ def _examples_fault(metrics: MetricRecord) -> str | None:
 
 
 def _arrays_fault(reply: Message, like: Arrays) -> str | None:
-    record = reply.content.array_records[ARRAYS]
+    (record,) = array_records(reply.content)
     if list(record) != list(like):
         wrong = sorted(set(record) ^ set(like))
         return f"array names differ: {', '.join(wrong[:3]) or 'another order'}"

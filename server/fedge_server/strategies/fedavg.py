@@ -14,7 +14,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from flwr.serverapp import strategy as flower
 
-from fedge.wire.arrays import MemoryArray
+from fedge.wire.arrays import MemoryArray, array_records
 
 
 class FedAvg(flower.FedAvg):
@@ -28,7 +28,7 @@ class FedAvg(flower.FedAvg):
         if not valid:
             return None, None
         contents = [message.content for message in valid]
-        records = [next(iter(content.array_records.values())) for content in contents]
+        records = [array_records(content)[0] for content in contents]
         weights = [
             float(next(iter(content.metric_records.values()))[self.weighted_by_key])  # type: ignore[arg-type]
             for content in contents
