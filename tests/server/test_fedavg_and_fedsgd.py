@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp import strategy as flower
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedge.learning.messages import from_record, to_record
+from fedge_server.strategies.fedavg import FedAvg
 from fedge_server.strategies.fedsgd import FedSgd
 
 
@@ -49,6 +50,29 @@ def test_fedavg_weighs_by_examples():
     found, metrics = FedAvg().aggregate_train(1, [reply(1, {"w": [2, 4]}, 1), reply(2, {"w": [6, 0]}, 3)])
     assert from_record(found)["w"].tolist() == [5.0, 1.0]
     assert metrics["train_loss"] == 1.0
+
+
+def test_fedavg_is_flowers_to_the_bit_and_leaves_the_updates_as_they_are():
+    rng = np.random.default_rng(0)
+    arrays = [{"w": rng.normal(size=(3, 4)).tolist(), "b": rng.normal(size=()).tolist()} for _ in range(5)]
+    replies = [reply(node, value, 10 + node) for node, value in enumerate(arrays)]
+    ours, _ = FedAvg().aggregate_train(1, replies)
+    theirs, _ = flower.FedAvg().aggregate_train(1, replies)
+    for name in ("w", "b"):
+        assert ours[name].numpy().tobytes() == theirs[name].numpy().tobytes()
+        assert (
+            from_record(replies[0].content["arrays"])[name].tolist() == np.float32(arrays[0][name]).tolist()
+        )
+
+
+def test_fedavg_averages_whole_numbers_as_flower_does():
+    replies = [reply(1, {"w": [1]}, 1), reply(2, {"w": [4]}, 2)]
+    for message, value in zip(replies, (1, 4), strict=True):
+        message.content["arrays"] = to_record({"n": np.array([value], np.int64)})
+    ours, _ = FedAvg().aggregate_train(1, replies)
+    theirs, _ = flower.FedAvg().aggregate_train(1, replies)
+    assert ours["n"].numpy().tobytes() == theirs["n"].numpy().tobytes()
+    assert ours["n"].dtype == theirs["n"].dtype
 
 
 def test_fedsgd_steps_along_the_mean_gradient():

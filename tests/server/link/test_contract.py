@@ -1,0 +1,148 @@
+"""One contract for both Grids, and every strategy over the link with the same result as in a simulation."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedge.config import Config
+from fedge.learning.messages import to_record
+from fedge.learning.state import arrays_of, digest
+from fedge.wire.v1 import admin_pb2 as admin
+from fedge_client import app as client_app
+from fedge_server import app as server_app
+from fedge_server.link.grid import RUN_ID, SERVER_NODE, LinkGrid
+from fedge_server.registry.database import Registry
+from fedge_server.strategies import NAMES
+from fedge_simulations.grid import SequentialGrid
+from fedge_simulations.simulate import learn
+from fedge_simulations.world import prepare
+
+OPTIONS = {
+    "dp-server-fixed": {"noise_multiplier": 0.01, "clipping_norm": 5.0},
+    "dp-client-fixed": {"noise_multiplier": 0.01, "clipping_norm": 5.0},
+    "dp-server-adaptive": {"noise_multiplier": 0.01},
+    "dp-client-adaptive": {"noise_multiplier": 0.01},
+    "fedprox": {"proximal_mu": 0.1},
+    "fedavgm": {"server_momentum": 0.5},
+    "fedsgd": {"momentum": 0.9},
+    "multikrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 2},
+    "krum": {"num_malicious_nodes": 1},
+    "bulyan": {"num_malicious_nodes": 0},
+}
+
+
+def echo() -> ClientApp:
+    client = ClientApp()
+
+    @client.train()
+    def train(message, context):
+        if context.node_id == 3:
+            raise ValueError("out of battery")
+        value = message.content.array_records["arrays"]["w"].numpy() + context.node_id
+        content = RecordDict(
+            {"arrays": to_record({"w": value}), "m": MetricRecord({"node": context.node_id})}
+        )
+        return Message(content, reply_to=message)
+
+    return client
+
+
+@pytest.fixture(params=["sequential", "link"])
+def any_grid(request, hub):
+    if request.param == "sequential":
+        yield SequentialGrid(echo(), [{}, {}, {}], {})
+        return
+    hub.devices |= dict.fromkeys((1, 2, 3), echo())
+    made = LinkGrid(hub.home, "run", admin.Selection(task="digits"))
+    yield made
+    made.close()
+
+
+def messages(grid):
+    content = RecordDict({"arrays": to_record({"w": np.zeros(2, np.float32)})})
+    return [Message(content, node, "train", group_id="7") for node in grid.get_node_ids()]
+
+
+def test_every_node_is_there_and_each_answers_once(any_grid):
+    assert list(any_grid.get_node_ids()) == [1, 2, 3]
+    replies = any_grid.send_and_receive(messages(any_grid))
+    assert sorted(reply.metadata.src_node_id for reply in replies) == [1, 2, 3]
+
+
+def test_replies_can_be_iterated_again_and_name_what_they_answer(any_grid):
+    asked = messages(any_grid)
+    replies = any_grid.send_and_receive(asked)
+    first = [reply.metadata.reply_to_message_id for reply in replies]
+    assert [reply.metadata.reply_to_message_id for reply in replies] == first
+    assert sorted(first) == sorted(message.metadata.message_id for message in asked)
+    assert {reply.metadata.group_id for reply in replies} == {"7"}
+
+
+def test_values_come_back_and_a_client_that_raises_is_an_error_reply(any_grid):
+    by_node = {r.metadata.src_node_id: r for r in any_grid.send_and_receive(messages(any_grid))}
+    assert by_node[2].content.array_records["arrays"]["w"].numpy().tolist() == [2, 2]
+    assert by_node[2].content.metric_records["m"]["node"] == 2
+    assert by_node[3].error.reason.endswith("ValueError: out of battery")
+
+
+def test_who_stops_iterating_can_begin_the_next_round_at_once(any_grid):
+    for _ in any_grid.send_and_receive(messages(any_grid)):
+        break
+    assert len(list(any_grid.send_and_receive(messages(any_grid)))) == 3
+
+
+def test_push_and_pull_give_every_reply_once(any_grid):
+    ids = list(any_grid.push_messages(messages(any_grid)))
+    pulled: list[Message] = []
+    for _ in range(200):
+        pulled += any_grid.pull_messages(ids)
+        if len(pulled) == 3:
+            break
+    assert sorted(reply.metadata.src_node_id for reply in pulled) == [1, 2, 3]
+    assert list(any_grid.pull_messages(ids)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_strategy_learns_the_same_over_the_link_as_in_a_simulation(name, hub, tmp_path: Path):
+    config = Config.from_mapping(
+        {
+            "model": {"name": "logistic"},
+            "clients": {"count": 5},
+            "rounds": {"count": 2, "fraction": 0.8},
+            "train": {"epochs": 1},
+            "strategy": {"name": name, **OPTIONS.get(name, {})},
+        }
+    )
+    world = prepare(config)
+    simulated = learn(world, tmp_path / "simulated", "run", lambda _: None)
+    device = _one_at_a_time(client_app.build(world.share_of))
+    hub.devices |= dict.fromkeys(range(1, 6), device)
+    linked = []
+    app = server_app.build(lambda *_: world.server, done=linked.append)
+    settings = server_app.run_config(config, hub.home.root, "run")
+    grid = LinkGrid(hub.home, "run", admin.Selection(task="digits"))
+    app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
+    grid.close()
+    assert digest(arrays_of(linked[0].model.network)) == digest(arrays_of(simulated.model.network))
+    assert [record.updates for record in linked[0].records] == [
+        record.updates for record in simulated.records
+    ]
+    with Registry.open(hub.home.root) as registry:
+        assert registry.run("run")["status"] == "done"
+
+
+def _one_at_a_time(app: ClientApp):
+    lock = threading.Lock()
+
+    def device(message, context):
+        with lock:  # a ClientApp keeps its model from one message to the next
+            return app(message, context)
+
+    return device
