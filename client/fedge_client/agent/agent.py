@@ -302,6 +302,7 @@ class Agent:
 
     def _show(self, state: str, detail: str, **facts: object) -> None:
         self._status.show(state=state, detail=detail, certificate_not_after=self._identity.not_after, **facts)
+        self._status.write()
         status.notify(f"STATUS={state} {detail}".strip())
 
     def _work_changed(self) -> None:

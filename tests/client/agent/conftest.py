@@ -218,7 +218,8 @@ class AgentProcess:
 
     @property
     def status(self) -> dict[str, Any]:
-        return dict(json.loads((self.home / "agent-status.json").read_text()))
+        path = self.home / "agent-status.json"
+        return dict(json.loads(path.read_text())) if path.exists() else {"state": "not written yet"}
 
 
 def _lines(table: dict[str, Any]) -> str:

@@ -54,7 +54,7 @@ def test_preflight_passes_on_a_device_that_trains(
     assert results["data digits"]["detail"].startswith("60 examples in ")
     assert results["task digits"]["detail"] == f"digest {hub_digest()}"
     agent.start()
-    wait(lambda: (agent.home / "agent-status.json").exists() and agent.status["state"] == "connected")
+    wait(lambda: agent.status["state"] == "connected")
     assert shown(capsys, agent.home, "preflight")["server"]["ok"]
     assert len(hub.hellos) == 2  # the second one asks the agent that runs
 
