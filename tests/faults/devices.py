@@ -19,7 +19,7 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 
-from fedge.wire import CHUNK_BYTES, MAX_MESSAGE_BYTES, WIRE_VERSION
+from fedge.wire import MAX_MESSAGE_BYTES, PART_BYTES, WIRE_VERSION
 from fedge.wire.v1 import link_pb2, link_pb2_grpc, records_pb2
 
 ARRAYS, METRICS, CONFIG = records_pb2.Record.ARRAYS, records_pb2.Record.METRICS, records_pb2.Record.CONFIG
@@ -158,8 +158,8 @@ Answer = Callable[[RawDevice, link_pb2.Work], Awaitable[None]]
 
 async def chunked(data: bytes, pause: Callable[[], Awaitable[None]] | None = None) -> AsyncIterator[bytes]:
     """Bytes as a device sends them."""
-    for start in range(0, len(data), CHUNK_BYTES):
-        yield data[start : start + CHUNK_BYTES]
+    for start in range(0, len(data), PART_BYTES):
+        yield data[start : start + PART_BYTES]
         if pause is not None:
             await pause()
 

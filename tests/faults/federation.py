@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 SCRIPTS = Path(sys.executable).parent  # where fedge-server and fedge-client are installed
 POLL_S = 0.05
-PATIENCE_S = 60.0  # for anything that should take a few seconds at most: the machine may be busy
+PATIENCE_S = 150.0  # for anything that takes seconds: the machine may be busy
 SHORT_LIMITS = {
     "limits": {"offline_grace_s": 20, "default_deadline_s": 120, "max_connection_age_s": 3600},
     "workers": {"restarts": 5},

@@ -118,7 +118,7 @@ def test_a_server_whose_disk_is_full_keeps_what_is_committed_and_goes_on_once_th
             run_id = federation.start_run({"rounds": {"count": 1}, **WIDE})
             federation.wait_run(run_id)
         else:
-            federation.wait_run(run_id, timeout_s=120)
+            federation.wait_run(run_id, timeout_s=240)
             assert len(federation.rounds(run_id)) == 4
             assert federation.rounds(run_id)[:2] == committed
         federation.wait_online(*federation.devices)

@@ -111,7 +111,7 @@ def outcome(federation: Federation, raw: Devices) -> Outcome:
         {"rounds": {"count": ROUNDS, "deadline_s": 12.0}, "model": {"standardise": False}}
     )
     peak = Peak(federation, run_id)
-    federation.wait_run(run_id, timeout_s=120)
+    federation.wait_run(run_id, timeout_s=240)
     assert federation.hub is not None
     hub_mb = memory_mb(federation.hub.pid, "VmHWM")
     return Outcome(federation, agents, started, federation.rounds(run_id), hub_mb, peak.stop())

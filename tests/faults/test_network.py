@@ -104,7 +104,7 @@ def test_resets_in_the_middle_of_a_model_resume_where_they_stopped(
     before = proxy.accepted
     proxy.faults = Faults(reset_after=1_500_000)
     run_id = start(federation, model="wide", rounds=1)
-    federation.wait_run(run_id, timeout_s=90)
+    federation.wait_run(run_id, timeout_s=240)
     assert clients(federation, run_id) == [DEVICES]
     assert proxy.accepted - before >= 4
 
@@ -140,7 +140,7 @@ def test_a_black_hole_costs_its_device_and_not_the_round(
     gate.wait(DEVICES)
     proxy.faults = Faults(swallow=True)
     gate.open()
-    federation.wait_run(run_id, timeout_s=120)
+    federation.wait_run(run_id, timeout_s=240)
     assert clients(federation, run_id)[0] == DEVICES - 1
     proxy.faults = NONE
     proxy.reset_all()
