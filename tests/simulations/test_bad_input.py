@@ -102,7 +102,7 @@ def test_more_clients_than_samples(capsys, tmp_path, data):
         ('[train]\noptimizer = "adma"', "did you mean 'adam'?"),
         ('[model]\nname = "logistic"\nfilter = "clip"', "image inputs take one of none, median, gaussian"),
         ("[rounds]\ncount = ", "not valid TOML"),
-        ('data = "mine.npz"', "brings its own data"),
+        ('data = "mine.npz"', "mine.npz does not exist"),
         ("[evaluate]\nleave_one_client_out = true", "needs clients.partition = 'natural'"),
         ("[tiers.micro]\nmax_wire_byte = 3", "did you mean 'max_wire_bytes'?"),
         ('[rounds]\ntarget = "auc>=0.9"', "auc is not measured in this run"),
