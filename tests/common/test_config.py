@@ -303,3 +303,19 @@ def test_train_settings_travel_as_json_and_come_back_checked() -> None:
 def test_a_suggestion_is_the_nearest_name_or_the_list() -> None:
     assert suggestion("fedavgg", ["fedavg", "krum"]) == "did you mean 'fedavg'?"
     assert suggestion("zzz", ["b", "a"]) == "valid: a, b"
+
+
+def test_a_deployment_chooses_devices_by_tier_tag_and_speed() -> None:
+    clients = {"tiers": ["micro", "board"], "tags": ["north", "lab-2"], "max_seconds": 5}
+    found = Config.from_mapping({"clients": clients}).clients
+    assert (found.tiers, found.tags, found.max_seconds) == (("micro", "board"), ("north", "lab-2"), 5)
+    assert found.needed == 1
+    assert Config.from_mapping({"clients": {"count": 4}}).clients.needed == 4
+
+
+@pytest.mark.parametrize(
+    "clients", [{"tiers": ["Micro!"]}, {"tags": ["two words"]}, {"tags": "north"}, {"max_seconds": 0}]
+)
+def test_a_choice_that_no_device_can_match_is_refused(clients: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="clients"):
+        Config.from_mapping({"clients": clients})

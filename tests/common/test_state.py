@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedge.learning.state import arrays_of, cast_like, digest, load_arrays
+from fedge.learning.state import arrays_of, cast_like, digest, load_arrays, share_arrays
 
 
 def model() -> nn.Module:
@@ -78,3 +78,31 @@ def test_a_digest_depends_on_what_is_said_and_not_on_how_it_is_stored() -> None:
         {"a": a, "b": b.reshape(())},
     ):
         assert digest(different) != same
+
+
+def test_a_model_that_shares_arrays_answers_with_them_and_holds_no_copy() -> None:
+    network = model()
+    arrays = {name: value + 1 for name, value in arrays_of(network).items()}
+    share_arrays(network, arrays)
+    assert digest(arrays_of(network)) == digest(arrays)
+    for name, value in network.state_dict().items():
+        if value.is_floating_point():
+            assert np.shares_memory(value.numpy(), arrays[name])
+    with pytest.raises(KeyError):
+        share_arrays(network, {name: value for name, value in arrays.items() if "bias" not in name})
+
+
+def test_one_parameter_under_two_names_stays_one() -> None:
+    tied = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    tied[1].weight = tied[0].weight
+    share_arrays(tied, arrays_of(tied))
+    assert tied[1].weight is tied[0].weight
+
+
+def test_arrays_that_cannot_be_written_to_are_copied() -> None:
+    network = model()
+    arrays = arrays_of(network)
+    for value in arrays.values():
+        value.flags.writeable = False
+    share_arrays(network, arrays)
+    assert digest(arrays_of(network)) == digest(arrays)
