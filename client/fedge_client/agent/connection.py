@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 
 from fedge.errors import FormatError
-from fedge.wire import CHUNK_BYTES, MAX_MESSAGE_BYTES
+from fedge.wire import MAX_MESSAGE_BYTES, PART_BYTES
 from fedge.wire.v1 import link_pb2 as pb
 from fedge.wire.v1.link_pb2_grpc import LinkStub
 from fedge_client.agent.identity import Identity
@@ -154,7 +154,7 @@ async def _parts(header: pb.SubmitHeader, path: Path | None) -> AsyncIterator[pb
         return
     with path.open("rb") as file:
         file.seek(header.offset)
-        while data := file.read(CHUNK_BYTES):
+        while data := file.read(PART_BYTES):
             yield pb.SubmitPart(data=data)
 
 

@@ -10,7 +10,8 @@ from typing import Final
 WIRE_VERSION: Final = 2  # what this fedge speaks
 OLDEST_WIRE_VERSION: Final = 1  # of a device that is still served
 
-CHUNK_BYTES: Final = 256 * 1024  # of an object, in Fetch and Submit
+CHUNK_BYTES: Final = 64 * 1024  # of an object, in Fetch
+PART_BYTES: Final = 32 * 1024  # of an object, in Submit: the hub keeps a buffer of this size per connection
 MAX_MESSAGE_BYTES: Final = 4 * 1024**2  # of any one message on the link; tensors travel in chunks
 MAX_OBJECT_BYTES: Final = 16 * 1024**3  # of one message's tensors together
 MAX_TENSORS: Final = 20_000  # of one message

@@ -14,7 +14,7 @@ from typing import Final
 
 from fedge.wire import CHUNK_BYTES
 
-SLOW_S: Final = 1.0  # of one chunk: slower than that gives up its place
+SLOW_S: Final = 5.0  # of one chunk: slower than that gives up its place
 SLOW_CHUNK_BYTES: Final = 16 * 1024
 
 

@@ -32,7 +32,7 @@ from fedge_server.identity.authority import Authority
 _log = logging.getLogger("fedge.hub")
 
 HELLO_S: Final = 10.0  # until a device has said Hello
-TRANSFERS: Final = 48  # at full speed at once, each way
+TRANSFERS: Final = 32  # at full speed at once, each way
 
 
 class LinkServicer(link_pb2_grpc.LinkServicer):

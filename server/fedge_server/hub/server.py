@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import fcntl
 import json
 import logging
@@ -41,6 +42,7 @@ _log = logging.getLogger("fedge.hub")
 
 HOUSEKEEPING_S: Final = 60.0
 STOP_S: Final = 2.0  # that calls have to end when the hub stops
+_M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3  # of malloc.h
 MAX_FILES: Final = 65_536
 MAX_SOCKET_PATH: Final = 100  # bytes; the kernel's limit is 107
 _TRANSFER_GRACE_S: Final = 3600  # that a transfer may go on after its connection's age
@@ -54,6 +56,10 @@ _DEVICE_OPTIONS: Final = (
     ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 16 * 1024),  # kept for each stream that waits; one that is read gets more
+    ("grpc.experimental.tcp_read_chunk_size", 4 * 1024),  # a connection keeps a buffer of the size that it
+    ("grpc.experimental.tcp_min_read_chunk_size", 1024),  # read last: up to 4 MiB, if it may
+    ("grpc.experimental.tcp_max_read_chunk_size", 16 * 1024),
     ("grpc.max_concurrent_streams", 16),
     ("grpc.so_reuseport", 0),  # a port that is taken is an error, not half of the connections
 )
@@ -321,6 +327,7 @@ def serve(home: Home, settings: Settings, *, ready: Callable[[Hub], None] = lamb
         FedgeError: the database, a port or a certificate refuses.
     """
     _raise_file_limit()
+    _give_memory_back()
     with only_hub(home), Registry.open(home.root, settings.database_url) as registry:
         asyncio.run(_serve(home, settings, registry, ready))
 
@@ -345,6 +352,14 @@ def _raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def _give_memory_back() -> None:
+    """Let glibc return the memory of chunks: kept for reuse, it would grow with the number of transfers."""
+    with suppress(OSError, AttributeError):
+        allocator = ctypes.CDLL(None)
+        allocator.mallopt(_M_ARENA_MAX, 2)
+        allocator.mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
 
 
 def tell_systemd(state: str) -> None:
