@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import stat
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedge.errors import FormatError
@@ -60,3 +64,39 @@ def read_bounded(path: Path, maximum: int) -> bytes:
     if len(data) > maximum:
         raise FormatError(f"{path}: longer than the {maximum} bytes it may have")
     return data
+
+
+@contextmanager
+def sole_holder(path: Path, *, patience_s: float = 1.0) -> Iterator[None]:
+    """Hold a lock file that the system releases when this process ends, however it ends.
+
+    Whoever asks whether a lock is held takes it shared for an instant, so one failure means nothing: it
+    is tried for `patience_s` seconds.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the file cannot be made.
+    """
+    end = time.monotonic() + patience_s
+    with path.open("a", encoding="ascii") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.02)
+        yield
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds this lock file now."""
+    try:
+        with path.open(encoding="ascii") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from fedge.errors import FedgeError, FormatError
-from fedge.files import read_bounded
+from fedge.files import is_held, read_bounded, sole_holder
 
 FILE: Final = "agent-status.json"
 LOCK: Final = "agent.lock"
@@ -30,29 +29,19 @@ def only_agent(home: Path) -> Iterator[None]:
     Raises:
         FedgeError: another agent runs in this home, or the disk refuses the lock.
     """
-    try:
-        lock = (home / LOCK).open("a")
-    except OSError as error:
-        raise FedgeError(f"{home / LOCK}: cannot be made ({error.strerror})") from error
-    with lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(sole_holder(home / LOCK))
         except BlockingIOError as error:
             raise FedgeError(f"{home}: an agent runs here already; one home serves one agent") from error
+        except OSError as error:
+            raise FedgeError(f"{home / LOCK}: cannot be made ({error.strerror})") from error
         yield
 
 
 def is_running(home: Path) -> bool:
     """Whether an agent runs in this home."""
-    path = home / LOCK
-    if not path.exists():
-        return False
-    with path.open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    return is_held(home / LOCK)
 
 
 def read(home: Path) -> dict[str, Any]:

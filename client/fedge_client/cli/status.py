@@ -123,7 +123,7 @@ def _print(shown: Mapping[str, Any], form: str) -> None:
         sys.stdout.write(json.dumps(shown) + "\n")
         return
     for name, value in _flat(shown):
-        sys.stdout.write(f"{name:<22}{'none' if value is None else value}\n")
+        sys.stdout.write(f"{name:<21} {'none' if value is None else value}\n")
 
 
 def _flat(shown: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,41 @@
+"""A lock file has one holder, and asking about it disturbs nobody."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedge.files import is_held, sole_holder
+
+HOLDER = """
+import sys
+from pathlib import Path
+from fedge.files import sole_holder
+with sole_holder(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_holds_a_lock_until_it_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not is_held(path)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={"PYTHONPATH": str(Path(__file__).parents[2] / "common")},
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        assert is_held(path)
+        with pytest.raises(BlockingIOError), sole_holder(path, patience_s=0.05):
+            pass
+        other.kill()
+    assert not is_held(path)
+    with sole_holder(path):
+        assert is_held(path)
