@@ -173,7 +173,7 @@ def _prepare(
 ) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """The global model with its weights loaded, and this client's pre-processed data."""
     model = _blank(task, instructions.model, instructions.spec)
-    load_arrays(model, messages.from_record(message.content.array_records[messages.ARRAYS]))
+    load_arrays(model, messages.from_record(messages.arrays_named(message.content, messages.ARRAYS)))
     preprocess = task.preprocess(instructions.spec, instructions.moments, instructions.noise_filter)
     with torch.no_grad():
         x = preprocess(torch.from_numpy(np.ascontiguousarray(examples.x)))

@@ -140,6 +140,18 @@ def _moments(config: ConfigRecord, spec: Spec) -> Moments | None:
     return Moments(*parts)
 
 
+def arrays_named(content: RecordDict, name: str) -> ArrayRecord:
+    """The array record of this name (Flower's `array_records` would keep all arrays in memory for a while).
+
+    Raises:
+        FormatError: there is none.
+    """
+    found = content.get(name)
+    if not isinstance(found, ArrayRecord):
+        raise FormatError(f"message: has no arrays named {name!r}")
+    return found
+
+
 def to_record(arrays: NamedArrays, *, shared: bool = True) -> ArrayRecord:
     """Named arrays as Flower's record, names and order kept; nothing is copied or serialised.
 
@@ -192,7 +204,7 @@ def moments_of(reply: Message, spec: Spec) -> Moments:
         FormatError: an array is absent, not float64 of the spec's width, or holds what no data can give.
     """
     try:
-        arrays = from_record(reply.content.array_records[MOMENTS])
+        arrays = from_record(arrays_named(reply.content, MOMENTS))
         count, total, squares = (arrays[name] for name in ("count", "total", "squares"))
         examples = reply.content.metric_records[METRICS][EXAMPLES]
     except (KeyError, ValueError) as error:

@@ -7,18 +7,18 @@ last committed round: its new session closes whatever the old one had open.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fedge.errors import ConfigError, FedgeError, SupersededError
+from fedge.files import sole_holder
 from fedge_server.hub.home import Home
 from fedge_server.hub.settings import Settings
 from fedge_server.registry.database import Registry
@@ -89,9 +89,9 @@ def _locked(path: Path) -> Iterator[None]:
         FedgeError: another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="ascii") as file:
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(sole_holder(path))
         except BlockingIOError as error:
             raise FedgeError(f"{path}: another worker has this run") from error
         yield
