@@ -288,8 +288,8 @@ def _rounds(
 def _imports_mb() -> float:
     """Resident memory of a worker that has imported all it needs and done nothing."""
     script = (
-        "import torch, flwr.serverapp, sklearn.datasets, fedge.tasks.digits, fedge_server.rounds.loop\n"
-        "import fedge_server.link.worker, fedge_server.app\n"
+        "import torch, flwr.serverapp, fedge.tasks.digits, fedge_server.link.worker, fedge_server.link.grid\n"
+        "import fedge_server.app, fedge_server.pipeline, fedge_server.rounds.loop\n"
         "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmRSS')][0])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -82,7 +82,7 @@ def test_a_device_whose_disk_is_full_says_so_and_works_once_there_is_space(
             assert record["clients"] == DEVICES
             (rejected,) = record["rejected"]
             assert rejected["client"] == full.node_id
-            assert "space" in rejected["reason"]
+            assert "no room on this device's disk" in rejected["reason"]
 
         small_disk.clear()
         federation.wait_online(full)
@@ -141,19 +141,19 @@ def test_a_device_whose_clock_is_a_day_wrong_still_trains(tmp_path: Path, shift:
         run_id = federation.start_run({"rounds": {"count": 1}})
         federation.wait_run(run_id)
         assert federation.rounds(run_id)[1][1]["clients"] == 1
-        assert device.process is not None
-        assert "clock" in device.process.tail(200)
 
 
 @pytest.mark.slow
-def test_a_device_whose_certificate_is_over_by_its_own_clock_says_so(tmp_path: Path) -> None:
+def test_a_device_whose_clock_is_a_month_ahead_is_told_so_and_keeps_trying(tmp_path: Path) -> None:
     prefix = other_clock("+30d")
     with Federation(tmp_path, 1) as federation:
         (device,) = federation.devices
         federation.start_agent(device, prefix=prefix, wait=False)
         assert device.process is not None
         process = device.process
-        wait_for(lambda: "certificate" in process.tail(200), "the agent names the certificate, not an outage")
+        wait_for(
+            lambda: "set the device's clock" in process.tail(200), "the agent names the clock, no outage"
+        )
         assert process.alive
         started = time.monotonic()
         process.end()
