@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 from typing import Any, Final
 
 import grpc
 
 from fedge.errors import FedgeError
+from fedge.files import is_held
 from fedge.wire.v1 import admin_pb2 as pb
 from fedge.wire.v1 import admin_pb2_grpc
 from fedge_server.hub.home import Home
@@ -39,14 +39,7 @@ def status(home: Home) -> pb.StatusReply | None:
 
 def is_up(home: Home) -> bool:
     """Whether a hub holds the home's lock."""
-    try:
-        with home.lock.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return is_held(home.lock)
 
 
 def _ask(home: Home, method: str, request: Any) -> Any:
@@ -60,7 +53,6 @@ def _ask(home: Home, method: str, request: Any) -> Any:
                     return getattr(stub, method)(request, timeout=_CALL_S)
                 except grpc.RpcError as caught:
                     error = caught
-        # The lock is looked at only when nobody answers: a hub that starts would find it taken.
         if not is_up(home):
             return None
         if time.monotonic() > ends:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import fcntl
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fedge.errors import FedgeError, UserError
-from fedge.files import write_atomically
+from fedge.files import sole_holder, write_atomically
 from fedge.identity import address
 from fedge.wire import MAX_MESSAGE_BYTES
 from fedge.wire.v1 import admin_pb2_grpc, enrolment_pb2, enrolment_pb2_grpc, link_pb2, link_pb2_grpc
@@ -311,9 +310,9 @@ def only_hub(home: Home) -> Iterator[None]:
         UserError: another hub holds it.
     """
     home.root.mkdir(parents=True, exist_ok=True)
-    with home.lock.open("w") as lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(sole_holder(home.lock))
         except BlockingIOError as error:
             raise UserError(f"{home.root}: another hub is up here; stop it first") from error
         yield
