@@ -220,9 +220,11 @@ class Devices:
 
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
     _running: list[Future[None]] = field(default_factory=list)
+    _thread: threading.Thread = field(init=False)
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._loop.run_forever, name="raw-devices", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="raw-devices", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -230,6 +232,8 @@ class Devices:
             running.cancel()
         asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result(timeout=20)
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._loop.close()
 
     async def _drain(self) -> None:
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

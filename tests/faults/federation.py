@@ -412,7 +412,8 @@ class Federation:
         for path in Path("/proc").iterdir():
             if path.name.isdigit():
                 line = command_line(int(path.name))
-                if "fedge_server.link.worker" in line and run_id in line and is_alive(int(path.name)):
+                ours = {"fedge_server.link.worker", run_id, str(self.home)} <= set(line)
+                if ours and is_alive(int(path.name)):
                     return int(path.name)
         return None
 
