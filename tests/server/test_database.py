@@ -105,6 +105,16 @@ def test_a_run_can_be_asked_to_stop(registry):
         registry.request_stop("nobody")
 
 
+def test_a_queued_run_is_begun_once_and_never_after_it_was_stopped(registry):
+    for name in ("q", "stopped"):
+        registry.queue_run(name, task="digits", seed=0, config={})
+    assert (registry.begin_queued("q"), registry.begin_queued("q")) == (True, False)
+    assert registry.request_stop("q") == "stopping"
+    assert registry.request_stop("stopped") == "stopped"
+    assert not registry.begin_queued("stopped")
+    assert registry.run("stopped")["status"] == "stopped"
+
+
 def test_a_status_is_one_of_few(registry):
     registry.set_status("r", "failed", "power cut")
     assert (registry.run("r")["status"], registry.run("r")["reason"]) == ("failed", "power cut")
