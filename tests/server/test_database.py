@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from fedge.errors import DigestError, FedgeError, RoundError, UserError
 from fedge_server.registry.database import Registry
+from fedge_server.registry.engine import reading
 from fedge_server.rounds.record import RoundRecord
 
 
@@ -179,3 +181,12 @@ def test_a_folder_that_cannot_be_a_home_is_said_in_one_line(tmp_path):
             (home / "fedge.db").write_bytes(content)
         with pytest.raises(FedgeError, match=r"file is not a database|unable to open"):
             Registry.open(home)
+
+
+def test_a_pool_without_a_free_connection_is_our_error(tmp_path):
+    engine = sa.create_engine(
+        f"sqlite:///{tmp_path / 'x.db'}", pool_size=1, max_overflow=0, pool_timeout=0.05
+    )
+    with reading(engine), pytest.raises(FedgeError, match="database"), reading(engine):
+        pass
+    engine.dispose()

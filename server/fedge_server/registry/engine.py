@@ -15,6 +15,7 @@ from fedge.errors import FedgeError, UserError
 
 DATABASE: Final = "fedge.db"  # in the home folder, unless a URL is given
 _CAUSED_BY_US: Final = (sa.exc.IntegrityError, sa.exc.ProgrammingError, sa.exc.DataError)
+_REFUSALS: Final = (sa.exc.DBAPIError, sa.exc.TimeoutError)  # the latter: no connection became free
 _WRITES: Final = "fedge_writes"
 _WRITERS_KEY: Final = 0x6665646765  # PostgreSQL's advisory lock that writers of fedge take
 
@@ -53,7 +54,7 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
             yield connection
     except _CAUSED_BY_US:
         raise
-    except sa.exc.DatabaseError as error:
+    except _REFUSALS as error:
         raise refused(engine, error) from error
 
 
@@ -69,7 +70,7 @@ def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
             yield connection
     except _CAUSED_BY_US:
         raise
-    except sa.exc.DatabaseError as error:
+    except _REFUSALS as error:
         raise refused(engine, error) from error
 
 
@@ -95,9 +96,9 @@ def storable(text: str) -> bool:
     return "\0" not in text
 
 
-def refused(engine: sa.Engine, error: sa.exc.DBAPIError) -> FedgeError:
+def refused(engine: sa.Engine, error: sa.exc.SQLAlchemyError) -> FedgeError:
     """The error to raise for one of the database, in one line and without a password."""
-    line = " ".join(str(error.orig).split())[:300]
+    line = " ".join(str(getattr(error, "orig", error)).split())[:300]
     return FedgeError(f"database {engine.url.render_as_string(hide_password=True)}: {line}")
 
 
