@@ -225,7 +225,7 @@ class Exchange:
         known = await asyncio.to_thread(self._queue.answered, run_id, session, ids)  # before a hub's restart
         self._answered.update({answer.message_id: (run_id, answer.node_id) for answer in known})
         for message in new:
-            if message.id not in self._answered:
+            if message.id not in self._answered and message.id not in self._flights:  # pushed twice at once
                 await self._open(message, contents.get(message.content))
                 if (reason := hopeless.get(message.id)) is not None:
                     self._fail(message.id, reason)

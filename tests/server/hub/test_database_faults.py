@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -55,6 +56,20 @@ def test_an_answer_counts_though_its_traffic_cannot_be_written_down_yet(
         assert reply.outcome == link.SubmitReply.ACCEPTED
         assert refused == ["traffic"]
         assert (await rig.close_messages("m1")).bytes_up == 10  # written the next time
+
+    hub(scenario)
+
+
+def test_messages_that_are_pushed_twice_at_once_leave_nothing_behind(hub: Any, tools: Any) -> None:
+    async def scenario(rig: Any) -> None:
+        device = rig.device()
+        stream = await device.welcome()
+        await rig.run()
+        await asyncio.gather(*(rig.push("m1", to=device) for _ in range(3)))
+        await stream.work()
+        reply = await tools.submit(device.stub(), "m1", tools.answer_of())
+        assert reply.outcome == link.SubmitReply.ACCEPTED
+        assert (rig.hub.exchange._contents, rig.hub.exchange._uses) == ({}, {})
 
     hub(scenario)
 
