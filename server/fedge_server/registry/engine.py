@@ -18,6 +18,13 @@ _CAUSED_BY_US: Final = (sa.exc.IntegrityError, sa.exc.ProgrammingError, sa.exc.D
 _REFUSALS: Final = (sa.exc.DBAPIError, sa.exc.TimeoutError)  # the latter: no connection became free
 _WRITES: Final = "fedge_writes"
 _WRITERS_KEY: Final = 0x6665646765  # PostgreSQL's advisory lock that writers of fedge take
+# Of PostgreSQL's client library: a server that is cut off, or a writer that hangs, must not hold the hub.
+_PATIENCE: Final = {
+    "connect_timeout": 10,  # seconds
+    "tcp_user_timeout": 20_000,  # milliseconds until bytes that nobody confirms end a connection
+    "keepalives_idle": 20,  # seconds
+    "options": "-c lock_timeout=30s -c idle_in_transaction_session_timeout=60s",
+}
 
 
 def connect(home: Path, url: str | None = None) -> sa.Engine:
@@ -27,7 +34,11 @@ def connect(home: Path, url: str | None = None) -> sa.Engine:
         UserError: the URL is none, or its driver is not installed.
     """
     try:
-        engine = sa.create_engine(url or f"sqlite:///{home / DATABASE}", pool_pre_ping=bool(url))
+        where = sa.make_url(url or f"sqlite:///{home / DATABASE}")
+        # What a URL names itself is the user's choice.
+        patience = {key: value for key, value in _PATIENCE.items() if key not in where.query}
+        arguments = patience if where.get_backend_name() == "postgresql" else {}
+        engine = sa.create_engine(where, pool_pre_ping=bool(url), connect_args=arguments)
     except (sa.exc.ArgumentError, ImportError) as error:
         raise UserError(
             f"database URL: {error}; give postgresql+psycopg://USER@HOST/NAME, and install fedge[postgresql]"
