@@ -1,8 +1,8 @@
 """So many transfers at full speed; one that has become slow makes room and goes on in small pieces.
 
 A place bounds what is in memory for transfers, however many devices ask at once. Without the second rule
-a few stalled devices would keep all places, and everybody else waiting. Places are given in the order in which
-they were asked for: by a transfer itself, or before it begins, by a turn.
+a few stalled devices would keep all places, and everybody else waiting. Places are given in the order in
+which they were asked for: by a transfer itself or, before it begins, by a turn.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Lanes:
     async def turn(self, message_id: str, node_id: int, wait_s: float) -> bool:
         """Whether a place is kept now for the transfer of a message, after waiting for one.
 
-        Who asks again keeps their place in the line. A place that is not used within `KEPT_S` goes to the next.
+        Who asks again keeps their place in the line. A place that is not used within `KEPT_S` goes to the
+        next.
 
         Args:
             message_id: of the transfer.

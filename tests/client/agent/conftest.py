@@ -120,7 +120,8 @@ class StubHub(LinkServicer):
 
     def connections(self) -> int:
         """How many are open now."""
-        lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).open()]
+        tables = [Path("/proc/net", name).read_text() for name in ("tcp", "tcp6")]
+        lines = [line.split() for table in tables for line in table.splitlines()]
         established = [line[1] for line in lines if line[3] == "01"]
         return sum(int(local.rpartition(":")[2], 16) == self.port for local in established)
 

@@ -75,9 +75,9 @@ class LinkServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Turn(self, request, context):
-        """The device's turn to move an object of more than fedge.wire.BULK_BYTES (wire version 2). A place is then kept for
-        a few seconds for the Fetch or Submit of this message, which travels over a connection of its own: a connection
-        that has carried bulk keeps large buffers for the rest of its life. Smaller objects need no turn.
+        """The device's turn to move an object of more than fedge.wire.BULK_BYTES (wire version 2). A place is then
+        kept for a few seconds for the Fetch or Submit of this message, which has a connection of its own: one that
+        has carried bulk keeps large buffers for the rest of its life. Smaller objects need no turn.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
