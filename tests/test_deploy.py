@@ -41,7 +41,13 @@ def test_a_unit_starts_a_command_that_exists(path: Path, capsys: pytest.CaptureF
     service = unit(path)["Service"]
     for key in ("ExecStart", "ExecStartPre"):
         if key in service:
-            assert accepts(shlex.split(service[key])), service[key]
+            assert accepts(shlex.split(service[key].removeprefix("-"))), service[key]
+
+
+def test_a_check_that_fails_does_not_keep_the_server_down() -> None:
+    found = unit(ROOT / "server" / "systemd" / "fedge-server.service")
+    assert found["Service"]["ExecStartPre"].startswith("-")
+    assert found["Unit"]["StartLimitIntervalSec"] == "0"
 
 
 @pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)

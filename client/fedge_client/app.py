@@ -28,6 +28,7 @@ from fedge.spec import Spec
 from fedge.statistics import Moments
 from fedge.task import Source, Task, resolve
 from fedge.task_digest import task_digest
+from fedge.wire.arrays import records_of
 
 Share = Callable[[Context, Instructions], tuple[Task, Examples]]
 """The task that this client offers and its own examples for it; raises ConfigError when it offers none of
@@ -161,7 +162,7 @@ def client_seed(run_seed: int, server_round: int, node_id: int) -> int:
 
 def _clip_when_asked(message: Message, context: Context, call_next: ClientCall) -> Message:
     """Flower's client-side clipping mods, switched on by the keys their server-side halves send."""
-    config = message.content.config_records.get(messages.CONFIG, ConfigRecord())
+    config = records_of(message.content, ConfigRecord).get(messages.CONFIG, ConfigRecord())
     if "clipping_norm" not in config:
         return call_next(message, context)
     mod = adaptiveclipping_mod if config.get("clipping") == "adaptive" else fixedclipping_mod

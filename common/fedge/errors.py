@@ -5,7 +5,8 @@ FedgeError                  the work failed                        exit code 1
 │   ├── ConfigError         a key or value of the configuration
 │   └── DataError           a data file, its arrays or its values
 ├── RoundError              a federated round could not be completed
-│   └── SupersededError     another worker has taken over the run
+│   ├── SupersededError     another worker has taken over the run
+│   └── HubAwayError        the hub has been away for too long
 ├── CompressionError        a stage could not produce a variant
 └── TrustError              something from outside was refused
     ├── FormatError         malformed, truncated or larger than it may be
@@ -48,6 +49,10 @@ class RoundError(FedgeError):
 
 class SupersededError(RoundError):
     """Another worker has taken over the run; this one stops and changes nothing."""
+
+
+class HubAwayError(RoundError):
+    """The hub has been away for too long; the run goes on when it is back."""
 
 
 class CompressionError(FedgeError):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -170,11 +170,11 @@ def is_p256(key: Any) -> bool:
 
 def issued_by(certificate: x509.Certificate, key: ec.EllipticCurvePublicKey) -> bool:
     """Whether this key signed the certificate; only ECDSA with SHA-256 counts."""
-    if not isinstance(certificate.signature_hash_algorithm, SHA256):
-        return False
     try:
+        if not isinstance(certificate.signature_hash_algorithm, SHA256):
+            return False
         key.verify(certificate.signature, certificate.tbs_certificate_bytes, ec.ECDSA(SHA256()))
-    except InvalidSignature:
+    except (InvalidSignature, UnsupportedAlgorithm):  # the latter of an algorithm that is not known here
         return False
     return True
 

@@ -61,7 +61,7 @@ def restore(archive: Path, home: Path, database_url: str | None = None) -> Resto
         raise UserError(f"{home}: is not an empty folder; restore into a new one, or empty it first")
     build, moved = home / _BUILD, []
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)  # as init makes it: models are for its user
         shutil.rmtree(build, ignore_errors=True)  # of a restore that was killed
         build.mkdir(mode=0o700)
         modes = _extract(archive, build)

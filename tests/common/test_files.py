@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fedge.files import is_held, sole_holder
+from fedge.errors import FormatError
+from fedge.files import is_held, read_bounded, sole_holder
 
 HOLDER = """
 import sys
@@ -39,3 +41,9 @@ def test_one_process_holds_a_lock_until_it_is_killed(tmp_path: Path) -> None:
     assert not is_held(path)
     with sole_holder(path):
         assert is_held(path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FormatError, match="regular file"):
+        read_bounded(tmp_path / "pipe", 100)

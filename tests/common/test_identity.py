@@ -142,6 +142,14 @@ def test_only_ecdsa_with_sha256_counts_as_issued() -> None:
     assert not identity.issued_by(certificate(other, hashes.SHA256()), PUBLIC)
 
 
+def test_a_certificate_of_an_unknown_algorithm_is_not_issued_by_us() -> None:
+    der = certificate(KEY, hashes.SHA256()).public_bytes(Encoding.DER)
+    known, unknown = bytes.fromhex("06082a8648ce3d040302"), bytes.fromhex("06082a8648ce3d04037f")
+    assert known in der
+    strange = x509.load_der_x509_certificate(der.replace(known, unknown))
+    assert not identity.issued_by(strange, PUBLIC)
+
+
 def test_a_certificate_without_usage_or_names_has_none() -> None:
     plain = certificate(KEY, hashes.SHA256())
     assert not identity.has_usage(plain, x509.ExtendedKeyUsageOID.CLIENT_AUTH)

@@ -219,7 +219,7 @@ def test_bytes_that_are_no_array_are_refused(data: bytes, stype: str) -> None:
 
 
 def test_a_reply_without_moments_is_refused() -> None:
-    with pytest.raises(FormatError, match="no arrays named .moments"):
+    with pytest.raises(FormatError, match="no arrays named 'moments'"):
         messages.moments_of(sent(RecordDict()), PAIR)
 
 

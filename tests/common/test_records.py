@@ -235,3 +235,17 @@ def _declared(shape: tuple[int, ...]) -> ArrayRecord:
     record = ArrayRecord()
     record["w"] = Array("float32", shape, "numpy.ndarray", b"")
     return record
+
+
+def test_pieces_of_an_array_in_a_file_are_its_values_and_never_the_whole(tmp_path, monkeypatch):
+    from fedge.wire import arrays
+
+    monkeypatch.setattr(arrays, "PIECE_BYTES", 40)  # ten float32
+    value = np.arange(23, dtype=np.float32).reshape(23, 1)
+    (tmp_path / "object").write_bytes(b"\0" * 8 + value.tobytes())
+    found = list(arrays.pieces(arrays.FileArray(tmp_path / "object", 8, "float32", (23, 1))))
+    assert [(start, piece.size) for start, piece in found] == [(0, 10), (10, 10), (20, 3)]
+    assert np.array_equal(np.concatenate([piece for _, piece in found]), value.ravel())
+    ((start, whole),) = arrays.pieces(arrays.MemoryArray(value))
+    assert start == 0
+    assert np.array_equal(whole, value.ravel())

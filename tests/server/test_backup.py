@@ -113,6 +113,7 @@ def test_a_home_comes_back_with_what_it_needs_to_go_on(
     found = listed(new)
     assert {name: found[name] for name in FILES} == FILES
     assert (new / "ca").stat().st_mode & 0o777 == 0o700
+    assert new.stat().st_mode & 0o777 == 0o700  # what lies in it may be readable, as the models are
     settings = {"server.toml"} | ({"fedge.db"} if database_url is None else set())
     assert {name for name in found if not name.startswith("store/")} == set(FILES) | settings
     assert (new / "server.toml").read_text() == f'[database]\nurl = "{other_url or ""}"  # where\n'

@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from fedge.errors import DigestError, FedgeError, RoundError, UserError
 from fedge_server.registry.database import Registry
+from fedge_server.registry.engine import reading
 from fedge_server.rounds.record import RoundRecord
 
 
@@ -105,6 +107,16 @@ def test_a_run_can_be_asked_to_stop(registry):
         registry.request_stop("nobody")
 
 
+def test_a_queued_run_is_begun_once_and_never_after_it_was_stopped(registry):
+    for name in ("q", "stopped"):
+        registry.queue_run(name, task="digits", seed=0, config={})
+    assert (registry.begin_queued("q"), registry.begin_queued("q")) == (True, False)
+    assert registry.request_stop("q") == "stopping"
+    assert registry.request_stop("stopped") == "stopped"
+    assert not registry.begin_queued("stopped")
+    assert registry.run("stopped")["status"] == "stopped"
+
+
 def test_a_status_is_one_of_few(registry):
     registry.set_status("r", "failed", "power cut")
     assert (registry.run("r")["status"], registry.run("r")["reason"]) == ("failed", "power cut")
@@ -169,3 +181,12 @@ def test_a_folder_that_cannot_be_a_home_is_said_in_one_line(tmp_path):
             (home / "fedge.db").write_bytes(content)
         with pytest.raises(FedgeError, match=r"file is not a database|unable to open"):
             Registry.open(home)
+
+
+def test_a_pool_without_a_free_connection_is_our_error(tmp_path):
+    engine = sa.create_engine(
+        f"sqlite:///{tmp_path / 'x.db'}", pool_size=1, max_overflow=0, pool_timeout=0.05
+    )
+    with reading(engine), pytest.raises(FedgeError, match="database"), reading(engine):
+        pass
+    engine.dispose()

@@ -90,3 +90,19 @@ def test_a_user_who_may_not_make_tables_is_told_so_in_one_line(tmp_path: Path, p
     finally:
         with admin.begin() as connection:
             connection.execute(sa.text("DROP ROLE guest"))
+
+
+def test_a_writer_that_hangs_holds_others_for_a_bounded_time(tmp_path: Path, postgresql_url: str) -> None:
+    url = sa.make_url(postgresql_url).update_query_dict({"options": "-c lock_timeout=200ms"}, append=False)
+    with Registry.open(tmp_path, url.render_as_string(hide_password=False)) as impatient:
+        hung = sa.create_engine(postgresql_url, poolclass=sa.NullPool)
+        with hung.begin() as connection:
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(439787743077)"))
+            with pytest.raises(FedgeError, match="lock timeout"):
+                impatient.queue_run("r", task="digits", seed=0, config={})
+        impatient.queue_run("r", task="digits", seed=0, config={})
+
+
+def test_patience_is_set_unless_the_url_says_otherwise(registry: Registry) -> None:
+    with reading(registry.engine) as connection:
+        assert connection.scalar(sa.text("SHOW lock_timeout")) == "30s"

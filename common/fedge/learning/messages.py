@@ -26,7 +26,7 @@ from fedge.config import FilterName, Train, parse_train
 from fedge.errors import FormatError
 from fedge.spec import Spec
 from fedge.statistics import Moments
-from fedge.wire.arrays import MemoryArray
+from fedge.wire.arrays import MemoryArray, records_of
 
 ARRAYS, CONFIG, METRICS, MOMENTS = "arrays", "config", "metrics", "moments"
 EXAMPLES, TRAIN_LOSS = "num-examples", "train_loss"  # Flower's own default names
@@ -84,7 +84,7 @@ class Instructions:
             ConfigError: the train settings are out of range.
         """
         try:
-            config = message.content.config_records[CONFIG]
+            config = records_of(message.content, ConfigRecord)[CONFIG]
             update, noise_filter = config["update"], config["filter"]
             if update not in get_args(Update) or noise_filter not in get_args(FilterName):
                 raise ValueError(f"update {update!r}, filter {noise_filter!r}")
@@ -141,15 +141,15 @@ def _moments(config: ConfigRecord, spec: Spec) -> Moments | None:
 
 
 def arrays_named(content: RecordDict, name: str) -> ArrayRecord:
-    """The array record of this name (Flower's `array_records` would keep all arrays in memory for a while).
+    """The array record of this name.
 
     Raises:
         FormatError: there is none.
     """
-    found = content.get(name)
-    if not isinstance(found, ArrayRecord):
+    found = records_of(content, ArrayRecord)
+    if name not in found:
         raise FormatError(f"message: has no arrays named {name!r}")
-    return found
+    return found[name]
 
 
 def to_record(arrays: NamedArrays, *, shared: bool = True) -> ArrayRecord:
@@ -206,7 +206,7 @@ def moments_of(reply: Message, spec: Spec) -> Moments:
     try:
         arrays = from_record(arrays_named(reply.content, MOMENTS))
         count, total, squares = (arrays[name] for name in ("count", "total", "squares"))
-        examples = reply.content.metric_records[METRICS][EXAMPLES]
+        examples = records_of(reply.content, MetricRecord)[METRICS][EXAMPLES]
     except (KeyError, ValueError) as error:
         raise FormatError(f"moments: malformed ({type(error).__name__}: {error})") from error
     if any(part.dtype != np.float64 or part.shape != (spec.channels,) for part in (count, total, squares)):

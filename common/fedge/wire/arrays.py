@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedge.errors import FormatError
 
+R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
+PIECE_BYTES: Final = 4 * 1024**2  # of a large array that is read in pieces
 _NPY: Final = "numpy.ndarray"  # Flower's name for `.npy` bytes
 
 
@@ -78,8 +81,15 @@ class FileArray(DirectArray):
         Raises:
             FormatError: the file is gone or too short, or a bool is neither 0 nor 1.
         """
-        path, offset = self.__dict__["path"], self.__dict__["offset"]
-        value = np.empty(self.shape, np.dtype(self.dtype).newbyteorder("<"))
+        return self._read(0, self.shape)
+
+    def piece(self, start: int, count: int) -> npt.NDArray[Any]:
+        """`count` values from position `start` on, in C order and one dimension; errors as in `numpy`."""
+        return self._read(start, (count,))
+
+    def _read(self, start: int, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        value = np.empty(shape, np.dtype(self.dtype).newbyteorder("<"))
+        path, offset = self.__dict__["path"], self.__dict__["offset"] + start * value.itemsize
         if value.nbytes:
             _read_into(value.reshape(-1).view(np.uint8).data, path, offset)
         if value.dtype == np.bool_ and value.size and value.view(np.uint8).max() > 1:
@@ -106,13 +116,28 @@ def _read_into(view: memoryview, path: Path, offset: int) -> None:
         raise FormatError(f"{path.name}: cannot be read ({error.strerror})") from error
 
 
-def array_records(records: RecordDict) -> list[ArrayRecord]:
-    """The array records among others.
+def records_of(content: RecordDict, kind: type[R]) -> dict[str, R]:
+    """The records of one kind by name.
 
-    `RecordDict.array_records` makes a table that refers to itself: all arrays in it would stay in memory
-    until the garbage collector comes by.
+    Flower's `array_records`, `metric_records` and `config_records` each make a table that refers to itself
+    and to the whole content: all arrays of the message would stay in memory until the garbage collector comes
+    by, one model more in every round.
     """
-    return [record for record in records.values() if isinstance(record, ArrayRecord)]
+    return {name: record for name, record in content.items() if isinstance(record, kind)}
+
+
+def pieces(array: Array) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """The values of an array in C order, flat, with the position of each piece's first value.
+
+    One that lies in a file is never in memory as a whole; any other comes as one piece.
+    """
+    if not isinstance(array, FileArray):
+        yield 0, array.numpy().reshape(-1)
+        return
+    size = int(np.prod(array.shape, dtype=object))
+    step = PIECE_BYTES // np.dtype(array.dtype).itemsize
+    for start in range(0, size, step):
+        yield start, array.piece(start, min(step, size - start))
 
 
 def nbytes_of(array: Array) -> int:

@@ -17,6 +17,8 @@ ITEM_BYTES: Final = {  # of every dtype that may travel
     **dict.fromkeys(("int32", "uint32", "float32"), 4),
     **dict.fromkeys(("int64", "uint64", "float64"), 8),
 }
+MAX_RECORDS: Final = 64  # of one content
+MAX_VALUES: Final = 65_536  # entries and list items of one content
 MAX_DIMENSIONS: Final = 32
 MAX_NAME: Final = 512  # characters of a record's or tensor's name
 MAX_REASON: Final = 1000  # characters of a failure's reason that are kept
@@ -53,24 +55,40 @@ def read_result(data: bytes, max_result_bytes: int) -> records.Result:
 
 
 def check_content(content: records.Content, max_bytes: int) -> None:
-    """Tensors are of known kinds, few enough, and end to end exactly as long as the object says.
+    """Its parts are few, its tensors of known kinds, and end to end exactly as long as the object says.
 
     Raises:
-        FormatError: they are not; nothing may be allocated or written for them.
+        FormatError: they are not; nothing may be allocated, kept or written for them.
     """
-    tensors = [tensor for record in content.records for tensor in record.tensors]
-    if len(tensors) > MAX_TENSORS:
-        raise FormatError(f"{len(tensors)} tensors, more than the {MAX_TENSORS} that one message may have")
+    if len(content.records) > MAX_RECORDS:  # empty ones take 60 times their bytes in memory
+        raise FormatError(f"{len(content.records)} records, more than the {MAX_RECORDS} that are possible")
+    _check_values(content)
+    count = sum(len(record.tensors) for record in content.records)
+    if count > MAX_TENSORS:
+        raise FormatError(f"{count} tensors, more than the {MAX_TENSORS} that one message may have")
     size = content.object.size
     if size > min(max_bytes, MAX_OBJECT_BYTES):
         raise FormatError(f"{size} bytes of tensors, more than the {max_bytes} that were allowed")
-    declared = sum(_bytes_of(tensor) for tensor in tensors)
+    declared = sum(_bytes_of(tensor) for record in content.records for tensor in record.tensors)
     if declared != size:
         raise FormatError(f"tensors of {declared} bytes in an object of {size}")
     if size and len(content.object.sha256) != 32:
         raise FormatError(f"the object's SHA-256 has {len(content.object.sha256)} bytes, not 32")
     if any(len(record.name) > MAX_NAME for record in content.records):
         raise FormatError(f"a record's name has more than {MAX_NAME} characters")
+
+
+def _check_values(content: records.Content) -> None:
+    room = MAX_VALUES
+    for record in content.records:
+        room -= len(record.entries)
+        for entry in record.entries if room >= 0 else ():
+            items = entry.value.list.items
+            room -= len(items)
+            if room >= 0 and any(item.HasField("list") for item in items):
+                raise FormatError("a list within a list, which no record holds")
+    if room < 0:
+        raise FormatError(f"more than {MAX_VALUES} values in its records")
 
 
 def _bytes_of(tensor: records.Tensor) -> int:

@@ -35,8 +35,9 @@ def read_hello(first: Any) -> link.Hello:
     texts = [*(text for task in hello.tasks for text in (task.name, task.digest)), *hello.tags]
     if len(hello.tasks) > MAX_ITEMS or len(hello.tags) > MAX_ITEMS or len(hello.working_on) > MAX_WORKING_ON:
         raise FormatError(f"Hello: more than {MAX_ITEMS} tasks or tags, or {MAX_WORKING_ON} messages")
-    if any(len(text) > MAX_TEXT for text in (*texts, hello.fedge_version)):
-        raise FormatError(f"Hello: a name or tag has more than {MAX_TEXT} characters")
+    if any(len(text) > MAX_TEXT for text in (*texts, *hello.working_on, hello.fedge_version)):
+        raise FormatError(f"Hello: a name, tag or message id has more than {MAX_TEXT} characters")
+    hello.DiscardUnknownFields()  # of a newer device, or ballast: kept as long as the connection
     return hello
 
 

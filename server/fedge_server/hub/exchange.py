@@ -27,6 +27,7 @@ _log = logging.getLogger("fedge.hub")
 
 MAX_BATCH: Final = 256  # answers committed in one transaction
 STOP_S: Final = 5.0  # that answers in hand may take to be committed when the hub stops
+RETRY_S: Final = 5.0  # before a failure that could not be committed is tried again
 REMEMBERED: Final = 50_000  # closed messages whose late answers are still told apart from garbage
 
 
@@ -225,7 +226,7 @@ class Exchange:
         known = await asyncio.to_thread(self._queue.answered, run_id, session, ids)  # before a hub's restart
         self._answered.update({answer.message_id: (run_id, answer.node_id) for answer in known})
         for message in new:
-            if message.id not in self._answered:
+            if message.id not in self._answered and message.id not in self._flights:  # pushed twice at once
                 await self._open(message, contents.get(message.content))
                 if (reason := hopeless.get(message.id)) is not None:
                     self._fail(message.id, reason)
@@ -326,7 +327,6 @@ class Exchange:
                 batch.append(self._commits.get_nowait())
             try:
                 outcomes = await asyncio.to_thread(self._queue.answer, [answer for answer, _ in batch])
-                await self._save_traffic()
             except Exception as error:  # noqa: BLE001 - whatever the database raises, the hub goes on
                 _log.error("answers cannot be committed: %s", error)
                 for _, done in batch:
@@ -334,8 +334,11 @@ class Exchange:
                     done.exception()  # its device may have gone: nobody need look
                     self._commits.task_done()
                 continue
+            await self._save_traffic()  # before anybody hears: a run that closes its round sees it
             for (answer, done), outcome in zip(batch, outcomes, strict=True):
-                if outcome != "late":
+                if outcome == "late":  # the database has closed it, whatever we held of it
+                    self._end([answer.message_id])
+                else:
                     self._settle(answer)
                 done.set_result(outcome)
                 self._commits.task_done()
@@ -347,9 +350,14 @@ class Exchange:
             self._remove(answer.message_id)
 
     async def _save_traffic(self) -> None:
+        """Write down what has travelled; what the database refuses now is written the next time."""
         traffic, self._traffic = self._traffic, {}
         for run_id, (down, up) in traffic.items():
-            await asyncio.to_thread(self._queue.traffic, run_id, down, up)
+            try:
+                await asyncio.to_thread(self._queue.traffic, run_id, down, up)
+            except Exception as error:  # noqa: BLE001 - a figure must not hold up answers
+                _log.error("run %s: its traffic cannot be kept now: %s", run_id, error)
+                self.count(run_id, down=down, up=up)
 
     def _at(self, when: float, message_id: str, node_id: int) -> None:
         if len(self._due) > 1000 + 4 * len(self._flights):  # most of them have ended long ago
@@ -380,7 +388,7 @@ class Exchange:
         self._end(message_ids)
         try:
             await asyncio.to_thread(self._queue.expire, message_ids)
-        except FedgeError as error:  # the run closes them again
+        except Exception as error:  # noqa: BLE001 - the run closes them again; the clock must go on
             _log.error("messages past their deadline stay open in the database: %s", error)
 
     def _give_up(self, node_id: int) -> None:
@@ -403,6 +411,15 @@ class Exchange:
 
     def _fail(self, message_id: str, reason: str) -> None:
         """Answer a message in the place of a device that cannot."""
-        done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        if message_id not in self._flights:
+            return
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[str] = loop.create_future()
+
+        def look(done: asyncio.Future[str]) -> None:
+            if not done.cancelled() and done.exception() is not None:  # else the round waits for nobody
+                loop.call_later(RETRY_S, self._fail, message_id, reason)
+
+        done.add_done_callback(look)
         result = answers.failure(answers.NODE_UNAVAILABLE, reason)
         self._commits.put_nowait((Answer(message_id, result), done))

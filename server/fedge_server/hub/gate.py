@@ -13,7 +13,7 @@ import grpc
 from fedge.errors import FedgeError, IdentityError, RevokedError
 from fedge_server.identity.admission import Peer, check, peer_of
 from fedge_server.identity.authority import Authority
-from fedge_server.registry.devices import DeviceRow, Devices
+from fedge_server.registry.devices import ACTIVE, DeviceRow, Devices
 
 Context = grpc.aio.ServicerContext  # of a call
 
@@ -37,14 +37,13 @@ class Gate:
         """The caller and its row, read anew; ends the call when it may not speak."""
         try:
             peer = self._peer(context)
-            row = await asyncio.to_thread(self._devices.get, peer.device_id)
+            read = await asyncio.to_thread(self._devices.get, peer.device_id)
+            row = self._remember(read) if read is not None else None
             check(peer, row, self._clock())
         except FedgeError as error:
             await refuse(context, error)
         if row is None:  # check has refused it
             raise AssertionError
-        self._rows[peer.device_id] = row
-        self._of_node[row.node_id] = row.id
         return peer, row
 
     def still(self, peer: Peer) -> None:
@@ -58,8 +57,19 @@ class Gate:
 
     async def refresh(self) -> None:
         """Read all rows again."""
-        self._rows = {row.id: row for row in await asyncio.to_thread(self._devices.all)}
-        self._of_node = {row.node_id: row.id for row in self._rows.values()}
+        for row in await asyncio.to_thread(self._devices.all):
+            self._remember(row)
+
+    def _remember(self, read: DeviceRow) -> DeviceRow:
+        """Keep a row that was just read, unless the device is known already as revoked.
+
+        Two reads may end in the other order than they began; rows do not go, and a revocation is for good.
+        """
+        known = self._rows.get(read.id)
+        row = read if known is None or known.status == ACTIVE else known
+        self._of_node[row.node_id] = row.id
+        self._rows[row.id] = row
+        return row
 
     async def rows_of(self, node_ids: Iterable[int]) -> dict[int, DeviceRow]:
         """The devices behind node ids, read anew; those that nobody has enrolled are left out."""

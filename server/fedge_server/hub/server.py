@@ -45,6 +45,8 @@ _M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3  # of malloc.h
 MAX_FILES: Final = 65_536
 MAX_SOCKET_PATH: Final = 100  # bytes; the kernel's limit is 107
 _TRANSFER_GRACE_S: Final = 3600  # that a transfer may go on after its connection's age
+_ENROLMENT_AGE_S: Final = 60  # of a connection of somebody who has proved nothing yet
+_ENROLMENT_GRACE_S: Final = 30
 
 # A connection keeps little memory: windows stay small (a device sends to the spool's pace), and pings are
 # rare. A peer that is dead is noticed within a minute.
@@ -122,7 +124,9 @@ class Hub:
         link = self._device_server(_LINK_OPTIONS + _age(limits.max_connection_age_s))
         listen = self._settings.listen
         self.link_port = self._bind(link, listen.host, listen.link_port, mutual=True)
-        enrol = self._device_server(_DEVICE_OPTIONS + enrolment.SERVER_OPTIONS + _age(300))
+        enrol = self._device_server(
+            _DEVICE_OPTIONS + enrolment.SERVER_OPTIONS + _age(_ENROLMENT_AGE_S, _ENROLMENT_GRACE_S)
+        )
         self.enrolment_port = self._bind(enrol, listen.host, listen.enrolment_port, mutual=False)
         link_pb2_grpc.add_LinkServicer_to_server(  # type: ignore[no-untyped-call]  # generated
             LinkServicer(
@@ -200,10 +204,10 @@ class Hub:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
-            await self._roster.save_seen()
             try:
+                await self._roster.save_seen()
                 await self.refresh()
-            except FedgeError as error:
+            except Exception as error:  # noqa: BLE001 - else nobody would renew the server's certificate
                 _log.error("cannot look at the database or the certificates: %s", error)
 
     def _device_server(self, options: Sequence[tuple[str, int]]) -> Any:
@@ -260,11 +264,11 @@ class Hub:
         return bound
 
 
-def _age(seconds: float) -> tuple[tuple[str, int], ...]:
+def _age(seconds: float, grace_s: int = _TRANSFER_GRACE_S) -> tuple[tuple[str, int], ...]:
     """After this age a connection takes no new calls; the device's stream is ended by the Link service."""
     return (
         ("grpc.max_connection_age_ms", max(int(seconds * 1000), 1)),
-        ("grpc.max_connection_age_grace_ms", _TRANSFER_GRACE_S * 1000),
+        ("grpc.max_connection_age_grace_ms", grace_s * 1000),
     )
 
 

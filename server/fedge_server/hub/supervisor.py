@@ -123,8 +123,9 @@ class Supervisor:
                 return
             if self._stopping:
                 return
-            if run["status"] == "queued":  # so that a request to stop waits for the worker
-                await self._set(run_id, "running", "")
+            begun = run["status"] != "queued" or await asyncio.to_thread(self._registry.begin_queued, run_id)
+            if not begun:  # it was stopped in this moment; from now on a request to stop waits for the worker
+                continue
             code = await self._one_worker(run_id, supervised)
             run = await asyncio.to_thread(self._registry.run, run_id)
             if run is None or run["status"] not in ("queued", "running") or self._stopping:
@@ -182,7 +183,7 @@ class Supervisor:
         supervised.pid = max(pid, 0)
         waited = 0.0
         try:
-            while lock_holder(self._home.worker_lock(run_id)):
+            while pid := lock_holder(self._home.worker_lock(run_id)):
                 if supervised.stop.is_set() and pid > 0:
                     with suppress(ProcessLookupError, PermissionError):
                         os.kill(pid, signal.SIGTERM if waited < STOP_S else signal.SIGKILL)
@@ -231,20 +232,35 @@ def lock_holder(path: Path) -> int:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                return _flock_owner(os.fstat(file.fileno()).st_ino) or -1
+                return _flock_owner(os.fstat(file.fileno()), Path("/proc/locks")) or -1
     except FileNotFoundError:
         pass
     return 0
 
 
-def _flock_owner(inode: int) -> int:
-    """From the kernel's list: `1: FLOCK  ADVISORY  WRITE 1234 08:01:5678 0 EOF`."""
+def _flock_owner(locked: os.stat_result, table: Path) -> int:
+    """From the kernel's list: `1: FLOCK  ADVISORY  WRITE 1234 08:01:5678 0 EOF`.
+
+    Files on two disks may share an inode, and not every file system is listed under the device that it
+    tells: so it must be a process that has this very file open. It may be sent a signal.
+    """
     with suppress(OSError):
-        for line in Path("/proc/locks").read_text().splitlines():
+        for line in table.read_text().splitlines():
             parts = line.split()
-            if len(parts) > 5 and parts[1] == "FLOCK" and parts[5].rpartition(":")[2] == str(inode):
-                return int(parts[4])
+            if len(parts) > 5 and parts[1] == "FLOCK" and parts[5].rpartition(":")[2] == str(locked.st_ino):
+                pid = int(parts[4])
+                if pid > 0 and _has_open(pid, locked):
+                    return pid
     return 0
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    with suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                if os.path.samestat(entry.stat(), file):
+                    return True
+    return False
 
 
 def _environment() -> dict[str, str]:

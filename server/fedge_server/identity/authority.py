@@ -149,11 +149,11 @@ class Authority:
         """
         found = []
         for number, path in sorted(_numbered(self.folder)):
-            if (mode := path.stat().st_mode & 0o777) & 0o077:
+            found.append(_Issuer(number, *_read_pair(path)))
+            if (mode := _mode(path)) & 0o077:
                 raise UserError(
                     f"{path}: others may read the CA's key (mode {mode:o}); run: chmod 600 {path}"
                 )
-            found.append(_Issuer(number, *_read_pair(path)))
         if not found:
             raise FormatError(f"{self.folder}: holds no certificate authority; restore it from a backup")
         self._issuers = tuple(found)
@@ -406,6 +406,13 @@ def _read_pair(path: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate
     if certificate.public_key() != key.public_key():
         raise FormatError(f"{path}: key and certificate do not belong together; restore a backup")
     return key, certificate
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode & 0o777
+    except OSError as error:  # another process has just ended a rotation
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:

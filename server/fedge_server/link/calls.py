@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 import grpc
 
-from fedge.errors import RoundError, SupersededError
+from fedge.errors import HubAwayError, RoundError, SupersededError
 from fedge.wire import MAX_MESSAGE_BYTES
 from fedge.wire.v1 import admin_pb2 as admin
 from fedge.wire.v1.admin_pb2_grpc import RunsStub
@@ -128,7 +128,8 @@ class _Attempts:
 
         Raises:
             SupersededError: another worker has begun a session of this run.
-            RoundError: the hub refuses the call, or has been away for too long.
+            HubAwayError: the hub has been away for too long.
+            RoundError: it refuses the call.
         """
         code, details = _code(error), _details(error)
         if code is grpc.StatusCode.FAILED_PRECONDITION:
@@ -137,7 +138,7 @@ class _Attempts:
             raise RoundError(f"hub: refuses ({code.name}: {details})") from error
         now = time.monotonic()
         if now >= self._end:
-            raise RoundError(f"hub: away for {self._patience_s:g} s ({details}); is it up?") from error
+            raise HubAwayError(f"hub: away for {self._patience_s:g} s ({details}); is it up?") from error
         if self._count == 0:
             _log.warning("the hub does not answer (%s); trying again", details)
         pause = _PAUSES_S[min(self._count, len(_PAUSES_S) - 1)]

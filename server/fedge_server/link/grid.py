@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -17,7 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
 
 from fedge.errors import FormatError
-from fedge.wire.arrays import array_records
+from fedge.wire.arrays import records_of
 from fedge.wire.records import pack, unpack, write_object
 from fedge.wire.v1 import admin_pb2 as admin
 from fedge.wire.v1.records_pb2 import Content, Object, Result
@@ -228,7 +228,7 @@ class _Outbox:
 
     def _content(self, records: RecordDict) -> Content:
         packed = pack(records)
-        key = tuple(id(record) for record in array_records(records))
+        key = tuple(map(id, records_of(records, ArrayRecord).values()))
         if key in self._written:
             packed.content.object.CopyFrom(self._written[key])
         else:
@@ -273,5 +273,5 @@ def _group_of(message: Message) -> str:
     """The message's own group, else its round: Flower's strategies name no group."""
     if message.metadata.group_id:
         return message.metadata.group_id
-    rounds = [record.get(ROUND) for record in message.content.config_records.values()]
+    rounds = [record.get(ROUND) for record in records_of(message.content, ConfigRecord).values()]
     return next((str(number) for number in rounds if number is not None), "")

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fedge.errors import ConfigError, FedgeError, SupersededError
+from fedge.errors import ConfigError, FedgeError, HubAwayError, SupersededError
 from fedge.files import sole_holder
 from fedge_server.hub.home import Home
 from fedge_server.hub.settings import Settings
@@ -63,8 +63,8 @@ def _guarded(home: Home, run_id: str) -> int:
         with _locked(home.worker_lock(run_id)), Registry.open(home.root, settings.database_url) as registry:
             try:
                 _work(home, settings.database_url, registry, run_id)
-            except (SupersededError, Stopped):
-                raise
+            except (SupersededError, HubAwayError, Stopped):
+                raise  # the run is as it was: the hub, or the next one, starts another worker
             except FedgeError as error:
                 registry.end_run(run_id, "failed", str(error))
                 raise

@@ -128,6 +128,13 @@ class Registry:
             status = "stopping" if known["status"] == "stopping" else "running"
             _update(connection, run_id, data=data, status=status, reason="")
 
+    def begin_queued(self, run_id: str) -> bool:
+        """Set a queued run to running; False when it is queued no longer: it was asked to stop meanwhile."""
+        queued = (_runs.c.id == run_id) & (_runs.c.status == "queued")
+        with writing(self.engine) as connection:
+            changed = connection.execute(_runs.update().where(queued).values(status="running", reason=""))
+        return bool(changed.rowcount)
+
     def end_run(self, run_id: str, status: str, reason: str) -> None:
         """Set a run to done, stopped or failed."""
         self.set_status(run_id, status, reason)

@@ -15,8 +15,16 @@ from fedge.errors import FedgeError, UserError
 
 DATABASE: Final = "fedge.db"  # in the home folder, unless a URL is given
 _CAUSED_BY_US: Final = (sa.exc.IntegrityError, sa.exc.ProgrammingError, sa.exc.DataError)
+_REFUSALS: Final = (sa.exc.DBAPIError, sa.exc.TimeoutError)  # the latter: no connection became free
 _WRITES: Final = "fedge_writes"
 _WRITERS_KEY: Final = 0x6665646765  # PostgreSQL's advisory lock that writers of fedge take
+# Of PostgreSQL's client library: a server that is cut off, or a writer that hangs, must not hold the hub.
+_PATIENCE: Final = {
+    "connect_timeout": 10,  # seconds
+    "tcp_user_timeout": 20_000,  # milliseconds until bytes that nobody confirms end a connection
+    "keepalives_idle": 20,  # seconds
+    "options": "-c lock_timeout=30s -c idle_in_transaction_session_timeout=60s",
+}
 
 
 def connect(home: Path, url: str | None = None) -> sa.Engine:
@@ -26,7 +34,11 @@ def connect(home: Path, url: str | None = None) -> sa.Engine:
         UserError: the URL is none, or its driver is not installed.
     """
     try:
-        engine = sa.create_engine(url or f"sqlite:///{home / DATABASE}", pool_pre_ping=bool(url))
+        where = sa.make_url(url or f"sqlite:///{home / DATABASE}")
+        # What a URL names itself is the user's choice.
+        patience = {key: value for key, value in _PATIENCE.items() if key not in where.query}
+        arguments = patience if where.get_backend_name() == "postgresql" else {}
+        engine = sa.create_engine(where, pool_pre_ping=bool(url), connect_args=arguments)
     except (sa.exc.ArgumentError, ImportError) as error:
         raise UserError(
             f"database URL: {error}; give postgresql+psycopg://USER@HOST/NAME, and install fedge[postgresql]"
@@ -53,7 +65,7 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
             yield connection
     except _CAUSED_BY_US:
         raise
-    except sa.exc.DatabaseError as error:
+    except _REFUSALS as error:
         raise refused(engine, error) from error
 
 
@@ -69,7 +81,7 @@ def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
             yield connection
     except _CAUSED_BY_US:
         raise
-    except sa.exc.DatabaseError as error:
+    except _REFUSALS as error:
         raise refused(engine, error) from error
 
 
@@ -95,9 +107,9 @@ def storable(text: str) -> bool:
     return "\0" not in text
 
 
-def refused(engine: sa.Engine, error: sa.exc.DBAPIError) -> FedgeError:
+def refused(engine: sa.Engine, error: sa.exc.SQLAlchemyError) -> FedgeError:
     """The error to raise for one of the database, in one line and without a password."""
-    line = " ".join(str(error.orig).split())[:300]
+    line = " ".join(str(getattr(error, "orig", error)).split())[:300]
     return FedgeError(f"database {engine.url.render_as_string(hide_password=True)}: {line}")
 
 

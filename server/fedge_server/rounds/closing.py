@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message, MetricRecord
 
 from fedge.learning.messages import EXAMPLES, METRICS
-from fedge.wire.arrays import array_records, nbytes_of, raw_bytes
+from fedge.wire.arrays import nbytes_of, pieces, raw_bytes, records_of
 from fedge_server.rounds.record import Rejected
 from fedge_server.rounds.validation import Arrays, fault
 
@@ -79,14 +79,19 @@ def payload_bytes(message: Message) -> int:
     """Bytes of all arrays in a message; nothing is read or serialised for it."""
     if not message.has_content():
         return 0
-    return sum(nbytes_of(array) for record in array_records(message.content) for array in record.values())
+    return sum(
+        nbytes_of(array)
+        for record in records_of(message.content, ArrayRecord).values()
+        for array in record.values()
+    )
 
 
 def _digest(message: Message) -> str:
     """Over examples, names, dtypes, shapes and little-endian values: the same however the arrays came."""
-    sha = hashlib.sha256(str(message.content.metric_records[METRICS][EXAMPLES]).encode())
-    (record,) = array_records(message.content)
+    sha = hashlib.sha256(str(records_of(message.content, MetricRecord)[METRICS][EXAMPLES]).encode())
+    (record,) = records_of(message.content, ArrayRecord).values()
     for name, array in record.items():
         sha.update(f"\0{name}\0{array.dtype}\0{tuple(array.shape)}\0".encode())
-        sha.update(raw_bytes(array.numpy()))
+        for _, piece in pieces(array):
+            sha.update(raw_bytes(piece))
     return sha.hexdigest()

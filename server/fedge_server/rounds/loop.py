@@ -22,7 +22,7 @@ from torch import nn
 
 from fedge.config import Config
 from fedge.dataset import Examples
-from fedge.errors import FedgeError, FormatError, RoundError, SupersededError
+from fedge.errors import FedgeError, FormatError, HubAwayError, RoundError, SupersededError
 from fedge.learning import local, messages
 from fedge.learning.messages import Instructions
 from fedge.learning.metrics import evaluate
@@ -89,8 +89,8 @@ def learn(
             observe(run.next_round())
         if not any(record.counted for record in run.records[1:]):
             raise RoundError(f"no round counted: {run.why_not_counted()}")
-    except SupersededError:
-        raise  # the run goes on elsewhere
+    except (SupersededError, HubAwayError):
+        raise  # the run goes on elsewhere, or when the hub is back
     except FedgeError as error:
         registry.end_run(run_id, "failed", str(error))
         raise

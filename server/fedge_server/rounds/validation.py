@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord
 
 from fedge.errors import FedgeError
 from fedge.learning.messages import ARRAYS, EXAMPLES, MAX_EXAMPLES, METRICS, TRAIN_LOSS
-from fedge.wire.arrays import DirectArray, array_records
+from fedge.wire.arrays import DirectArray, records_of
 
 MAX_LOSS = 1e6  # of one client; QFedAvg raises it to a power
 
@@ -42,7 +42,7 @@ def evaluation_fault(reply: Message) -> str | None:
     if reply.has_error():
         return _short(f"client error: {_last_line(reply.error.reason)}")
     try:
-        metrics = reply.content.metric_records[METRICS]
+        metrics = records_of(reply.content, MetricRecord)[METRICS]
         if sorted(reply.content) != [METRICS] or set(metrics) != {EXAMPLES, "loss", "accuracy"}:
             return "records or metrics are not those of an evaluation"
         return _examples_fault(metrics) or next(
@@ -62,13 +62,16 @@ def _fault(reply: Message, like: Arrays, further: frozenset[str]) -> str | None:
         return f"client error: {_last_line(reply.error.reason)}"
     if sorted(reply.content) != sorted((ARRAYS, METRICS)):
         return f"records {sorted(reply.content)} instead of {[ARRAYS, METRICS]}"
-    if not isinstance(reply.content[ARRAYS], ArrayRecord) or len(reply.content.metric_records) != 1:
+    if (
+        not isinstance(reply.content[ARRAYS], ArrayRecord)
+        or len(records_of(reply.content, MetricRecord)) != 1
+    ):
         return "records of the wrong kind"
     return _metrics_fault(reply, further) or _arrays_fault(reply, like)
 
 
 def _metrics_fault(reply: Message, further: frozenset[str]) -> str | None:
-    metrics = reply.content.metric_records[METRICS]
+    metrics = records_of(reply.content, MetricRecord)[METRICS]
     if set(metrics) != {EXAMPLES, TRAIN_LOSS} | further:
         return f"metrics {sorted(metrics)} instead of {sorted({EXAMPLES, TRAIN_LOSS} | further)}"
     if (found := _examples_fault(metrics)) is not None:
@@ -90,7 +93,7 @@ def _examples_fault(metrics: MetricRecord) -> str | None:
 
 
 def _arrays_fault(reply: Message, like: Arrays) -> str | None:
-    (record,) = array_records(reply.content)
+    (record,) = records_of(reply.content, ArrayRecord).values()
     if list(record) != list(like):
         wrong = sorted(set(record) ^ set(like))
         return f"array names differ: {', '.join(wrong[:3]) or 'another order'}"

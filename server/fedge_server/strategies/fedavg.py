@@ -14,7 +14,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from flwr.serverapp import strategy as flower
 
-from fedge.wire.arrays import MemoryArray, array_records
+from fedge.wire.arrays import MemoryArray, pieces, records_of
 
 
 class FedAvg(flower.FedAvg):
@@ -28,9 +28,9 @@ class FedAvg(flower.FedAvg):
         if not valid:
             return None, None
         contents = [message.content for message in valid]
-        records = [array_records(content)[0] for content in contents]
+        records = [next(iter(records_of(content, ArrayRecord).values())) for content in contents]
         weights = [
-            float(next(iter(content.metric_records.values()))[self.weighted_by_key])  # type: ignore[arg-type]
+            float(next(iter(records_of(content, MetricRecord).values()))[self.weighted_by_key])  # type: ignore[arg-type]
             for content in contents
         ]
         mean = weighted_mean(records, weights)
@@ -58,7 +58,7 @@ class FedYogi(flower.FedYogi, FedAvg):
 
 
 def weighted_mean(records: list[ArrayRecord], weights: list[float]) -> ArrayRecord:
-    """The mean of records with the same names and shapes; it holds one tensor of one reply at a time.
+    """The mean of records with the same names and shapes; of a reply it holds a piece of a tensor at a time.
 
     Args:
         records: one per reply; their arrays may lie in files.
@@ -74,8 +74,12 @@ def weighted_mean(records: list[ArrayRecord], weights: list[float]) -> ArrayReco
 
 def _mean_of(arrays: list[Array], factors: list[float]) -> npt.NDArray[Any]:
     found = _scaled(arrays[0].numpy(), factors[0])
+    if not found.flags.c_contiguous:  # a reply of this process; those from elsewhere are
+        found = np.ascontiguousarray(found)
+    flat = found.reshape(-1)
     for array, factor in zip(arrays[1:], factors[1:], strict=True):
-        found += _scaled(array.numpy(), factor)
+        for start, piece in pieces(array):
+            flat[start : start + piece.size] += piece * factor
     return found
 
 

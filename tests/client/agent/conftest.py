@@ -71,7 +71,8 @@ class StubHub(LinkServicer):
         self.bundle = b""
         self._streams: list[Any] = []
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         self._server: Any = None
         self.start()
 
@@ -99,6 +100,8 @@ class StubHub(LinkServicer):
     def close(self) -> None:
         self.stop()
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._loop.close()
 
     async def Connect(self, requests: Any, context: Any) -> None:  # noqa: N802
         if self.refuse is not None:

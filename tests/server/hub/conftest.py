@@ -169,7 +169,8 @@ class Rig:
         self.hub: Hub | None = None
         self.devices: list[Device] = []
         self._local: Any = None
-        self.script = "pass"  # what a worker does
+        # What a worker does: wait, as one that ends has its run restarted, failed and forgotten.
+        self.script = "import time; time.sleep(600)"
         self.session = ""
 
     async def up(self) -> Hub:

@@ -185,6 +185,8 @@ def test_a_stream_begins_with_hello(hub: Any, monkeypatch: pytest.MonkeyPatch) -
         assert (code, "oldest is 1" in details) == (Code.FAILED_PRECONDITION, True)
         tags = [str(number) for number in range(connection_module.MAX_ITEMS + 1)]
         assert (await (await device.connect(tags=tags)).end())[0] == Code.INVALID_ARGUMENT
+        long = "m" * (connection_module.MAX_TEXT + 1)
+        assert (await (await device.connect(working_on=[long])).end())[0] == Code.INVALID_ARGUMENT
         newer = await device.connect(version=99)
         assert (await newer.read()).welcome.wire_version == 2
 
@@ -201,6 +203,16 @@ def tensors(*described: tuple[str, list[int]], size: int, sha256: bytes = b"s" *
     return records.Result(content=content)
 
 
+def values(*found: records.Value) -> records.Result:
+    entries = [records.Entry(key=str(number), value=value) for number, value in enumerate(found)]
+    record = records.Record(name="config", kind=records.Record.CONFIG, entries=entries)
+    return records.Result(content=records.Content(records=[record]))
+
+
+def a_list(*items: records.Value) -> records.Value:
+    return records.Value(list=records.Values(items=items))
+
+
 BAD = {
     "garbage": (b"\xff" * 100, "cannot be decoded"),
     "nothing": (b"", "neither content nor failure"),
@@ -210,6 +222,10 @@ BAD = {
     "an unknown dtype": (tensors(("object", [1]), size=8), "dtype 'object'"),
     "too many tensors": (tensors(*[("uint8", [0])] * (MAX_TENSORS + 1), size=0), "20001 tensors"),
     "no digest": (tensors(("uint8", [8]), size=8, sha256=b"s"), "SHA-256"),
+    "too many records": (records.Result(content={"records": [records.Record()] * 65}), "65 records"),
+    "too many values": (values(*[records.Value(flag=True)] * 65_537), "more than 65536 values"),
+    "too many items": (values(a_list(*[records.Value(flag=True)] * 65_536)), "more than 65536 values"),
+    "a list within a list": (values(a_list(a_list())), "a list within a list"),
     "negative seconds": (records.Result(failure=records.Failure(code=1), seconds=-1.0), "seconds"),
 }
 

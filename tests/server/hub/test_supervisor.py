@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedge.wire.v1 import admin_pb2 as admin
-from fedge_server.hub.supervisor import lock_holder, tail
+from fedge_server.hub.supervisor import _flock_owner, lock_holder, tail
 
 # A worker that holds its lock, as a real one does; `{}` is what it does then.
 WORKER = """
@@ -159,3 +160,15 @@ def test_a_file_that_nobody_locks_has_no_holder(tmp_path: Any) -> None:
     assert lock_holder(tmp_path / "absent") == 0
     (tmp_path / "free").touch()
     assert lock_holder(tmp_path / "free") == 0
+
+
+def test_a_process_that_locks_another_file_of_the_same_inode_is_not_the_holder(tmp_path: Any) -> None:
+    path, table = tmp_path / "lock", tmp_path / "locks"
+    with path.open("w") as held:
+        state = os.fstat(held.fileno())
+        here = f"2: FLOCK  ADVISORY  WRITE {os.getpid()} 08:01:{state.st_ino} 0 EOF\n"
+        other = f"1: FLOCK  ADVISORY  WRITE {os.getppid()} 08:02:{state.st_ino} 0 EOF\n"
+        table.write_text(other + here)
+        assert _flock_owner(state, table) == os.getpid()
+        table.write_text(other)
+        assert _flock_owner(state, table) == 0

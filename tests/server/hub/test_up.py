@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from fedge.errors import FedgeError, UserError
 from fedge.wire.v1 import admin_pb2 as admin
 from fedge_server.cli import main
 from fedge_server.hub import control
+from fedge_server.hub import server as server_module
 from fedge_server.hub.home import Home
 from fedge_server.hub.server import only_hub, read_ports
 
@@ -75,6 +78,47 @@ def test_health_is_told_on_both_ports(hub: Any) -> None:
             reply = await stub.Check(health_pb2.HealthCheckRequest(service=name))
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
         await anonymous.close()
+
+    hub(scenario)
+
+
+def test_who_connects_for_enrolment_and_says_nothing_is_sent_away(
+    hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_ENROLMENT_AGE_S", 1)
+    monkeypatch.setattr(server_module, "_ENROLMENT_GRACE_S", 1)
+
+    def stay(port: int) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_alpn_protocols(["h2"])
+        with (
+            socket.create_connection(("127.0.0.1", port), 10) as plain,
+            context.wrap_socket(plain) as secured,
+        ):
+            secured.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+            while secured.recv(4096):  # until the server closes
+                pass
+
+    async def scenario(rig: Any) -> None:
+        await asyncio.wait_for(asyncio.to_thread(stay, rig.hub.enrolment_port), 10)
+
+    hub(scenario)
+
+
+def test_the_house_is_kept_after_something_unforeseen(
+    hub: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "HOUSEKEEPING_S", 0.02)
+    looks: list[int] = []
+
+    async def scenario(rig: Any) -> None:
+        async def fails() -> None:
+            looks.append(1)
+            raise RuntimeError("unforeseen")
+
+        monkeypatch.setattr(rig.hub, "refresh", fails)
+        await tools.until(lambda: len(looks) > 2)
 
     hub(scenario)
 

@@ -195,6 +195,26 @@ def test_another_process_sees_a_rotation_when_it_reloads(authority: Authority) -
     assert other.bundle_digest == authority.bundle_digest
 
 
+def test_a_ca_that_goes_while_the_folder_is_read_is_our_error(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority.rotate()
+    real = module._read_pair
+
+    def read_and_lose(path: Path) -> Any:
+        pair = real(path)
+        if path.name == "1.pem":  # another process ends the rotation
+            path.unlink()
+        return pair
+
+    monkeypatch.setattr(module, "_read_pair", read_and_lose)
+    with pytest.raises(FormatError, match=r"1\.pem"):
+        authority.reload()
+    monkeypatch.undo()
+    authority.reload()  # the other one is there
+    assert not authority.rotating
+
+
 def test_a_rotation_that_was_killed_has_happened_or_not(
     authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:

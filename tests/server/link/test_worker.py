@@ -13,7 +13,9 @@ import time
 import pytest
 
 from fedge.config import Config
+from fedge.errors import HubAwayError
 from fedge_client import app as client_app
+from fedge_server.link import worker as module
 from fedge_server.registry.database import Registry
 from fedge_simulations.world import prepare
 
@@ -182,3 +184,19 @@ def test_two_workers_of_one_run_are_one_too_many(deployment):
     until(lambda: deployment.hub.asked)
     assert deployment.start().wait(60) == 1
     assert "another worker has this run" in deployment.log()
+
+
+def test_a_hub_that_stays_away_leaves_the_run_to_the_next_one(home, monkeypatch, capsys):
+    home.root.mkdir(exist_ok=True)
+    home.settings.write_text("")
+    with Registry.open(home.root) as registry:
+        registry.begin_run("run", task="digits", seed=0, config={}, data="")
+
+    def gone(*_):
+        raise HubAwayError("hub: away for 600 s; is it up?")
+
+    monkeypatch.setattr(module, "_work", gone)
+    assert module._guarded(home, "run") == 1
+    assert capsys.readouterr().out == "failed: hub: away for 600 s; is it up?\n"
+    with Registry.open(home.root) as registry:
+        assert registry.run("run")["status"] == "running"
