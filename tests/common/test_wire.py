@@ -32,6 +32,8 @@ FROZEN = {
         "node_id": 10,
     },
     "FetchRequest": {"message_id": 1, "sha256": 2, "offset": 3},
+    "TurnRequest": {"message_id": 1, "kind": 2, "sha256": 3},
+    "TurnReply": {"wanted": 1, "granted": 2, "offset": 3},
     "SubmitHeader": {"message_id": 1, "result": 2},
     "SubmitPart": {"header": 1, "data": 2},
     "SubmitReply": {"outcome": 1, "reason": 2},

@@ -12,14 +12,16 @@ import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from fedge.wire import MAX_MESSAGE_BYTES, PART_BYTES, WIRE_VERSION
+from fedge.wire import BULK_BYTES, MAX_MESSAGE_BYTES, PART_BYTES, TURN_S, WIRE_VERSION
 from fedge.wire.v1 import link_pb2, link_pb2_grpc, records_pb2
 
 ARRAYS, METRICS, CONFIG = records_pb2.Record.ARRAYS, records_pb2.Record.METRICS, records_pb2.Record.CONFIG
@@ -126,15 +128,28 @@ class RawDevice:
         except grpc.aio.AioRpcError as error:
             self.failures.append(f"{error.code().name}: {error.details()}")
 
-    def fetch(self, work: link_pb2.Work) -> AsyncIterator[bytes]:
+    async def fetch(self, work: link_pb2.Work) -> AsyncIterator[bytes]:
         """The bytes of a message's object, in chunks."""
-        return self._chunks(
-            link_pb2.FetchRequest(message_id=work.message_id, sha256=work.content.object.sha256)
+        wanted = work.content.object
+        request = link_pb2.FetchRequest(message_id=work.message_id, sha256=wanted.sha256)
+        turn = link_pb2.TurnRequest(
+            message_id=work.message_id, kind=link_pb2.TurnRequest.FETCH, sha256=wanted.sha256
         )
+        async with self._carrier(turn, wanted.size) as stub:
+            async for chunk in stub.Fetch(request):
+                yield chunk.data
 
-    async def _chunks(self, request: link_pb2.FetchRequest) -> AsyncIterator[bytes]:
-        async for chunk in self.link.Fetch(request):
-            yield chunk.data
+    @asynccontextmanager
+    async def _carrier(self, turn: link_pb2.TurnRequest, size: int) -> AsyncIterator[Any]:
+        """What an object of this size travels over: a large one has its turn, and a connection of its own."""
+        if size <= BULK_BYTES:
+            yield self.link
+            return
+        while not (reply := await self.link.Turn(turn, timeout=TURN_S + 20)).granted:
+            if not reply.wanted:
+                break  # the hub will say the same of the transfer
+        async with self._identity.channel() as channel:
+            yield link_pb2_grpc.LinkStub(channel)
 
     async def submit(
         self, work: link_pb2.Work, result: bytes, body: AsyncIterator[bytes]
@@ -147,9 +162,22 @@ class RawDevice:
             async for data in body:
                 yield link_pb2.SubmitPart(data=data)
 
-        reply: link_pb2.SubmitReply = await self.link.Submit(parts())
+        sent = _object_of(result)
+        turn = link_pb2.TurnRequest(
+            message_id=work.message_id, kind=link_pb2.TurnRequest.SUBMIT, sha256=sent.sha256
+        )
+        async with self._carrier(turn, sent.size) as stub:
+            reply: link_pb2.SubmitReply = await stub.Submit(parts())
         self.outcomes.append(reply)
         return reply
+
+
+def _object_of(result: bytes) -> records_pb2.Object:
+    """What an answer declares; garbage declares nothing."""
+    try:
+        return records_pb2.Result.FromString(result).content.object
+    except DecodeError:
+        return records_pb2.Object()
 
 
 Answer = Callable[[RawDevice, link_pb2.Work], Awaitable[None]]

@@ -26,7 +26,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 HERE = Path(__file__).parent
 PROTOS = HERE.parents[1] / "common" / "fedge" / "wire" / "v1"
 FILES = ("records.proto", "link.proto", "enrolment.proto")
-LATER = re.compile(r"^.*\(version 2\).*\n|^.*Progress.*\n|^.*// How much of an answer.*\n", re.MULTILINE)
+LATER = re.compile(r"^.*\(version 2\).*\n|^.*rpc Turn.*\n", re.MULTILINE)
 
 
 def descriptors() -> bytes:
@@ -40,7 +40,7 @@ def descriptors() -> bytes:
                 r"// Nobody waits.*?\n}\n|// The certificate authority's bundle.*?\n}\n", "", text, flags=re.S
             )
             text = re.sub(r"^ +(Cancel|NewBundle) .*\n", "", text, flags=re.MULTILINE)
-            text = re.sub(r"^message Progress\w+ \{.*?^\}\n", "", text, flags=re.MULTILINE | re.DOTALL)
+            text = re.sub(r"^message Turn\w+ \{.*?^\}\n", "", text, flags=re.MULTILINE | re.DOTALL)
             (folder / file).write_text(LATER.sub("", text))
         out = Path(name) / "set.bin"
         names = [f"fedge/wire/v1/{file}" for file in FILES]

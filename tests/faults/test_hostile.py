@@ -205,7 +205,7 @@ def test_a_device_cannot_touch_the_message_of_another(
     for call in (
         collected(thief, work),
         thief.submit(work, b"", devices.chunked(b"")),
-        progress(thief, work),
+        turn(thief, work),
     ):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             raw.call(call)
@@ -213,9 +213,9 @@ def test_a_device_cannot_touch_the_message_of_another(
     federation.server("run", "stop", run_id)
 
 
-async def progress(device: RawDevice, work: link_pb2.Work) -> object:
-    request = link_pb2.ProgressRequest(message_id=work.message_id, sha256=bytes(32))
-    return await device.link.Progress(request)
+async def turn(device: RawDevice, work: link_pb2.Work) -> object:
+    request = link_pb2.TurnRequest(message_id=work.message_id, kind=link_pb2.TurnRequest.FETCH)
+    return await device.link.Turn(request)
 
 
 async def collected(device: RawDevice, work: link_pb2.Work) -> bytes:

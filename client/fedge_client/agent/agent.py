@@ -16,10 +16,9 @@ import fedge
 from fedge.errors import FedgeError, FormatError, IdentityError
 from fedge.wire import WIRE_VERSION
 from fedge.wire.v1 import link_pb2 as pb
-from fedge.wire.v1.records_pb2 import Object
 from fedge_client.agent import status
 from fedge_client.agent.child import TrainingChild
-from fedge_client.agent.connection import Link, backoff, said
+from fedge_client.agent.connection import Closed, Link, backoff, said
 from fedge_client.agent.diagnosis import diagnose
 from fedge_client.agent.enrolment import renew
 from fedge_client.agent.identity import Identity
@@ -49,7 +48,6 @@ class Agent:
         self._linked = Linked()
         self._to_send = asyncio.Event()
         self._outbox = Outbox(home / "outbox")
-        self._broken: set[str] = set()  # answers of which a part may have arrived
         facts = {"server": identity.hub.link_address, "tasks": digests, "child": "not started"}
         self._status = status.Status(home, facts)
         self._child = TrainingChild(home, settings.training, self._child_changed)
@@ -121,7 +119,7 @@ class Agent:
         self._show("connecting", "")
         try:
             await self._renew_before_connecting()
-            async with Link(self._identity) as link:
+            async with Link(lambda: self._identity) as link:
                 await self._session(link)
             return "the server ended the connection", False
         except grpc.RpcError as error:
@@ -262,41 +260,29 @@ class Agent:
         """Send an answer; True when it need not be sent again."""
         try:
             header, result = self._outbox.get(message_id)
-            reply = await self._submit(link, message_id, header, result.content.object)
+            found = result.content.object
+            path = self._outbox.path_of(message_id, found) if found.size else None
+            reply = await link.submit(header, found, path)
+        except Closed:
+            reply = pb.SubmitReply(outcome=pb.SubmitReply.TOO_LATE, reason="not wanted any more")
         except FormatError as error:
             log.warning("%s; dropped", error)
             self._outbox.drop(message_id)
             return True
         except grpc.RpcError as error:
-            self._broken.add(message_id)
             if error.code() not in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT):
                 log.info("answer to %s: %s; kept", message_id, said(error))
                 return False
             reply = pb.SubmitReply(outcome=pb.SubmitReply.REFUSED, reason=said(error))
         except OSError:
-            self._broken.add(message_id)
             return False
         if reply.outcome in (pb.SubmitReply.INCOMPLETE, pb.SubmitReply.OUTCOME_UNSPECIFIED):
-            self._broken.add(message_id)
             return False
         if reply.outcome != pb.SubmitReply.ACCEPTED:
             name = pb.SubmitReply.Outcome.Name(reply.outcome)
             log.info("answer to %s: %s (%s); dropped", message_id, name, reply.reason[:200])
         self._outbox.drop(message_id)
-        self._broken.discard(message_id)
         return True
-
-    async def _submit(
-        self, link: Link, message_id: str, header: pb.SubmitHeader, found: Object
-    ) -> pb.SubmitReply:
-        """Send one answer, from where an earlier attempt broke off."""
-        path = self._outbox.path_of(message_id, found) if found.size else None
-        if path is not None and message_id in self._broken and link.wire_version >= 2:
-            progress = await link.progress(message_id, found.sha256)
-            if not progress.wanted:
-                return pb.SubmitReply(outcome=pb.SubmitReply.TOO_LATE, reason="not wanted any more")
-            header.offset = min(progress.offset, found.size)
-        return await link.submit(header, path)
 
     # --- what others see
 

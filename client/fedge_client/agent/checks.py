@@ -99,7 +99,7 @@ async def _ask(identity: Identity) -> float:
         fedge_version=fedge.__version__,
         bundle_sha256=identity.bundle_sha256,
     )
-    async with Link(identity) as link:
+    async with Link(lambda: identity) as link:
         welcome = await link.greet(hello)
         return time.time() - welcome.server_time
 

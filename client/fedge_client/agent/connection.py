@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -14,13 +14,16 @@ import grpc
 import grpc.aio
 
 from fedge.errors import FormatError
-from fedge.wire import MAX_MESSAGE_BYTES, PART_BYTES
+from fedge.wire import BULK_BYTES, MAX_MESSAGE_BYTES, PART_BYTES, TURN_S
 from fedge.wire.v1 import link_pb2 as pb
 from fedge.wire.v1.link_pb2_grpc import LinkStub
+from fedge.wire.v1.records_pb2 import Object
 from fedge_client.agent.identity import Identity
 
 WELCOME_TIMEOUT_S: Final = 20.0
-CALL_TIMEOUT_S: Final = 20.0  # of a small call
+OLDEST_HUB: Final = 2  # wire version; it knows turns
+TURN_TIMEOUT_S: Final = TURN_S + 20.0
+AGAIN_S: Final = 0.5  # before a turn is asked for again
 FIRST_DELAY_S: Final = 1.0  # most that is waited before the first new attempt
 
 _OPTIONS: Final = (
@@ -30,7 +33,7 @@ _OPTIONS: Final = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_retries", 0),  # resume is ours
-    ("grpc.use_local_subchannel_pool", 1),  # a new connection shows the new certificate
+    ("grpc.use_local_subchannel_pool", 1),  # each Link, and each bulk transfer, connects anew
 )
 
 
@@ -42,12 +45,23 @@ def backoff(attempt: int, maximum_s: float, rng: random.Random) -> float:
     return rng.uniform(0.0, min(maximum_s, FIRST_DELAY_S * 2.0 ** min(attempt - 1, 32)))
 
 
-class Link:
-    """An open connection; what breaks it is raised as grpc.RpcError by the call under way."""
+class Closed(Exception):  # noqa: N818 - a fact, not an error
+    """Nobody waits for this message any more."""
 
-    def __init__(self, identity: Identity) -> None:
-        credentials = grpc.ssl_channel_credentials(identity.bundle, identity.key_pem, identity.certificate)
-        self._channel = grpc.aio.secure_channel(identity.hub.link_address, credentials, _OPTIONS)
+
+class Link:
+    """An open connection; what breaks it is raised as grpc.RpcError by the call under way.
+
+    Objects of more than `BULK_BYTES` travel one by one over connections of their own, each of which ends with
+    its transfer.
+
+    Args:
+        identity: of the moment; asked at each connection.
+    """
+
+    def __init__(self, identity: Callable[[], Identity]) -> None:
+        self._identity = identity
+        self._channel = _channel(identity())
         self._stub: Any = LinkStub(self._channel)  # type: ignore[no-untyped-call]  # generated
         self._stream: Any = None
         self.wire_version = 0  # that both sides speak; 0 before Welcome
@@ -61,7 +75,7 @@ class Link:
         await self.close()
 
     async def close(self) -> None:
-        """End the connection and every call on it."""
+        """End the connection and every call on it; a bulk transfer under way goes on."""
         if self._stream is not None:
             self._stream.cancel()
         await self._channel.close()
@@ -71,7 +85,7 @@ class Link:
 
         Raises:
             grpc.RpcError: no connection, or the hub refuses this device.
-            FormatError: what answers is no hub.
+            FormatError: what answers is no hub, or too old a one.
         """
         self._stream = self._stub.Connect()
         try:
@@ -88,6 +102,11 @@ class Link:
         if first.WhichOneof("kind") != "welcome":
             raise FormatError(f"the server answered {first.WhichOneof('kind')} instead of Welcome")
         self.wire_version = first.welcome.wire_version
+        if self.wire_version < OLDEST_HUB:
+            raise FormatError(
+                f"the server speaks wire version {self.wire_version}, this device needs {OLDEST_HUB}; "
+                "install a newer fedge on the server"
+            )
         welcome: pb.Welcome = first.welcome
         return welcome
 
@@ -107,28 +126,63 @@ class Link:
             if await self._stream.code() is not grpc.StatusCode.OK:
                 raise await self._ended()
 
-    async def fetch(self, message_id: str, sha256: bytes, offset: int) -> AsyncGenerator[bytes, None]:
-        """The bytes of a message's object from an offset on."""
-        with _closed_is_broken():
-            call = self._stub.Fetch(pb.FetchRequest(message_id=message_id, sha256=sha256, offset=offset))
-            try:
-                async for chunk in call:
-                    yield chunk.data
-            finally:
-                call.cancel()  # of no effect when it has ended; else the hub need not send the rest
+    async def fetch(self, message_id: str, wanted: Object, offset: int) -> AsyncGenerator[bytes, None]:
+        """The bytes of a message's object from an offset on.
 
-    async def progress(self, message_id: str, sha256: bytes) -> pb.ProgressReply:
-        """How much of an answer's object has arrived."""
-        request = pb.ProgressRequest(message_id=message_id, sha256=sha256)
+        Raises:
+            Closed: nobody waits for this message any more.
+        """
+        request = pb.FetchRequest(message_id=message_id, sha256=wanted.sha256, offset=offset)
+        turn = pb.TurnRequest(message_id=message_id, kind=pb.TurnRequest.FETCH, sha256=wanted.sha256)
         with _closed_is_broken():
-            reply: pb.ProgressReply = await self._stub.Progress(request, timeout=CALL_TIMEOUT_S)
-            return reply
+            async with self._carrier(turn, wanted.size) as (stub, _):
+                call = stub.Fetch(request)
+                try:
+                    async for chunk in call:
+                        yield chunk.data
+                finally:
+                    call.cancel()  # of no effect when it has ended; else the hub need not send the rest
 
-    async def submit(self, header: pb.SubmitHeader, path: Path | None) -> pb.SubmitReply:
-        """Send an answer, and its object's bytes from the header's offset on."""
+    async def submit(self, header: pb.SubmitHeader, sent: Object, path: Path | None) -> pb.SubmitReply:
+        """Send an answer and its object's bytes; a bulk object's from where an earlier attempt broke off.
+
+        Raises:
+            Closed: nobody waits for this message any more.
+        """
+        turn = pb.TurnRequest(message_id=header.message_id, kind=pb.TurnRequest.SUBMIT, sha256=sent.sha256)
         with _closed_is_broken():
-            reply: pb.SubmitReply = await self._stub.Submit(_parts(header, path))
-            return reply
+            async with self._carrier(turn, sent.size) as (stub, arrived):
+                header.offset = min(arrived, sent.size)
+                reply: pb.SubmitReply = await stub.Submit(_parts(header, path))
+                return reply
+
+    @asynccontextmanager
+    async def _carrier(self, turn: pb.TurnRequest, size: int) -> AsyncIterator[tuple[Any, int]]:
+        """What an object of this size travels over, and how many of its bytes the hub has already."""
+        if size <= BULK_BYTES:
+            yield self._stub, 0
+            return
+        arrived = await self._turn(turn)
+        channel = _channel(self._identity())
+        try:
+            yield LinkStub(channel), arrived  # type: ignore[no-untyped-call]  # generated
+        finally:
+            await channel.close()
+
+    async def _turn(self, request: pb.TurnRequest) -> int:
+        """Wait until the hub keeps a place for us; how many bytes it has already."""
+        while True:
+            reply: pb.TurnReply = await self._stub.Turn(request, timeout=TURN_TIMEOUT_S)
+            if not reply.wanted:
+                raise Closed
+            if reply.granted:
+                return reply.offset
+            await asyncio.sleep(AGAIN_S)
+
+
+def _channel(identity: Identity) -> grpc.aio.Channel:
+    credentials = grpc.ssl_channel_credentials(identity.bundle, identity.key_pem, identity.certificate)
+    return grpc.aio.secure_channel(identity.hub.link_address, credentials, _OPTIONS)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from fedge.wire.v1.link_pb2 import Work
 from fedge.wire.v1.records_pb2 import Result
 from fedge_client.agent.answering import LOAD_FAILED, failure
 from fedge_client.agent.child import TrainingChild
-from fedge_client.agent.connection import Link, said
+from fedge_client.agent.connection import Closed, Link, said
 from fedge_client.agent.frames import Job
 from fedge_client.agent.objects import ObjectCache
 from fedge_client.agent.outbox import Outbox, is_message_id
@@ -37,10 +37,6 @@ KEEP_STATE_S: Final = 60 * 24 * 3600.0  # of a run that has sent nothing for so 
 log = logging.getLogger("fedge.agent")
 
 _GONE = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT)
-
-
-class Closed(Exception):  # noqa: N818 - a fact, not an error
-    """Nobody waits for this message any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +228,7 @@ class Workshop:
             while True:
                 link = await self._linked.get()
                 try:
-                    sent = link.fetch(work.message_id, work.content.object.sha256, offset)
+                    sent = link.fetch(work.message_id, work.content.object, offset)
                     async with aclosing(sent) as chunks:
                         async for data in chunks:
                             offset += len(data)

@@ -97,6 +97,7 @@ class Exchange:
         self._tasks: list[asyncio.Task[None]] = []
         self.post_work: Callable[[int, str], None] = lambda _node, _message: None
         self.post_cancel: Callable[[int, str], None] = lambda _node, _message: None
+        self.ended: Callable[[str], None] = lambda _message: None
 
     async def start(self) -> None:
         """Take up the open messages of the database, as after a restart, and begin to work."""
@@ -300,6 +301,7 @@ class Exchange:
             del self._uses[message.content], self._contents[message.content]
         for watch in self._watches.pop(message_id, ()):
             watch.end(message_id)
+        self.ended(message_id)
         return flight
 
     def _end(self, message_ids: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ import grpc
 
 from fedge import __version__
 from fedge.errors import FedgeError, FormatError
-from fedge.wire import WIRE_VERSION
+from fedge.wire import TURN_S, WIRE_VERSION
 from fedge.wire.v1 import link_pb2 as link
 from fedge.wire.v1 import link_pb2_grpc
 from fedge_server.hub.connection import Connection, read_hello
@@ -55,8 +55,9 @@ class LinkServicer(link_pb2_grpc.LinkServicer):
         self._exchange = exchange
         self._roster = roster
         self._age_s = max_connection_age_s
-        self._down = Lanes(TRANSFERS)
-        self._submitting = Submitting(home, gate, fleet, exchange, Lanes(TRANSFERS))
+        self._down, self._up = Lanes(TRANSFERS), Lanes(TRANSFERS)
+        self._submitting = Submitting(home, gate, fleet, exchange, self._up)
+        exchange.ended = self._ended
 
     async def Connect(self, _: Any, context: Any) -> None:  # noqa: N802 - the wire's name
         """A device's resident stream."""
@@ -82,7 +83,9 @@ class LinkServicer(link_pb2_grpc.LinkServicer):
             await self._send(context, connection)
         finally:
             reader.cancel()
-            self._roster.leave(connection)
+            if self._roster.leave(connection):
+                self._down.give_back(peer.node_id)
+                self._up.give_back(peer.node_id)
 
     async def _hello(self, context: Any) -> link.Hello:
         try:
@@ -167,7 +170,7 @@ class LinkServicer(link_pb2_grpc.LinkServicer):
     async def _chunks(
         self, handle: int, offset: int, size: int, flight: Flight, path: Path
     ) -> AsyncIterator[bytes]:
-        async with self._down.place() as place:
+        async with self._down.place(flight.message.id) as place:
             while offset < size:
                 wanted = min(place.chunk_bytes, size - offset)
                 data = await asyncio.to_thread(os.pread, handle, wanted, offset)
@@ -179,16 +182,28 @@ class LinkServicer(link_pb2_grpc.LinkServicer):
                     yield data  # comes back when the device has room for more
                 flight.touched = time.time()
 
-    async def Progress(  # noqa: N802 - the wire's name
-        self, request: link.ProgressRequest, context: Any
-    ) -> link.ProgressReply:
-        """How much of an answer's object has arrived."""
+    async def Turn(self, request: link.TurnRequest, context: Any) -> link.TurnReply:  # noqa: N802
+        """A place for the object of a message, or of its answer: kept until that transfer begins."""
         peer, _ = await self._gate.admit(context)
-        if self._exchange.flight(request.message_id) is None:
-            return link.ProgressReply(wanted=False)
-        flight = await self._own(request.message_id, peer, context)
-        offset = await self._submitting.arrived(flight, request.sha256)
-        return link.ProgressReply(wanted=True, offset=offset)
+        message_id = request.message_id
+        if self._exchange.flight(message_id) is None:
+            return link.TurnReply(wanted=False)
+        flight = await self._own(message_id, peer, context)
+        lanes = {link.TurnRequest.FETCH: self._down, link.TurnRequest.SUBMIT: self._up}.get(request.kind)
+        if lanes is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"a turn of no known kind: {request.kind}")
+            raise AssertionError("abort raises")
+        granted = await lanes.turn(message_id, peer.node_id, TURN_S)
+        await self._admitted(context, peer)
+        if self._exchange.flight(message_id) is not flight:
+            return link.TurnReply(wanted=False)
+        submits = request.kind == link.TurnRequest.SUBMIT
+        offset = await self._submitting.arrived(flight, request.sha256) if submits else 0
+        return link.TurnReply(wanted=True, granted=granted, offset=offset)
+
+    def _ended(self, message_id: str) -> None:
+        self._down.forget(message_id)
+        self._up.forget(message_id)
 
     async def Submit(self, _: Any, context: Any) -> link.SubmitReply:  # noqa: N802 - the wire's name
         """An answer: committed before the device hears that it is accepted."""

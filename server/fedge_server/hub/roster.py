@@ -58,16 +58,17 @@ class Roster:
         self._announced.add(task)
         task.add_done_callback(self._announced.discard)
 
-    def leave(self, connection: Connection) -> None:
-        """A stream has ended."""
+    def leave(self, connection: Connection) -> bool:
+        """A stream has ended; whether its device is away now."""
         member = connection.member
         self._seen[member.device_id] = time.time()
         if self._connections.get(member.node_id) is not connection:
-            return
+            return False
         del self._connections[member.node_id]
         self._fleet.leave(member)
         self._exchange.gone(member.node_id)
         _log.info("device %s left", member.device_id[:16])
+        return True
 
     async def introduce(self, connection: Connection, row: DeviceRow) -> None:
         """Write down what a device said of itself, if that is new."""

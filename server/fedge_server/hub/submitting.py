@@ -93,7 +93,7 @@ class Submitting:
         )
         with self._registered(message.id, upload):
             try:
-                async with self._lanes.place() as place:
+                async with self._lanes.place(message.id) as place:
                     await upload.begin(offset)
                     whole = await self._stream(flight, peer, upload, place, context)
             except FormatError as error:

@@ -61,6 +61,11 @@ class StubHub(LinkServicer):
         self.refuse_submits = False  # answers break off at once
         self.break_submit_after = 0  # bytes; the call then breaks off, once
         self.break_fetch_after = 0  # likewise
+        self.hang_fetch_after = 0  # bytes; the call then goes on no more
+        self.turns: list[tuple[str, int]] = []  # message, kind
+        self.not_yet = 0  # turns of a kind that a message is refused before one is granted
+        self.closed: set[str] = set()  # messages whose answers nobody wants
+        self.peers: dict[str, set[str]] = {}  # addresses that connections come from, by call
         self.outcome = pb.SubmitReply.ACCEPTED
         self.wire_version = 2
         self.bundle = b""
@@ -101,6 +106,7 @@ class StubHub(LinkServicer):
     async def Connect(self, requests: Any, context: Any) -> None:  # noqa: N802
         if self.refuse is not None:
             await context.abort(self.refuse, "device: revoked")
+        self._seen("Connect", context)
         message = await context.read()
         self.hellos.append(message.hello)
         welcome = pb.Welcome(
@@ -112,11 +118,22 @@ class StubHub(LinkServicer):
         while True:
             await context.write(await queue.get())
 
+    def _seen(self, call: str, context: Any) -> None:
+        self.peers.setdefault(call, set()).add(context.peer())
+
+    def connections(self) -> int:
+        """How many are open now."""
+        tables = [Path("/proc/net", name).read_text() for name in ("tcp", "tcp6")]
+        lines = [line.split() for table in tables for line in table.splitlines()]
+        established = [line[1] for line in lines if line[3] == "01"]
+        return sum(int(local.rpartition(":")[2], 16) == self.port for local in established)
+
     def send(self, message: pb.HubMessage) -> None:
         stream = wait_for(lambda: self._streams and self._streams[-1], "a device connects")
         self._loop.call_soon_threadsafe(stream.put_nowait, message)
 
     async def Fetch(self, request: pb.FetchRequest, context: Any) -> AsyncIterator[pb.Chunk]:  # noqa: N802
+        self._seen("Fetch", context)
         self.fetches.append((request.message_id, request.offset))
         data = self.objects.get(request.sha256)
         if data is None:
@@ -125,12 +142,23 @@ class StubHub(LinkServicer):
             if self.break_fetch_after and start >= self.break_fetch_after:
                 self.break_fetch_after = 0
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "broken off")
+            if self.hang_fetch_after and start >= self.hang_fetch_after:
+                await asyncio.Event().wait()
             yield pb.Chunk(data=data[start : start + CHUNK_BYTES])
 
-    async def Progress(self, request: pb.ProgressRequest, context: Any) -> pb.ProgressReply:  # noqa: N802
-        return pb.ProgressReply(wanted=True, offset=len(self.parts.get(request.message_id, b"")))
+    async def Turn(self, request: pb.TurnRequest, context: Any) -> pb.TurnReply:  # noqa: N802
+        self._seen("Turn", context)
+        self.turns.append((request.message_id, request.kind))
+        granted = self.turns.count(self.turns[-1]) > self.not_yet
+        arrived = len(self.parts.get(request.message_id, b""))
+        return pb.TurnReply(
+            wanted=request.message_id not in self.closed,
+            granted=granted,
+            offset=arrived if request.kind == pb.TurnRequest.SUBMIT else 0,
+        )
 
     async def Submit(self, requests: Any, context: Any) -> pb.SubmitReply:  # noqa: N802
+        self._seen("Submit", context)
         header = (await context.read()).header
         self.submits.append((header.message_id, header.offset))
         if self.refuse_submits:
@@ -314,7 +342,7 @@ def training() -> Callable[..., tuple[pb.HubMessage, bytes]]:
     """A message that trains digits for an epoch, and its object's bytes."""
 
     def make(
-        message_id: str, name: str = "digits", digest: str = "", **changes: Any
+        message_id: str, name: str = "digits", digest: str = "", model: str = "mlp", **changes: Any
     ) -> tuple[pb.HubMessage, bytes]:
         from flwr.app import RecordDict
 
@@ -330,7 +358,7 @@ def training() -> Callable[..., tuple[pb.HubMessage, bytes]]:
         instructions = Instructions(
             task=name,
             spec=spec,
-            model="mlp",
+            model=model,
             noise_filter="none",
             moments=None,
             train=Train(epochs=1),
@@ -338,7 +366,7 @@ def training() -> Callable[..., tuple[pb.HubMessage, bytes]]:
             update="weights",
             task_digest=digest,
         )
-        arrays = arrays_of(task.model("mlp")(spec))
+        arrays = arrays_of(task.model(model)(spec))
         packed = pack(RecordDict({ARRAYS: to_record(arrays), CONFIG: instructions.to_config()}))
         data = b"".join(bytes(part) for part in packed.buffers())
         packed.content.object.sha256 = hashlib.sha256(data).digest()

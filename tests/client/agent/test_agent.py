@@ -257,20 +257,72 @@ def test_transfers_go_on_where_they_broke_off(hub: Any, agent: Any, ping: Any, t
     is_done(hub, "m1")
     assert [offset for _, offset in hub.fetches] == [0, 524_288]
     hub.break_submit_after = 1
-    hub.train(*training("m2"))
+    hub.train(*training("m2", model="cnn"))
     is_done(hub, "m2")
     offsets = [offset for message_id, offset in hub.submits if message_id == "m2"]
     assert offsets[0] == 0
     assert offsets[1] > 0
 
 
-def test_a_hub_of_wire_version_1_gets_the_whole_answer_again(hub: Any, agent: Any, training: Any) -> None:
-    hub.wire_version = 1
+def test_a_small_answer_that_broke_off_is_sent_again_whole(hub: Any, agent: Any, training: Any) -> None:
     agent.start()
     hub.break_submit_after = 1
     hub.train(*training("m1"))
     is_done(hub, "m1")
     assert [offset for _, offset in hub.submits] == [0, 0]
+
+
+def test_a_large_object_travels_over_a_connection_that_ends_with_it(
+    hub: Any, agent: Any, training: Any, wait: Wait
+) -> None:
+    agent.start()
+    hub.train(*training("m1"))
+    is_done(hub, "m1")
+    resident = hub.peers["Connect"]
+    assert hub.peers["Fetch"] == hub.peers["Submit"] == resident
+    assert hub.turns == []
+    assert len(resident) == 1
+    hub.peers.clear()
+    hub.not_yet = 1  # so that each turn is asked for twice
+    hub.train(*training("m2", model="cnn"))
+    is_done(hub, "m2")
+    kinds = (pb.TurnRequest.FETCH, pb.TurnRequest.SUBMIT)
+    assert hub.turns == [("m2", kind) for kind in kinds for _ in range(2)]
+    assert hub.peers["Turn"] == resident
+    assert len(resident | hub.peers["Fetch"] | hub.peers["Submit"]) == 3
+    wait(lambda: hub.connections() == 1, "only the resident connection is open")
+
+
+def test_a_cancelled_message_closes_its_transfers_connection(
+    hub: Any, agent: Any, ping: Any, wait: Wait
+) -> None:
+    agent.start()
+    data = os.urandom(1_000_000)
+    hub.hang_fetch_after = 500_000
+    hub.train(ping("m1", data), data)
+    wait(lambda: hub.connections() == 2, "a connection for the transfer")
+    wait(lambda: hub.fetches)
+    hub.send(pb.HubMessage(cancel=pb.Cancel(message_id="m1")))
+    wait(lambda: hub.connections() == 1, "only the resident connection is open")
+
+
+def test_a_closed_message_is_not_moved_when_its_turn_comes(
+    hub: Any, agent: Any, ping: Any, wait: Wait
+) -> None:
+    agent.start()
+    hub.closed.add("m1")
+    hub.train(ping("m1", bytes(1_000_000)), bytes(1_000_000))
+    wait(lambda: hub.turns)
+    wait(lambda: not agent.status["working"])
+    assert hub.fetches == []
+    hub.send(ping("m2"))
+    is_done(hub, "m2")
+
+
+def test_an_older_hub_is_told_apart(hub: Any, agent: Any, wait: Wait) -> None:
+    hub.wire_version = 1
+    agent.start()
+    wait(lambda: "speaks wire version 1, this device needs 2" in agent.status["detail"])
 
 
 @pytest.mark.parametrize("outcome", ["TOO_LATE", "REFUSED"])

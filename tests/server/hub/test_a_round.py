@@ -100,19 +100,20 @@ def test_a_broken_submit_goes_on_where_it_broke(hub: Any, tools: Any) -> None:
         broken = await tools.submit(device.stub(), "m1", result, update[:100_000])
         assert broken.outcome == link.SubmitReply.INCOMPLETE
         stub = device.stub()
-        progress = await stub.Progress(link.ProgressRequest(message_id="m1", sha256=sha))
-        assert (progress.wanted, progress.offset) == (True, 100_000)
+        turn = link.TurnRequest(message_id="m1", kind=link.TurnRequest.SUBMIT, sha256=sha)
+        reply = await stub.Turn(turn)
+        assert (reply.wanted, reply.granted, reply.offset) == (True, True, 100_000)
         await rig.down()
         await rig.up()
         stub = device.stub()
-        other = await stub.Progress(link.ProgressRequest(message_id="m1", sha256=b"o" * 32))
-        assert (other.wanted, other.offset) == (True, 0)
+        other = link.TurnRequest(message_id="m1", kind=link.TurnRequest.SUBMIT, sha256=b"o" * 32)
+        assert (await stub.Turn(other)).offset == 0
         lost = await tools.submit(stub, "m1", result, update, offset=200_000)
         assert lost.outcome == link.SubmitReply.INCOMPLETE
         done = await tools.submit(stub, "m1", result, update, offset=100_000)
         assert done.outcome == link.SubmitReply.ACCEPTED
         assert (rig.home.spool("run-1") / "m1").read_bytes() == update
-        assert not (await stub.Progress(link.ProgressRequest(message_id="m1", sha256=sha))).wanted
+        assert not (await stub.Turn(turn)).wanted
 
     hub(scenario)
 

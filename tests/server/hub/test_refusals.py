@@ -23,7 +23,7 @@ from fedge_server.hub import link as link_module
 from fedge_server.identity.authority import Authority
 
 Code = grpc.StatusCode
-UNKNOWN = link.ProgressRequest(message_id="nothing", sha256=b"s" * 32)
+UNKNOWN = link.TurnRequest(message_id="nothing", kind=link.TurnRequest.SUBMIT, sha256=b"s" * 32)
 
 
 async def status_of(call: Any) -> tuple[grpc.StatusCode, str]:
@@ -35,9 +35,9 @@ async def status_of(call: Any) -> tuple[grpc.StatusCode, str]:
 def test_a_device_without_a_certificate_is_refused_at_the_handshake(hub: Any) -> None:
     async def scenario(rig: Any) -> None:
         device = rig.device()
-        code, _ = await status_of(device.stub(anonymous=True).Progress(UNKNOWN))
+        code, _ = await status_of(device.stub(anonymous=True).Turn(UNKNOWN))
         assert code == Code.UNAVAILABLE
-        assert not (await device.stub().Progress(UNKNOWN)).wanted  # and with one it is served
+        assert not (await device.stub().Turn(UNKNOWN)).wanted  # and with one it is served
 
     hub(scenario)
 
@@ -45,7 +45,7 @@ def test_a_device_without_a_certificate_is_refused_at_the_handshake(hub: Any) ->
 def test_another_authoritys_certificate_is_refused_at_the_handshake(hub: Any, tmp_path: Path) -> None:
     async def scenario(rig: Any) -> None:
         device = rig.device(authority=Authority.create(tmp_path / "other"))
-        assert (await status_of(device.stub().Progress(UNKNOWN)))[0] == Code.UNAVAILABLE
+        assert (await status_of(device.stub().Turn(UNKNOWN)))[0] == Code.UNAVAILABLE
 
     hub(scenario)
 
@@ -53,7 +53,7 @@ def test_another_authoritys_certificate_is_refused_at_the_handshake(hub: Any, tm
 def test_an_expired_certificate_is_refused(hub: Any) -> None:
     async def scenario(rig: Any) -> None:
         device = rig.device(hours=-1)
-        assert (await status_of(device.stub().Progress(UNKNOWN)))[0] == Code.UNAVAILABLE
+        assert (await status_of(device.stub().Turn(UNKNOWN)))[0] == Code.UNAVAILABLE
 
     hub(scenario)
 
@@ -67,7 +67,7 @@ def test_a_certificate_that_expires_ends_the_live_stream(hub: Any) -> None:
         code, details = await stream.end()
         assert code == Code.UNAUTHENTICATED
         assert "expired" in details
-        assert (await status_of(stub.Progress(UNKNOWN)))[0] == Code.UNAUTHENTICATED
+        assert (await status_of(stub.Turn(UNKNOWN)))[0] == Code.UNAUTHENTICATED
 
     hub(scenario)
 
@@ -79,7 +79,7 @@ def test_the_servers_own_certificate_is_no_devices(hub: Any) -> None:
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
         device.key = load_pem_private_key(key, None)
-        code, _ = await status_of(device.stub().Progress(UNKNOWN))
+        code, _ = await status_of(device.stub().Turn(UNKNOWN))
         assert code in (Code.UNAVAILABLE, Code.UNAUTHENTICATED)  # TLS itself may refuse its usage
 
     hub(scenario)
@@ -90,7 +90,7 @@ def test_a_device_that_nobody_enrolled_is_refused(hub: Any, tools: Any) -> None:
         device, stranger = rig.device(), rig.device()
         with rig.registry.engine.begin() as database:
             database.exec_driver_sql(f"DELETE FROM devices WHERE id = '{stranger.id}'")
-        code, details = await status_of(stranger.stub().Progress(UNKNOWN))
+        code, details = await status_of(stranger.stub().Turn(UNKNOWN))
         assert code == Code.UNAUTHENTICATED
         assert "not enrolled" in details
         await device.welcome()
@@ -106,7 +106,7 @@ def test_revocation_ends_a_live_stream_and_every_later_call(hub: Any) -> None:
         await stream.read()
         rig.registry.devices.revoke(device.id, "stolen")
         # On the live connection, before anybody has told the hub.
-        code, details = await status_of(stub.Progress(UNKNOWN))
+        code, details = await status_of(stub.Turn(UNKNOWN))
         assert (code, "stolen" in details) == (Code.PERMISSION_DENIED, True)
         await rig.admin.Refresh(admin.RefreshRequest())
         assert (await stream.end())[0] == Code.PERMISSION_DENIED
@@ -134,8 +134,8 @@ def test_another_devices_message_is_refused_and_logged(
                 pass
 
         assert (await status_of(fetch()))[0] == Code.PERMISSION_DENIED
-        progress = link.ProgressRequest(message_id="m1", sha256=sha)
-        assert (await status_of(stub.Progress(progress)))[0] == Code.PERMISSION_DENIED
+        turn = link.TurnRequest(message_id="m1", kind=link.TurnRequest.FETCH, sha256=sha)
+        assert (await status_of(stub.Turn(turn)))[0] == Code.PERMISSION_DENIED
         assert (await status_of(tools.submit(stub, "m1", tools.answer_of())))[0] == Code.PERMISSION_DENIED
         assert caplog.text.count(f"device {thief.id}") == 3
         reply = await tools.submit(device.stub(), "m1", tools.answer_of())
@@ -290,8 +290,10 @@ def test_a_newer_submit_takes_over_from_one_that_hangs(hub: Any, tools: Any) -> 
         header = link.SubmitHeader(message_id="m1", result=result.SerializeToString())
         await hanging.write(link.SubmitPart(header=header))
         await hanging.write(link.SubmitPart(data=update[:20_000]))
-        progress = link.ProgressRequest(message_id="m1", sha256=hashlib.sha256(update).digest())
-        while (await stub.Progress(progress)).offset != 20_000:
+        turn = link.TurnRequest(
+            message_id="m1", kind=link.TurnRequest.SUBMIT, sha256=hashlib.sha256(update).digest()
+        )
+        while (await stub.Turn(turn)).offset != 20_000:
             await asyncio.sleep(0.01)
         reply = await tools.submit(stub, "m1", result, update, offset=20_000)
         assert reply.outcome == link.SubmitReply.ACCEPTED

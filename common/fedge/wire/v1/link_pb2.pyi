@@ -128,21 +128,33 @@ class Chunk(_message.Message):
     data: bytes
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
-class ProgressRequest(_message.Message):
-    __slots__ = ("message_id", "sha256")
+class TurnRequest(_message.Message):
+    __slots__ = ("message_id", "kind", "sha256")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[TurnRequest.Kind]
+        FETCH: _ClassVar[TurnRequest.Kind]
+        SUBMIT: _ClassVar[TurnRequest.Kind]
+    KIND_UNSPECIFIED: TurnRequest.Kind
+    FETCH: TurnRequest.Kind
+    SUBMIT: TurnRequest.Kind
     MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     message_id: str
+    kind: TurnRequest.Kind
     sha256: bytes
-    def __init__(self, message_id: _Optional[str] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, message_id: _Optional[str] = ..., kind: _Optional[_Union[TurnRequest.Kind, str]] = ..., sha256: _Optional[bytes] = ...) -> None: ...
 
-class ProgressReply(_message.Message):
-    __slots__ = ("wanted", "offset")
+class TurnReply(_message.Message):
+    __slots__ = ("wanted", "granted", "offset")
     WANTED_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     wanted: bool
+    granted: bool
     offset: int
-    def __init__(self, wanted: bool = ..., offset: _Optional[int] = ...) -> None: ...
+    def __init__(self, wanted: bool = ..., granted: bool = ..., offset: _Optional[int] = ...) -> None: ...
 
 class SubmitHeader(_message.Message):
     __slots__ = ("message_id", "result", "offset")

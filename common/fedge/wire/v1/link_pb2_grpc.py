@@ -44,10 +44,10 @@ class LinkStub(object):
                 request_serializer=fedge_dot_wire_dot_v1_dot_link__pb2.FetchRequest.SerializeToString,
                 response_deserializer=fedge_dot_wire_dot_v1_dot_link__pb2.Chunk.FromString,
                 _registered_method=True)
-        self.Progress = channel.unary_unary(
-                '/fedge.v1.Link/Progress',
-                request_serializer=fedge_dot_wire_dot_v1_dot_link__pb2.ProgressRequest.SerializeToString,
-                response_deserializer=fedge_dot_wire_dot_v1_dot_link__pb2.ProgressReply.FromString,
+        self.Turn = channel.unary_unary(
+                '/fedge.v1.Link/Turn',
+                request_serializer=fedge_dot_wire_dot_v1_dot_link__pb2.TurnRequest.SerializeToString,
+                response_deserializer=fedge_dot_wire_dot_v1_dot_link__pb2.TurnReply.FromString,
                 _registered_method=True)
         self.Submit = channel.stream_unary(
                 '/fedge.v1.Link/Submit',
@@ -74,8 +74,10 @@ class LinkServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Progress(self, request, context):
-        """How much of an answer has arrived, to go on after a break (wire version 2).
+    def Turn(self, request, context):
+        """The device's turn to move an object of more than fedge.wire.BULK_BYTES (wire version 2). A place is then
+        kept for a few seconds for the Fetch or Submit of this message, which has a connection of its own: one that
+        has carried bulk keeps large buffers for the rest of its life. Smaller objects need no turn.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,10 +103,10 @@ def add_LinkServicer_to_server(servicer, server):
                     request_deserializer=fedge_dot_wire_dot_v1_dot_link__pb2.FetchRequest.FromString,
                     response_serializer=fedge_dot_wire_dot_v1_dot_link__pb2.Chunk.SerializeToString,
             ),
-            'Progress': grpc.unary_unary_rpc_method_handler(
-                    servicer.Progress,
-                    request_deserializer=fedge_dot_wire_dot_v1_dot_link__pb2.ProgressRequest.FromString,
-                    response_serializer=fedge_dot_wire_dot_v1_dot_link__pb2.ProgressReply.SerializeToString,
+            'Turn': grpc.unary_unary_rpc_method_handler(
+                    servicer.Turn,
+                    request_deserializer=fedge_dot_wire_dot_v1_dot_link__pb2.TurnRequest.FromString,
+                    response_serializer=fedge_dot_wire_dot_v1_dot_link__pb2.TurnReply.SerializeToString,
             ),
             'Submit': grpc.stream_unary_rpc_method_handler(
                     servicer.Submit,
@@ -177,7 +179,7 @@ class Link(object):
             _registered_method=True)
 
     @staticmethod
-    def Progress(request,
+    def Turn(request,
             target,
             options=(),
             channel_credentials=None,
@@ -190,9 +192,9 @@ class Link(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/fedge.v1.Link/Progress',
-            fedge_dot_wire_dot_v1_dot_link__pb2.ProgressRequest.SerializeToString,
-            fedge_dot_wire_dot_v1_dot_link__pb2.ProgressReply.FromString,
+            '/fedge.v1.Link/Turn',
+            fedge_dot_wire_dot_v1_dot_link__pb2.TurnRequest.SerializeToString,
+            fedge_dot_wire_dot_v1_dot_link__pb2.TurnReply.FromString,
             options,
             channel_credentials,
             insecure,
