@@ -8,15 +8,17 @@ which they were asked for: by a transfer itself or, before it begins, by a turn.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from fedge.wire import CHUNK_BYTES
 
-SLOW_S: Final = 5.0  # of one chunk: slower than that gives up its place
+SLOW_S: Final = 5.0  # a chunk that takes longer gives up its place, and so does a transfer that has
+SLOW_BYTES_PER_S: Final = 10_000  # after so long not kept up this rate: bytes that trickle are a stall too
 SLOW_CHUNK_BYTES: Final = 16 * 1024
 KEPT_S: Final = 10.0  # that a place waits for its transfer, which needs a connection first
 
@@ -27,6 +29,8 @@ class Place:
 
     _release: Callable[[], None]
     fast: bool = True
+    _began: float = field(default_factory=time.monotonic)
+    _moved: int = 0  # bytes
 
     @property
     def chunk_bytes(self) -> int:
@@ -42,11 +46,41 @@ class Place:
         finally:
             timer.cancel()
 
+    def moved(self, count: int) -> None:
+        """So many bytes more have been transferred."""
+        self._moved += count
+        took = time.monotonic() - self._began
+        if took > SLOW_S and self._moved < took * SLOW_BYTES_PER_S:
+            self.leave()
+
     def leave(self) -> None:
         """Make room; a second time is no error."""
         if self.fast:
             self.fast = False
             self._release()
+
+
+class Few:
+    """So many things at once for each device: one that asks for more takes nothing from the others."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._now: Counter[int] = Counter()
+
+    @contextmanager
+    def one(self, node_id: int) -> Iterator[bool]:
+        """Whether the device may have one more; it counts until the block ends."""
+        allowed = self._now[node_id] < self._most
+        if not allowed:
+            yield False
+            return
+        self._now[node_id] += 1
+        try:
+            yield True
+        finally:
+            self._now[node_id] -= 1
+            if not self._now[node_id]:
+                del self._now[node_id]
 
 
 @dataclass(slots=True, eq=False)

@@ -19,13 +19,14 @@ from fedge.wire import TURN_S, WIRE_VERSION
 from fedge.wire.v1 import link_pb2 as link
 from fedge.wire.v1 import link_pb2_grpc
 from fedge_server.hub.connection import Connection, read_hello
+from fedge_server.hub.disk import on_disk
 from fedge_server.hub.exchange import Exchange, Flight
 from fedge_server.hub.fleet import Fleet
 from fedge_server.hub.gate import Gate, refuse
 from fedge_server.hub.home import Home
-from fedge_server.hub.lanes import Lanes
+from fedge_server.hub.lanes import Few, Lanes
 from fedge_server.hub.roster import Roster
-from fedge_server.hub.submitting import Submitting
+from fedge_server.hub.submitting import AT_ONCE, Submitting
 from fedge_server.identity.admission import Peer
 from fedge_server.identity.authority import Authority
 
@@ -55,6 +56,7 @@ class LinkServicer(link_pb2_grpc.LinkServicer):
         self._exchange = exchange
         self._roster = roster
         self._age_s = max_connection_age_s
+        self._few = Few(AT_ONCE)
         self._down, self._up = Lanes(TRANSFERS), Lanes(TRANSFERS)
         self._submitting = Submitting(home, gate, fleet, exchange, self._up)
         exchange.ended = self._ended
@@ -161,9 +163,15 @@ class LinkServicer(link_pb2_grpc.LinkServicer):
             _log.error("object %s: cannot be read (%s)", path, error.strerror)
             await context.abort(grpc.StatusCode.NOT_FOUND, "the object is not there any more")
             raise
-        with file:
+        with file, self._few.one(peer.node_id) as allowed:
+            if not allowed:
+                await context.abort(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED, "too many fetches of one device at once"
+                )
             async for data in self._chunks(file.fileno(), request.offset, described.size, flight, path):
                 await self._admitted(context, peer)
+                if self._exchange.flight(request.message_id) is not flight:
+                    await context.abort(grpc.StatusCode.NOT_FOUND, "the message has ended")
                 self._exchange.count(run_id, down=len(data))
                 yield link.Chunk(data=data)
 
@@ -173,13 +181,14 @@ class LinkServicer(link_pb2_grpc.LinkServicer):
         async with self._down.place(flight.message.id) as place:
             while offset < size:
                 wanted = min(place.chunk_bytes, size - offset)
-                data = await asyncio.to_thread(os.pread, handle, wanted, offset)
+                data = await on_disk(os.pread, handle, wanted, offset)
                 if not data:
                     _log.error("object %s: %d bytes are missing", path, size - offset)
                     return  # its digest will not be right, and the device says so
                 offset += len(data)
                 with place.chunk():
                     yield data  # comes back when the device has room for more
+                place.moved(len(data))
                 flight.touched = time.time()
 
     async def Turn(self, request: link.TurnRequest, context: Any) -> link.TurnReply:  # noqa: N802

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from fedge.errors import FormatError
+from fedge_server.hub.disk import on_disk
 
 _READ: Final = 1024 * 1024
 
@@ -20,15 +21,25 @@ _READ: Final = 1024 * 1024
 class Upload:
     """One object that is arriving; a newer upload of the same message makes this one stale."""
 
-    part: Path
-    final: Path
+    folder: Path
+    message_id: str
     size: int  # bytes it must have
     sha256: bytes
+    lock: asyncio.Lock  # of all uploads of the message: an older one must not write into a newer one's file
     stale: bool = False
     received: int = 0
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _file: io.FileIO | None = None
     _hash: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    @property
+    def part(self) -> Path:
+        """Where it lies until it is whole."""
+        return part_path(self.folder, self.message_id, self.sha256)
+
+    @property
+    def final(self) -> Path:
+        """Where it lies then; another object for the same message has another name, and cannot replace it."""
+        return self.folder / f"{self.message_id}.{self.sha256.hex()[:16]}"
 
     @property
     def complete(self) -> bool:
@@ -43,11 +54,11 @@ class Upload:
             OSError: the disk refuses it.
         """
         async with self.lock:
-            await asyncio.to_thread(self._begin, offset)
+            await on_disk(self._begin, offset)
 
     def _begin(self, offset: int) -> None:
         self.part.parent.mkdir(parents=True, exist_ok=True)
-        for other in self.part.parent.glob(f".{self.final.name}.*.part"):
+        for other in self.part.parent.glob(f".{self.message_id}.*.part"):
             if other != self.part:  # another object was begun for the same message
                 other.unlink(missing_ok=True)
         handle = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -76,7 +87,7 @@ class Upload:
         async with self.lock:
             if self.stale or self._file is None:
                 return False
-            await asyncio.to_thread(self._write, data)
+            await on_disk(self._write, data)
         return True
 
     def _write(self, data: bytes) -> None:

@@ -16,17 +16,19 @@ from fedge.errors import FedgeError, FormatError
 from fedge.wire.v1 import link_pb2 as link
 from fedge.wire.v1 import records_pb2 as records
 from fedge_server.hub import answers, spool
+from fedge_server.hub.disk import on_disk
 from fedge_server.hub.exchange import Exchange, Flight
 from fedge_server.hub.fleet import Fleet
 from fedge_server.hub.gate import Gate, refuse
 from fedge_server.hub.home import Home
-from fedge_server.hub.lanes import Lanes, Place
+from fedge_server.hub.lanes import Few, Lanes, Place
 from fedge_server.identity.admission import Peer
 from fedge_server.registry.queue import Answer
 
 _log = logging.getLogger("fedge.hub")
 
 PART_S: Final = 60.0  # until the next part of an answer, or the stream is given up
+AT_ONCE: Final = 8  # answers of one device
 LINGER_S: Final = 1.0
 LINGER_PARTS: Final = 64
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
@@ -42,15 +44,21 @@ class Submitting:
         self._exchange = exchange
         self._lanes = lanes
         self._uploads: dict[str, spool.Upload] = {}
+        self._few = Few(AT_ONCE)
 
     async def arrived(self, flight: Flight, sha256: bytes) -> int:
         """How many bytes of an answer's object are here."""
         folder = self._home.spool(flight.message.run_id)
-        return await asyncio.to_thread(spool.arrived, folder, flight.message.id, sha256)
+        return await on_disk(spool.arrived, folder, flight.message.id, sha256)
 
     async def receive(self, peer: Peer, context: Any) -> link.SubmitReply:
         """Take one answer in, and say what became of it."""
-        reply = await self._receive(peer, context)
+        with self._few.one(peer.node_id) as allowed:
+            if not allowed:
+                await context.abort(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED, "too many answers of one device at once"
+                )
+            reply = await self._receive(peer, context)
         if reply is not _ACCEPTED:  # it came before the device had sent everything
             await _linger(context)
         return reply
@@ -85,12 +93,9 @@ class Submitting:
         message = flight.message
         described = result.content.object
         folder = self._home.spool(message.run_id)
-        upload = spool.Upload(
-            spool.part_path(folder, message.id, described.sha256),
-            folder / message.id,
-            described.size,
-            described.sha256,
-        )
+        earlier = self._uploads.get(message.id)
+        lock = earlier.lock if earlier is not None else asyncio.Lock()
+        upload = spool.Upload(folder, message.id, described.size, described.sha256, lock)
         with self._registered(message.id, upload):
             try:
                 async with self._lanes.place(message.id) as place:
@@ -114,10 +119,10 @@ class Submitting:
                 upload.drop()
                 return await self._commit(message.id, data, "", context)
             upload.keep()
-            reply = await self._take(flight, data, message.id, context)
-            if reply is not _ACCEPTED:  # ended at the last moment: nobody reads the file
+            reply = await self._take(flight, data, upload.final.name, context)
+            if reply is _TOO_LATE:  # ended at the last moment: nobody reads the file
                 upload.final.unlink(missing_ok=True)
-            return reply
+            return reply  # sent twice: both name one file, or this one goes with its message
 
     @contextmanager
     def _registered(self, message_id: str, upload: spool.Upload) -> Iterator[None]:
@@ -147,6 +152,7 @@ class Submitting:
                 await refuse(context, error)
             if not await upload.write(part.data):
                 return False
+            place.moved(len(part.data))
             flight.touched = time.time()
             self._exchange.count(flight.message.run_id, up=len(part.data))
         return False

@@ -160,3 +160,32 @@ def test_a_transfer_that_ends_while_it_waits_takes_no_place() -> None:
             assert place.fast
 
     asyncio.run(scenario())
+
+
+def test_bytes_that_trickle_are_a_stall_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(lanes.time, "monotonic", lambda: clock[0])
+    freed: list[int] = []
+    place = lanes.Place(lambda: freed.append(1), _began=0.0)
+    place.moved(1)
+    clock[0] = lanes.SLOW_S - 0.1
+    place.moved(1)  # too early to tell
+    assert place.fast
+    clock[0] = lanes.SLOW_S + 0.1
+    place.moved(1)
+    assert not place.fast
+    place.moved(1)
+    assert freed == [1]
+    steady = lanes.Place(lambda: freed.append(2), _began=clock[0])
+    for _ in range(100):
+        clock[0] += 1.0
+        steady.moved(2 * lanes.SLOW_BYTES_PER_S)
+    assert steady.fast
+
+
+def test_a_device_has_so_many_at_once_and_others_are_not_counted_with_it() -> None:
+    few = lanes.Few(2)
+    with few.one(1) as first, few.one(1) as second, few.one(1) as third, few.one(2) as other:
+        assert (first, second, third, other) == (True, True, False, True)
+    with few.one(1) as again:
+        assert again
