@@ -53,8 +53,9 @@ def read_bounded(path: Path, maximum: int) -> bytes:
         FormatError: it is absent, unreadable, longer, or no regular file.
     """
     try:
-        # Without blocking: a pipe that nobody writes to would be waited for in open itself.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(path.stat().st_mode):  # before open, which waits for a pipe's writer
+            raise FormatError(f"{path}: is not a regular file")
+        with path.open("rb") as file:
             state = os.fstat(file.fileno())
             if not stat.S_ISREG(state.st_mode):
                 raise FormatError(f"{path}: is not a regular file")

@@ -27,6 +27,7 @@ from fedge_client.agent.settings import OfferedTask
 
 Check = Callable[[], str]
 
+_TRIES: Final = 5  # to hear the hub's reason
 _MAX_SKEW_S: Final = 300.0
 _PROBE_TIMEOUT_S: Final = 600
 
@@ -86,11 +87,17 @@ def _skew(home: Path) -> float:
     if status.is_running(home) and agent.get("state") == "connected":
         return float(agent.get("clock_skew_s", 0.0))
     identity = Identity.open(home)
-    try:
-        return asyncio.run(_ask(identity))
-    except grpc.RpcError as error:
-        found = diagnose(identity, identity.hub.link_address)
-        raise FedgeError(said(error) if found.kind == "ok" else f"{found.kind}: {found.detail}") from error
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            return asyncio.run(_ask(identity))
+        except grpc.RpcError as error:
+            # A call that is refused while it still sends may end as INTERNAL instead of with the reason.
+            if tries_left and error.code() == grpc.StatusCode.INTERNAL:
+                continue
+            found = diagnose(identity, identity.hub.link_address)
+            why = said(error) if found.kind == "ok" else f"{found.kind}: {found.detail}"
+            raise FedgeError(why) from error
+    raise AssertionError("the last try returns or raises")
 
 
 async def _ask(identity: Identity) -> float:
