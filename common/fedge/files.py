@@ -53,7 +53,7 @@ def read_bounded(path: Path, maximum: int) -> bytes:
         FormatError: it is absent, unreadable, longer, or no regular file.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # before open, which waits for a pipe's writer
+        if stat.S_ISFIFO(path.stat().st_mode):  # before open, which waits for a pipe's writer
             raise FormatError(f"{path}: is not a regular file")
         with path.open("rb") as file:
             state = os.fstat(file.fileno())
