@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +27,19 @@ settings.register_profile(
     "fedge", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("fedge")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A command that is run in this process sets up logging to a stream that ends with its test."""
+    root, ours = logging.getLogger(), logging.getLogger("fedge")
+    before, levels = root.handlers[:], (root.level, ours.level)
+    yield
+    for handler in [handler for handler in root.handlers if handler not in before]:
+        root.removeHandler(handler)
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
+
 
 LABELS = ("zero", "one", "two")
 IMAGES = Spec("image", (8, 8), "uint8", LABELS)
