@@ -128,10 +128,6 @@ class Exchange:
         closed = self._closed.get(message_id)
         return closed.node_id if closed else None
 
-    def is_answered(self, message_id: str) -> bool:
-        """Whether an answer is committed that its run has not closed yet."""
-        return message_id in self._answered
-
     def open_of(self, node_id: int) -> list[str]:
         """The open messages of a device, oldest first."""
         return list(self._of_node.get(node_id, ()))

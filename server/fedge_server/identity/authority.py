@@ -38,7 +38,6 @@ from fedge.files import read_bounded, sync_folder, write_atomically
 from fedge.identity import (
     BACKDATED_S,
     MAX_CERTIFICATE_BYTES,
-    address,
     bundle_digest,
     device_id_of,
     is_p256,
@@ -348,11 +347,6 @@ def check_names(names: Sequence[str]) -> None:
         raise UserError("the server needs a name or address that devices reach it by; give --name HOST")
     for name in names:
         _general_name(name)
-
-
-def public_address(names: Sequence[str], port: int) -> str:
-    """The address that devices are told: the first name, and the port."""
-    return address(names[0], port)
 
 
 def _all_names(names: Sequence[str]) -> list[str]:
