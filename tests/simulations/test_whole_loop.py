@@ -125,7 +125,8 @@ def test_the_demo_deploys_a_hub_and_four_agents_whose_devices_answer_as_the_gate
     assert summary["global_model"]["accuracy"] >= 0.95
     assert summary["clients"] == 4
     assert [variant["gate"] for variant in summary["variants"]] == ["passed"] * 3
-    assert all(variant["drop_upper"] <= 0.03 for variant in summary["variants"])
+    allowed = {"gateway": 0.03, "board": 0.03, "micro": 0.04}
+    assert all(variant["drop_upper"] <= allowed[variant["tier"]] for variant in summary["variants"])
     assert [device["same_as_gate"] for device in summary["devices"]] == [True] * 4
     assert {device["tier"] for device in summary["devices"]} == {"gateway", "board", "micro"}
     assert "round 30/30" in printed
