@@ -12,19 +12,16 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
-from torch import nn
 
 from fedge.dataset import Dataset, Examples
 from fedge.errors import ConfigError, DataError
 from fedge.learning import local, messages
+from fedge.learning.local import Job, Trainer
 from fedge.learning.messages import Instructions
 from fedge.learning.metrics import evaluate as evaluate_metrics
-from fedge.learning.state import arrays_of, load_arrays
-from fedge.spec import Spec
 from fedge.statistics import Moments
 from fedge.task import Source, Task, resolve
 from fedge.task_digest import task_digest
@@ -113,8 +110,8 @@ def _state_of(path: Path | None) -> tuple[int, ...]:
     return len(states), sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)
 
 
-def build(share: Share) -> ClientApp:
-    """A ClientApp whose task and examples come from `share`."""
+def build(share: Share, trainer: Trainer = local.fit) -> ClientApp:
+    """A ClientApp whose task and examples come from `share`, and whose jobs `trainer` does."""
     client = ClientApp()
 
     @client.query("ping")
@@ -130,21 +127,15 @@ def build(share: Share) -> ClientApp:
     @client.train(mods=[_clip_when_asked])
     def train(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
-        model, x, y = _prepare(message, instructions, *share(context, instructions))
-        seed = client_seed(instructions.seed, instructions.round, context.node_id)
-        if instructions.update == "gradient":
-            gradients, result = local.gradient(model, x, y, instructions.train, seed=seed)
-            arrays = {**arrays_of(model), **{name: value.numpy() for name, value in gradients.items()}}
-        else:
-            mu = instructions.proximal_mu
-            result = local.train(model, x, y, instructions.train, seed=seed, proximal_mu=mu)
-            arrays = arrays_of(model)
-        return messages.train_reply(message, arrays, examples=result.examples, loss=result.loss)
+        job = _job(message, instructions, *share(context, instructions), context.node_id)
+        done = trainer(job)
+        return messages.train_reply(message, done.arrays, examples=done.examples, loss=done.loss)
 
     @client.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
-        model, x, y = _prepare(message, instructions, *share(context, instructions))
+        job = _job(message, instructions, *share(context, instructions), context.node_id)
+        model, x, y = local.prepared(job)
         found = evaluate_metrics(local.logits(model, x).softmax(1).numpy(), y.numpy(), ("accuracy",))
         loss, accuracy = found["loss"], found["accuracy"]
         assert isinstance(loss, float)  # noqa: S101 - narrows the union for the type checker
@@ -169,26 +160,10 @@ def _clip_when_asked(message: Message, context: Context, call_next: ClientCall) 
     return mod(message, context, call_next)
 
 
-def _prepare(
-    message: Message, instructions: Instructions, task: Task, examples: Examples
-) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """The global model with its weights loaded, and this client's pre-processed data."""
-    model = _blank(task, instructions.model, instructions.spec)
-    load_arrays(model, messages.from_record(messages.arrays_named(message.content, messages.ARRAYS)))
-    preprocess = task.preprocess(instructions.spec, instructions.moments, instructions.noise_filter)
-    with torch.no_grad():
-        x = preprocess(torch.from_numpy(np.ascontiguousarray(examples.x)))
-    return model, x, torch.from_numpy(examples.y)
-
-
-@lru_cache(maxsize=4)
-def _cached_blank(build_model: Callable[[Spec], nn.Module], spec: Spec) -> nn.Module:
-    return build_model(spec)
-
-
-def _blank(task: Task, name: str, spec: Spec) -> nn.Module:
-    """A model whose weights are about to be overwritten, so that one instance serves all rounds."""
-    return _cached_blank(task.model(name), spec)
+def _job(message: Message, instructions: Instructions, task: Task, examples: Examples, node_id: int) -> Job:
+    state = messages.from_record(messages.arrays_named(message.content, messages.ARRAYS))
+    seed = client_seed(instructions.seed, instructions.round, node_id)
+    return Job(task, instructions, state, examples, seed)
 
 
 app = build(own_share)

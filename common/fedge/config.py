@@ -28,6 +28,7 @@ Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Positive = Annotated[float, Field(gt=0, strict=True)]
 NotNegative = Annotated[float, Field(ge=0, strict=True)]
 Count = Annotated[int, Field(ge=1, lt=2**53, strict=True)]
+WholeOrNone = Annotated[int, Field(ge=0, lt=2**31, strict=True)]  # 0: chosen by fedge
 
 TierName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 TagName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
@@ -127,6 +128,7 @@ class Rounds:
 
     count: Count = 20  # at most this many rounds
     fraction: Fraction = 1.0  # of the clients, drawn anew each round
+    cohort: Count | None = None  # so many clients in each round, whatever the population; None: the fraction
     quorum: Fraction = 1.0  # of a round's clients: so many valid updates close it early
     min_updates: Count = 1  # fewer valid updates than this: the round does not count
     deadline_s: Positive | None = None  # after this it closes with what has come
@@ -156,6 +158,18 @@ class StrategyConfig:
 
     name: str = "fedavg"
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Simulation:
+    """`[simulation]`: how a simulation uses the machine; a deployment has no use for it."""
+
+    # vector: clients batched; sequential: one by one by the device's own code; ray: Flower's simulation
+    engine: Literal["vector", "sequential", "ray"] = "vector"
+    clients_at_once: WholeOrNone = 0  # batched together; 0: measured for the model and the machine
+    workers: WholeOrNone = 0  # processes; 0: as many as pay
+    compile: Literal["auto", "never", "always"] = "auto"  # torch.compile; auto: where a run is long enough
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -239,6 +253,7 @@ class Config:
     rounds: Rounds = Rounds()
     train: Train = Train()
     strategy: StrategyConfig = StrategyConfig()
+    simulation: Simulation = Simulation()
     evaluate: Evaluate = Evaluate()
     compress: Compress = Compress()
     tiers: Mapping[TierName, Tier] = field(default_factory=dict)

@@ -69,6 +69,7 @@ CODE = {
     "rounds": config.Rounds,
     "train": config.Train,
     "strategy": StrategyConfig,
+    "simulation": config.Simulation,
     "evaluate": config.Evaluate,
     "compress.distil": config.Distil,
     "compress.prune": config.Prune,

@@ -12,17 +12,49 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fedge.config import Train
+from fedge.dataset import Examples
 from fedge.learning.augment import augment
+from fedge.learning.messages import Instructions
+from fedge.learning.state import NamedArrays, arrays_of, load_arrays
 from fedge.learning.threads import fitted
+from fedge.spec import Spec
+from fedge.task import Task
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits (B, K) and class indices (B,) to the mean loss, a scalar."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One client's training in one round, as the server instructed it."""
+
+    task: Task
+    instructions: Instructions
+    state: NamedArrays  # the global model's, as the message brought it
+    examples: Examples  # the client's own, raw
+    seed: int  # decides order, augmentation and dropout of this client in this round
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a job gave."""
+
+    arrays: NamedArrays  # the new state, or gradients where the instructions ask for them
+    loss: float  # mean training loss over the examples seen
+    examples: int  # N, the weight of this client's update
+    steps: int  # optimiser steps made
+
+
+Trainer = Callable[[Job], Trained]
+"""Does a job: `fit` on a device; a simulation does many jobs together."""
 
 FOCAL_GAMMA = 2.0  # Lin et al. 2017, Focal Loss for Dense Object Detection
 
@@ -116,6 +148,40 @@ def train(
                 opt.step()
                 total, seen, steps = total + loss.item() * len(indices), seen + len(indices), steps + 1
     return LocalResult(total / seen, len(y), steps)
+
+
+def fit(job: Job) -> Trained:
+    """Do one client's job with torch's own modules and optimisers, as a device does."""
+    instructions = job.instructions
+    model, x, y = prepared(job)
+    if instructions.update == "gradient":
+        gradients, result = gradient(model, x, y, instructions.train, seed=job.seed)
+        arrays = {**arrays_of(model), **{name: value.numpy() for name, value in gradients.items()}}
+    else:
+        result = train(model, x, y, instructions.train, seed=job.seed, proximal_mu=instructions.proximal_mu)
+        arrays = arrays_of(model)
+    return Trained(arrays, result.loss, result.examples, result.steps)
+
+
+def prepared(job: Job) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """The global model with its weights loaded, and the client's pre-processed data."""
+    instructions = job.instructions
+    model = blank(job.task, instructions.model, instructions.spec)
+    load_arrays(model, job.state)
+    preprocess = job.task.preprocess(instructions.spec, instructions.moments, instructions.noise_filter)
+    with torch.no_grad():
+        x = preprocess(torch.from_numpy(np.ascontiguousarray(job.examples.x)))
+    return model, x, torch.from_numpy(job.examples.y)
+
+
+@lru_cache(maxsize=4)
+def _cached_blank(build_model: Callable[[Spec], nn.Module], spec: Spec) -> nn.Module:
+    return build_model(spec)
+
+
+def blank(task: Task, name: str, spec: Spec) -> nn.Module:
+    """A model whose weights are about to be overwritten, so that one instance serves all rounds."""
+    return _cached_blank(task.model(name), spec)
 
 
 @contextmanager
