@@ -6,7 +6,8 @@ import json
 import shutil
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from flwr.app import Context, RecordDict
 
 from fedge.config import Config
 from fedge.errors import UserError
-from fedge.files import sha256
+from fedge.files import is_held, sole_holder
+from fedge.learning.whole import WholeModel
 from fedge_server import app as server_app
 from fedge_server.compression import TierOutcome
 from fedge_server.pipeline import HISTORY, MODEL, REPORT, SUMMARY, Place, Say, conclude, observer, release
@@ -23,9 +25,14 @@ from fedge_server.registry.database import Registry
 from fedge_server.release import KEYS, PUBLISHED
 from fedge_server.report import Holdings
 from fedge_server.rounds.loop import Learned, Observer
+from fedge_server.rounds.record import Metric, RoundRecord
+from fedge_server.rounds.stopping import why_stop
 from fedge_simulations.devices import DEVICES, DeviceHome, DeviceResult, deliver
 from fedge_simulations.grid import RUN_ID, SERVER_NODE
+from fedge_simulations.runs import LOCK, run_id_of
 from fedge_simulations.world import World, prepare
+
+_OCCUPIED = "{}: another process runs in it; wait for it, or choose another --out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +46,33 @@ class Result:
     folder: Path | None
 
     @property
+    def accuracy(self) -> float:
+        """Of the global model after the last round, on the server's test data; a fraction of 1."""
+        return float(self.summary["global_model"]["accuracy"])
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """Everything that was measured of the global model after the last round."""
+        return self.history[-1].metrics
+
+    @property
+    def history(self) -> tuple[RoundRecord, ...]:
+        """One record per round, from round 1."""
+        return self.learned.records
+
+    @property
+    def model(self) -> WholeModel:
+        """The global model with its pre-processing: a torch module from raw examples to logits."""
+        return self.learned.model
+
+    @property
     def complete(self) -> bool:
         """Whether every tier got a variant and every device answered as the gate scored."""
         return all(o.variant for o in self.outcomes) and all(d.same_as_gate for d in self.devices)
 
 
 def run(
-    config: Config,
+    config: Config | Mapping[str, Any],
     out: Path | None = None,
     *,
     overwrite: bool = False,
@@ -55,7 +82,7 @@ def run(
     """Simulate a configuration from data to answering devices.
 
     Args:
-        config: the whole run.
+        config: the whole run; also as a nested mapping of its keys, such as `{"rounds": {"count": 5}}`.
         out: run folder; an interrupted run of the same configuration in it is resumed. None: nothing is kept.
         overwrite: replace an earlier run in that folder.
         say: hears of each stage.
@@ -66,15 +93,18 @@ def run(
         FedgeError: the work failed.
     """
     started = time.perf_counter()
+    config = config if isinstance(config, Config) else Config.from_mapping(config)
     world = prepare(config)
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedge-")))
-        if _claim(folder, config, overwrite=overwrite):
-            say(f"resuming the interrupted run in {folder}")
+        resumed = _claim(folder, config, overwrite=overwrite)
+        stack.enter_context(_alone(folder))
         registry = stack.enter_context(Registry.open(folder))
+        if resumed:
+            say(_resuming(folder, config, registry.records(run_id_of(config))))
         say(_describe(world))
         place = Place(
-            run_id=f"run-{_config_digest(config)[:12]}",
+            run_id=run_id_of(config),
             folder=folder,
             home=folder,
             registry=registry,
@@ -135,8 +165,10 @@ def _claim(folder: Path, config: Config, *, overwrite: bool) -> bool:
     Raises:
         UserError: it holds something else.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not any(path.name != LOCK for path in folder.iterdir()):
         return False
+    if is_held(folder / LOCK):
+        raise UserError(_OCCUPIED.format(folder))
     is_run = (folder / "fedge.db").exists()
     if is_run and overwrite:
         _remove_run(folder)
@@ -147,7 +179,7 @@ def _claim(folder: Path, config: Config, *, overwrite: bool) -> bool:
         raise UserError(f"{folder} holds a finished run; choose another --out, or --overwrite it")
     with Registry.open(folder) as registry:
         known = [run["id"] for run in registry.runs()]
-    if known and f"run-{_config_digest(config)[:12]}" not in known:
+    if known and run_id_of(config) not in known:
         raise UserError(
             f"{folder} holds an interrupted run of another configuration; choose another --out, "
             "or --overwrite it"
@@ -165,8 +197,31 @@ def _remove_run(folder: Path) -> None:
         database.unlink()
 
 
-def _config_digest(config: Config) -> str:
-    return sha256(json.dumps(config.to_mapping(), sort_keys=True).encode())
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep every other process out of a run folder until the end.
+
+    Raises:
+        UserError: one is there already, or the folder cannot be made.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(sole_holder(folder / LOCK))
+        except BlockingIOError as error:
+            raise UserError(_OCCUPIED.format(folder)) from error
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made or written ({error.strerror})") from error
+        yield
+
+
+def _resuming(folder: Path, config: Config, records: Sequence[RoundRecord]) -> str:
+    """Say from where an interrupted run goes on."""
+    last = records[-1].round if records else 0
+    done = {0: "no round is", 1: "round 1 is"}.get(last, f"rounds 1 to {last} are")
+    over = why_stop(records, config.rounds) is not None
+    onward = "going on with what follows the rounds" if over else f"going on with round {last + 1}"
+    return f"resuming the interrupted run in {folder}: {done} committed, {onward}"
 
 
 def _describe(world: World) -> str:
