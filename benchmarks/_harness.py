@@ -26,16 +26,20 @@ class Options:
     quick: bool  # less work, never other work
     json: Path
     only: tuple[str, ...] = ()  # parts to measure; none: all
+    cache: Path = Path()  # where environments of other systems are kept
     started: float = field(default_factory=time.perf_counter)
 
 
-def options(description: str, argv: Sequence[str] | None = None, parts: Sequence[str] = ()) -> Options:
-    """Read `[--quick] [--only PART]... --json FILE`.
+def options(
+    description: str, argv: Sequence[str] | None = None, parts: Sequence[str] = (), *, cache: bool = False
+) -> Options:
+    """Read `[--quick] [--only PART]... [--cache DIR] --json FILE`.
 
     Args:
         description: the script's docstring.
         argv: instead of the command line.
         parts: that can be measured by themselves; none: there is no --only.
+        cache: other systems are installed: there is a --cache.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -46,8 +50,21 @@ def options(description: str, argv: Sequence[str] | None = None, parts: Sequence
         parser.add_argument(
             "--only", choices=parts, action="append", default=[], help="measure this part; again for more"
         )
+    if cache:
+        parser.add_argument(
+            "--cache",
+            type=Path,
+            default=Path.home() / ".cache" / "fedge-benchmarks",
+            metavar="DIR",
+            help="where the environments of other systems are kept; made at first use",
+        )
     found = parser.parse_args(argv)
-    return Options(found.quick, found.json, tuple(found.only) if parts else ())
+    return Options(
+        found.quick,
+        found.json,
+        tuple(found.only) if parts else (),
+        found.cache.absolute() if cache else Path(),
+    )
 
 
 def usable_cpus() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def pfl(chosen: Work, answers: Any) -> None:
 
     network.loss, network.metrics = loss, lambda *_, **__: {}  # type: ignore[assignment]
 
-    @lru_cache(maxsize=None)  # a user's batches are cut once and kept
+    @cache  # a user's batches are cut once and kept
     def user(number: int) -> Any:
         return PyTorchTensorDataset(data.client(number, chosen.samples), user_id=str(number))
 
@@ -87,7 +87,7 @@ def pfl(chosen: Work, answers: Any) -> None:
                 self._turn = next(asked, None)
             return self._turn is None, Metrics()
 
-    np.random.seed(0)  # noqa: NPY002 - pfl draws from it
+    np.random.seed(0)  # pfl draws from it
     users = FederatedDataset(user, get_user_sampler("minimize_reuse", list(range(chosen.clients))))
     model = PyTorchModel(network, torch.optim.SGD, torch.optim.SGD(network.parameters(), lr=1.0))
     FederatedAveraging().run(

@@ -1,4 +1,4 @@
-"""Starts contestants as processes, gives them turns, and counts the CPU seconds and memory of all they start."""
+"""Starts contestants as processes, gives them turns, counts CPU seconds and memory of all that they start."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class Mlp(nn.Module):
     def __init__(self, inputs: int, *hidden: int) -> None:
         super().__init__()
         sizes = (inputs, *hidden, CLASSES)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(1)  # (B, F)
@@ -161,7 +162,9 @@ class Turn:
         self._seconds, self._started, self._ended = seconds, time.perf_counter(), 0.0
         self.first = first  # only then the loss is wanted: what it costs would count
         self.rounds = 0
-        self.found: dict[str, float] = {}  # clients, steps, examples of all rounds; in the first turn the loss after it
+        self.found: dict[
+            str, float
+        ] = {}  # clients, steps, examples of all rounds; in the first turn the loss after it
 
     def done(self, **found: float) -> bool:
         """Count a round; whether it was the last one of this turn."""
