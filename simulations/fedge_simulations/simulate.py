@@ -27,6 +27,7 @@ from fedge_server.report import Holdings
 from fedge_server.rounds.loop import Learned, Observer
 from fedge_server.rounds.record import Metric, RoundRecord
 from fedge_server.rounds.stopping import why_stop
+from fedge_simulations import ray
 from fedge_simulations.devices import DEVICES, DeviceHome, DeviceResult, deliver
 from fedge_simulations.grid import RUN_ID, SERVER_NODE
 from fedge_simulations.runs import LOCK, run_id_of
@@ -94,6 +95,8 @@ def run(
     """
     started = time.perf_counter()
     config = config if isinstance(config, Config) else Config.from_mapping(config)
+    if config.simulation.engine == "ray":
+        ray.check(config)
     world = prepare(config)
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedge-")))
@@ -134,7 +137,10 @@ def learn(world: World, home: Path, run_id: str, observe: Observer) -> Learned:
     results: list[Learned] = []
     app = server_app.build(lambda *_: world.server, observe, results.append)
     settings = server_app.run_config(world.config, home, run_id)
-    app(world.grid(settings), Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
+    if world.config.simulation.engine == "ray":
+        ray.run(app, world, settings)
+    else:
+        app(world.grid(settings), Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
     return results[0]
 
 

@@ -1,26 +1,64 @@
-"""`flwr run` on one machine: Flower's own simulation, which needs Ray."""
+"""Flower's own simulation, which needs Ray: by `flwr run`, and by `fedge-sim run` with one key."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from fedge.config import Config
+from fedge.errors import ConfigError
 from fedge_server.registry.database import Registry
+from fedge_simulations import run
 
 APP = Path(__file__).parents[2] / "simulations" / "superlink"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("ray") is None, reason='Ray is not installed (pip install "fedge[ray]")'
-    ),
-]
+RUN = """
+model.name = "logistic"
+clients = { count = 4, partition = "dirichlet:0.5" }
+rounds = { count = 2, fraction = 0.5 }
+"""
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason='Ray is not installed (pip install "fedge[ray]")'
+)
 
 
+def test_without_ray_the_line_says_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)  # how Python is told that a module cannot be imported
+    config = Config.from_mapping({"simulation": {"engine": "ray"}})
+    with pytest.raises(ConfigError, match=r"Ray is not installed; pip install \"fedge\[ray\]\""):
+        run(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_with_one_key_the_same_run_goes_over_ray_bit_for_bit(side, tmp_path):
+    (tmp_path / "run.toml").write_text(RUN)
+
+    def history(name: str, engine: str) -> list[dict[str, object]]:
+        chosen = ("--set", f"simulation.engine={engine}")
+        command = [side.BIN / "fedge-sim", "run", "run.toml", *chosen, "--out", name]
+        subprocess.run(command, cwd=tmp_path, env=side.environment(tmp_path), check=True, timeout=120)
+        lines = (tmp_path / name / "history.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+    try:
+        assert history("on-ray", "ray") == history("in-turn", "sequential")
+    finally:
+        side.end_processes_of(tmp_path)
+    assert (tmp_path / "on-ray" / "report.html").exists()
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("on-ray", "in-turn")]
+    assert models[0] == models[1]
+
+
+@needs_ray
+@pytest.mark.slow
 def test_flwr_run_local_deals_the_digits_out_to_simulated_supernodes(side, tmp_path):
     config, home = tmp_path / "run.toml", tmp_path / "home"
     config.write_text('[clients]\npartition = "dirichlet:0.5"\n[rounds]\ncount = 1\n')
