@@ -95,6 +95,7 @@ class Contestant:
     log: Path
     start_s: float = 0.0  # from its start until it was ready
     resting_mb: float = 0.0  # when it was ready: libraries and data set
+    first_s: float = 0.0  # from its start until its first round was done
     turns: list[Turn] = field(default_factory=list)
 
     @classmethod
@@ -148,8 +149,9 @@ class Contestant:
 
     def turn(self, seconds: float) -> Turn:
         """Rounds for at least so long; one at least."""
-        before = self._cpu_s()
+        before, begun = self._cpu_s(), time.perf_counter()
         answer = self._ask(seconds)
+        self.first_s = self.first_s or self.start_s + time.perf_counter() - begun
         return Turn(
             answer["clients"],
             answer["examples"],

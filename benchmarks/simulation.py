@@ -14,9 +14,9 @@ the server's test data and the commit to the database; the others do not evaluat
 network, "own" the same network as a user's nn.Module, in which there is nothing to recognise; "messages"
 means a full message for each client, with a client mod that clips it. All contestants run on one core with
 one thread, in turns; speeds count the CPU seconds of all processes of a contestant, ratios are medians over
-turns of each turn with its neighbour's. Flower on Ray has all cores, as many actors as cores, and its start
-is timed apart. Memory is that of all processes, shared pages counted once; "above" is what comes on top of
-libraries and data set.
+turns of each turn with its neighbour's. Flower on Ray has all cores, as many actors as cores. "s" is from the
+start of the process until its first round is done. Memory is that of all processes, shared pages counted
+once; "above" is what comes on top of libraries and data set.
 
 pfl-research and Ray are installed into environments of their own in --cache, at first use; where they cannot
 be had, the rows say so and their claims are left out.
@@ -127,7 +127,7 @@ def measure_speed(bench: Bench, work: str) -> Figures:
                     contestant.name,
                     speed=_speeds(contestant),
                     times=ratio(contestant, loop),
-                    **{"MB": peak, "MB above": peak - contestant.resting_mb},
+                    **{"MB": peak, "MB above": peak - contestant.resting_mb, "s": contestant.first_s},
                     note=f"{clients:,} clients a round",
                 ),
             )
@@ -166,11 +166,9 @@ def measure_ray(bench: Bench) -> Figures:
         python = environment("ray", RAY, bench.asked.cache)
     except Absent as error:
         return {}, [_row("ray", "Flower on Ray", note=f"not to be had: {error}")]
-    begun = time.perf_counter()
     making = [bench.peer("flower", "tiny", clients, python, cores=usable_cpus())]
     with started(*making) as (flower,):
         first = flower.turn(0.0)
-        start_s = time.perf_counter() - begun
         making = [bench.peer("loop", "tiny", clients, sys.executable), bench.fedge("fedge", "tiny", clients)]
         with started(*making) as (loop, fedge):
             take_turns([loop, fedge, flower], 2 if bench.asked.quick else 5, bench.seconds)
@@ -179,7 +177,7 @@ def measure_ray(bench: Bench) -> Figures:
                 _row("ray", "fedge, built-in", speed=_speeds(fedge), times=ratio(fedge, loop)),
             ]
         peak = flower.peak_mb(0.0)
-        note = f"{usable_cpus()} actors; loss after a round {first.loss:.3f}; s: start to first round"
+        note = f"{usable_cpus()} actors; loss after a round {first.loss:.3f}"
         memory = {"MB": peak, "MB above": peak - flower.resting_mb}
         rows.append(
             _row(
@@ -188,7 +186,7 @@ def measure_ray(bench: Bench) -> Figures:
                 speed=_speeds(flower),
                 times=ratio(flower, loop),
                 **memory,
-                s=start_s,
+                s=flower.first_s,
                 note=note,
             )
         )
