@@ -11,14 +11,13 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
 
 from fedge.dataset import Dataset, Examples
 from fedge.errors import ConfigError, DataError
-from fedge.learning import local, messages
+from fedge.learning import draws, local, messages
 from fedge.learning.local import Job, Trainer
 from fedge.learning.messages import Instructions
 from fedge.learning.metrics import evaluate as evaluate_metrics
@@ -147,8 +146,7 @@ def build(share: Share, trainer: Trainer = local.fit) -> ClientApp:
 
 def client_seed(run_seed: int, server_round: int, node_id: int) -> int:
     """A seed for one client in one round, independent of who else takes part and in which order."""
-    sequence = np.random.SeedSequence([run_seed, server_round, node_id])
-    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+    return int(draws.key(run_seed, server_round, node_id)) & (2**63 - 1)
 
 
 def _clip_when_asked(message: Message, context: Context, call_next: ClientCall) -> Message:

@@ -130,7 +130,7 @@ def _check_learnable(world: World) -> None:
         with torch.no_grad():
             x = preprocess(torch.from_numpy(spec.zeros(2)))
             for names_of in (config.train.augment, config.compress.distil.augment):
-                augment(x, names_of, torch.Generator())
+                augment(x, names_of, torch.arange(len(x)))
             logits = network.eval()(x)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"model {name!r} or an augmentation does not fit the data: {error}") from error

@@ -9,7 +9,7 @@ Legend: B batch, N examples of this client, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from fedge.config import Train
 from fedge.dataset import Examples
+from fedge.learning import draws
 from fedge.learning.augment import augment
 from fedge.learning.messages import Instructions
 from fedge.learning.state import NamedArrays, arrays_of, load_arrays
@@ -29,7 +30,7 @@ from fedge.spec import Spec
 from fedge.task import Task
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Logits (B, K) and class indices (B,) to the mean loss, a scalar."""
+"""Logits (B, K) and class indices (B,) to the loss of each example (B,)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,29 +57,33 @@ class Trained:
 Trainer = Callable[[Job], Trained]
 """Does a job: `fit` on a device; a simulation does many jobs together."""
 
+GRADIENT_BATCH = 256  # examples that a gradient over all of them is computed from at a time, at least
 FOCAL_GAMMA = 2.0  # Lin et al. 2017, Focal Loss for Dense Object Detection
 
 
-def loss_function(settings: Train) -> Loss:
-    """The loss that the settings name: cross_entropy (smoothed), focal (Lin et al. 2017), multi_margin."""
+def losses(settings: Train) -> Loss:
+    """The loss of each example: cross_entropy (smoothed), focal (Lin et al. 2017), multi_margin."""
 
     def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
+        return F.cross_entropy(logits, y, label_smoothing=settings.label_smoothing, reduction="none")
 
     def focal(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         log_p = F.log_softmax(logits, dim=1).gather(1, y[:, None]).squeeze(1)  # (B,)
-        return (-((1 - log_p.exp()) ** FOCAL_GAMMA) * log_p).mean()
+        return -((1 - log_p.exp()) ** FOCAL_GAMMA) * log_p
 
     def multi_margin(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return F.multi_margin_loss(logits, y)
+        # sum over k != y of max(0, 1 - z_y + z_k), over K; the term k = y is always 1. Torch's own has no
+        # batching rule.
+        margins = (1 - logits.gather(1, y[:, None]) + logits).clamp(min=0)  # (B, K)
+        return (margins.sum(1) - 1) / logits.shape[1]
 
     named: dict[str, Loss] = {"cross_entropy": cross_entropy, "focal": focal, "multi_margin": multi_margin}
     return named[settings.loss]
 
 
-def optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
-    """A fresh torch optimiser over the trainable parameters."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def optimizer(parameters: Iterable[torch.Tensor], settings: Train) -> torch.optim.Optimizer:
+    """A fresh torch optimiser; all of them work value by value, so stacked clients do not mix."""
+    parameters = list(parameters)
     lr, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=settings.momentum, weight_decay=decay)
@@ -98,18 +103,36 @@ class LocalResult:
     steps: int  # optimiser steps made
 
 
-def batches(n: int, size: int, generator: torch.Generator, *, least: int = 1) -> Iterator[torch.Tensor]:
-    """Positions of one pass over n examples in random order, in batches of at most `size`.
+_ORDER, _STEP = 0, 1  # streams of a client's key
+
+
+def order_keys(client: torch.Tensor, epoch: int) -> torch.Tensor:
+    """What decides the order of the examples in one pass, of one client or of many."""
+    return draws.derive(draws.derive(client, _ORDER), epoch)
+
+
+def step_keys(client: torch.Tensor, step: int) -> torch.Tensor:
+    """What decides augmentation and dropout of step number `step`, counted over all passes."""
+    return draws.derive(draws.derive(client, _STEP), step)
+
+
+def example_keys(step: torch.Tensor, count: int) -> torch.Tensor:
+    """One key for each example of a step's batch: (..., count)."""
+    return draws.derive(step[..., None], torch.arange(count, device=step.device))
+
+
+def batch_sizes(n: int, size: int, *, least: int = 1) -> list[int]:
+    """Examples of each step of one pass over n of them: batches of at most `size`.
 
     A last batch of fewer than `least` examples joins the one before it.
     """
-    parts = list(torch.split(torch.randperm(n, generator=generator), size))
-    if len(parts) > 1 and len(parts[-1]) < least:
-        parts[-2:] = [torch.cat(parts[-2:])]
-    yield from parts
+    sizes = [size] * (n // size) + ([n % size] if n % size else [])
+    if len(sizes) > 1 and sizes[-1] < least:
+        sizes[-2:] = [sizes[-2] + sizes[-1]]
+    return sizes
 
 
-def _least_batch(model: nn.Module) -> int:
+def least_batch(model: nn.Module) -> int:
     """Batch normalisation has no variance of a single example: torch refuses it in training."""
     return 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else 1
 
@@ -130,24 +153,28 @@ def train(
         x: (N, ...) pre-processed float32.
         y: (N,) class indices.
         settings: the run's `[train]`.
-        seed: decides order and augmentation of this client in this round.
+        seed: decides order, augmentation and dropout of this client in this round.
         proximal_mu: FedProx's term mu/2 * ||w - w_global||^2 is added to the loss when it is not 0
             (Li et al. 2020, Federated Optimization in Heterogeneous Networks).
     """
-    loss_of, opt = loss_function(settings), optimizer(model, settings)
+    loss_of, opt = losses(settings), optimizer([p for p in model.parameters() if p.requires_grad], settings)
     anchors = [p.detach().clone() for p in model.parameters()] if proximal_mu else []
-    total, seen, steps, least = 0.0, 0, 0, _least_batch(model)
-    with _seeded(model, seed) as generator, fitted(model, settings.batch_size):
-        for _ in range(settings.epochs):
-            for indices in batches(len(y), settings.batch_size, generator, least=least):
-                inputs = augment(x[indices], settings.augment, generator)
+    total, steps, client = 0.0, 0, draws.key(seed)
+    sizes = batch_sizes(len(y), settings.batch_size, least=least_batch(model))
+    with _seeded(model, seed), fitted(model, settings.batch_size):
+        for epoch in range(settings.epochs):
+            order = draws.permutation(order_keys(client, epoch), len(y))
+            for indices in torch.split(order, sizes):
+                own = step_keys(client, steps)
+                inputs = augment(x[indices], settings.augment, example_keys(own, len(indices)))
                 opt.zero_grad(set_to_none=True)
-                loss = loss_of(model(inputs), y[indices])  # forward
+                with draws.keyed_dropout(model, own):
+                    loss = loss_of(model(inputs), y[indices]).mean()  # forward
                 objective = loss + proximal_mu / 2 * _distance(model, anchors) if anchors else loss
                 objective.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
                 opt.step()
-                total, seen, steps = total + loss.item() * len(indices), seen + len(indices), steps + 1
-    return LocalResult(total / seen, len(y), steps)
+                total, steps = total + loss.item() * len(indices), steps + 1
+    return LocalResult(total / (len(y) * settings.epochs), len(y), steps)
 
 
 def fit(job: Job) -> Trained:
@@ -185,12 +212,12 @@ def blank(task: Task, name: str, spec: Spec) -> nn.Module:
 
 
 @contextmanager
-def _seeded(model: nn.Module, seed: int) -> Iterator[torch.Generator]:
-    """Training mode with all randomness from one seed: ours by the generator, dropout's by torch's own."""
+def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Training mode, with what a model draws by itself decided by the seed too."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed ^ 0x5DEECE66D)  # another stream than the generator's
+        torch.manual_seed(seed)
         model.train()
-        yield torch.Generator().manual_seed(seed)
+        yield
 
 
 def gradient(
@@ -202,14 +229,17 @@ def gradient(
     summed, divided by N. Buffers such as batch statistics move as they would
     in a step.
     """
-    loss_of = loss_function(settings)
+    loss_of = losses(settings)
     model.zero_grad(set_to_none=True)
-    total = 0.0
-    size = max(settings.batch_size, 256)
-    with _seeded(model, seed) as generator, fitted(model, size):
-        for indices in batches(len(y), size, generator, least=_least_batch(model)):
-            inputs = augment(x[indices], settings.augment, generator)
-            loss = loss_of(model(inputs), y[indices]) * (len(indices) / len(y))
+    total, client, least = 0.0, draws.key(seed), least_batch(model)
+    size = max(settings.batch_size, GRADIENT_BATCH)
+    order = draws.permutation(order_keys(client, 0), len(y))
+    with _seeded(model, seed), fitted(model, size):
+        for step, indices in enumerate(torch.split(order, batch_sizes(len(y), size, least=least))):
+            own = step_keys(client, step)
+            inputs = augment(x[indices], settings.augment, example_keys(own, len(indices)))
+            with draws.keyed_dropout(model, own):
+                loss = loss_of(model(inputs), y[indices]).sum() / len(y)
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
             total += loss.item()
     decay = settings.weight_decay

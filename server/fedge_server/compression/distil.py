@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedge.config import Distil
 from fedge.errors import CompressionError, ConfigError
+from fedge.learning import draws
 from fedge.learning.augment import augment
 from fedge.learning.threads import fitted
 
@@ -61,7 +62,7 @@ def distil(
         for _ in range(settings.epochs):
             # Parts of nearly equal size: a last batch of one example would break batch normalisation.
             for chosen in torch.randperm(len(x), generator=generator).tensor_split(batches):
-                inputs = augment(x[chosen], settings.augment, generator)
+                inputs = augment(x[chosen], settings.augment, draws.keys_from(generator, len(chosen)))
                 targets = _targets(teacher, inputs, None if known is None else known[chosen], settings)
                 loss = _loss(student(inputs), targets, y[chosen], settings)
                 optimizer.zero_grad()
@@ -83,7 +84,7 @@ def check_augment(x: Tensor, names: tuple[str, ...]) -> None:
         ConfigError: one of them does not fit these inputs.
     """
     try:
-        augment(x, names, torch.Generator().manual_seed(0))
+        augment(x, names, torch.arange(len(x)))
     except ValueError as error:
         raise ConfigError(f"compress.distil.augment: {error}") from error
 
