@@ -6,11 +6,12 @@ argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
@@ -64,7 +65,7 @@ def own_share(context: Context, instructions: Instructions) -> tuple[Task, Examp
             f"data: examples are {dataset.spec.dtype} {dataset.spec.shape}, "
             f"but the run takes {instructions.spec.dtype} {instructions.spec.shape}"
         )
-    return task, dataset.with_labels(labels).examples
+    return task, dataset.with_labels(labels).used_examples
 
 
 @lru_cache(maxsize=8)
@@ -146,7 +147,13 @@ def build(share: Share, trainer: Trainer = local.fit) -> ClientApp:
 
 def client_seed(run_seed: int, server_round: int, node_id: int) -> int:
     """A seed for one client in one round, independent of who else takes part and in which order."""
-    return int(draws.key(run_seed, server_round, node_id)) & (2**63 - 1)
+    return client_seeds(run_seed, server_round, [node_id])[0]
+
+
+def client_seeds(run_seed: int, server_round: int, node_ids: Sequence[int]) -> list[int]:
+    """The same for many clients, at once."""
+    keys = draws.key(run_seed, server_round, torch.tensor(node_ids, dtype=torch.int64)) & (2**63 - 1)
+    return [int(key) for key in keys.tolist()]
 
 
 def _clip_when_asked(message: Message, context: Context, call_next: ClientCall) -> Message:

@@ -39,7 +39,10 @@ FilterName = Literal["none", "median", "gaussian", "clip"]
 MetricName = Literal["accuracy", "macro_f1", "auc", "recall"]
 
 _AUGMENT = re.compile(r"(flip|shift:[1-9]\d?|noise:(0?\.\d+|\d+(\.\d+)?)|mask:0?\.\d+)")
-_PARTITION = re.compile(r"(iid|natural|dirichlet:(?=.*[1-9])(\d+(\.\d+)?|\.\d+)|shards:[1-9]\d*)")
+_PARTITION = re.compile(
+    r"(iid|natural|dirichlet:(?=.*[1-9])(\d+(\.\d+)?|\.\d+)|shards:[1-9]\d*"
+    r"|draw:[1-9]\d{0,8}(:(?=.*[1-9])(\d+(\.\d+)?|\.\d+))?)"
+)
 _TARGET = re.compile(r"(accuracy|macro_f1|auc|loss)\s*(>=|<=)\s*(\d*\.?\d+)")
 
 
@@ -54,7 +57,8 @@ def _matching(pattern: re.Pattern[str], forms: str) -> AfterValidator:
 
 Augmentation = Annotated[str, _matching(_AUGMENT, "'flip', 'shift:PIXELS', 'noise:STD', 'mask:SHARE'")]
 PartitionName = Annotated[
-    str, _matching(_PARTITION, "'iid', 'natural', 'dirichlet:ALPHA', 'shards:PER_CLIENT'")
+    str,
+    _matching(_PARTITION, "'iid', 'natural', 'dirichlet:ALPHA', 'shards:PER_CLIENT', 'draw:SIZE[:ALPHA]'"),
 ]
 
 
@@ -104,6 +108,7 @@ class Clients:
     # once so many suitable devices are online (None: one).
     count: Count | None = None
     partition: PartitionName = "iid"
+    size_sigma: NotNegative = 0.0  # partition draw: spread of the clients' sizes, sigma of a log-normal
     seconds_per_example: Positive = 0.001  # simulated time to train on one example once
     speed_sigma: NotNegative = 0.0  # spread of the clients' speeds: sigma of a log-normal
     # Of a deployment alone: which of the devices that are online take part.

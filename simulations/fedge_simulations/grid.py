@@ -1,22 +1,32 @@
-"""A Flower Grid that runs clients one after the other in this process, in the order of simulated time."""
+"""A Flower Grid whose clients live in this process and train together, in the order of simulated time."""
 
 from __future__ import annotations
 
 import copy
+import heapq
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-UserConfig = dict[str, bool | float | int | str]
+from fedge.dataset import Indices
+from fedge.learning.local import Job
+from fedge.learning.messages import CLIENTS, METRICS
+from fedge.wire.arrays import records_of
+from fedge_server.rounds.closing import payload_bytes
+from fedge_simulations.course import Course, Fate, Steady
+from fedge_simulations.states import States
+from fedge_simulations.summing import Holders, failure, sum_of, sum_of_moments
+from fedge_simulations.trainers import OneByOne, Trainers, Turn
 
-Duration = Callable[[Message], float]
-"""Simulated seconds from sending a message until its reply arrives."""
+UserConfig = dict[str, bool | float | int | str]
+ClientCall = Callable[[Message, Context], Message]
+"""A ClientApp, or what answers like one; it trains by `trainers.hand_over`, or as it likes."""
 
 RUN_ID, SERVER_NODE = 1, 0xFED
 
@@ -25,36 +35,65 @@ RUN_ID, SERVER_NODE = 1, 0xFED
 class _Pending:
     """A message under way."""
 
-    arrives: float  # simulated seconds
+    arrives: float  # simulated seconds; infinite: never
     sequence: int  # breaks ties in the order of sending
     message: Message = field(compare=False)
+    fate: Fate = field(compare=False)
+    context: Context | None = field(compare=False, default=None)  # once the client has worked
+    reply: Message | None = field(compare=False, default=None)  # likewise
 
 
-class SequentialGrid(Grid):
+@dataclass(slots=True)
+class _Working:
+    """A client whose app has begun to answer."""
+
+    item: _Pending
+    context: Context
+    turn: Turn
+
+
+class VectorGrid(Grid):
     """Clients of one process; neither app can tell that it is no network.
 
-    A client runs when its reply is due on the simulated clock, so one that is cut off by quorum or
-    deadline costs nothing. What a client raises becomes its error reply, as on a real Grid.
+    A client works when its reply is due on the simulated clock, so one that is cut off by quorum or deadline
+    costs nothing, or at most as much as the few that would be trained beside it. What a client raises becomes
+    its error reply, as on a real Grid.
     """
 
     def __init__(
         self,
-        client_app: ClientApp,
+        client_app: ClientCall,
         node_configs: Sequence[UserConfig],
         run_config: Mapping[str, bool | float | int | str],
-        duration: Duration = lambda _: 0.0,
+        *,
+        trainers: Trainers | None = None,
+        course: Course | None = None,
+        holders: Holders | None = None,
+        sums: bool = False,
+        states: States | None = None,
     ) -> None:
-        """Make one node per node_config; node ids count from 1."""
-        self._app = client_app
-        self._contexts = {
-            node_id: Context(RUN_ID, node_id, dict(config), RecordDict(), dict(run_config))
-            for node_id, config in enumerate(node_configs, start=1)
-        }
-        self._duration = duration
+        """Make one node per node_config; node ids count from 1.
+
+        Args:
+            client_app: what every node runs.
+            node_configs: of the nodes; looked at one by one when a node is asked.
+            run_config: what every node's context carries.
+            trainers: does the jobs that clients hand over; None: one after the other.
+            course: what befalls clients; None: all answer at once.
+            holders: who holds what, where that is known.
+            sums: clients' updates may be added up without running their app, which does nothing else.
+            states: what clients remember; None: kept in memory.
+        """
+        self._app, self._nodes, self._run_config = client_app, node_configs, dict(run_config)
+        self._trainers: Trainers = trainers or OneByOne()
+        self._course: Course = course or Steady()
+        self._holders, self._sums, self._states = holders, sums, states or States()
         self._pending: dict[str, _Pending] = {}
         self._sequence = 0
+        self.round = 0
+        self.sent_s = 0.0  # simulated seconds of the run when the last messages were sent
         self.clock_s = 0.0  # since the last send_and_receive
-        self.elapsed_s = 0.0  # of all earlier calls
+        self._before_s = 0.0  # of all earlier calls
         # Flower keeps one identity per process; Message() reads it.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
 
@@ -66,9 +105,27 @@ class SequentialGrid(Grid):
         """A run record without an app behind it."""
         return Run.create_empty(RUN_ID)
 
+    @property
+    def elapsed_s(self) -> float:
+        """Simulated seconds since the run began."""
+        return self._before_s + self.clock_s
+
+    @elapsed_s.setter
+    def elapsed_s(self, seconds: float) -> None:
+        self._before_s, self.clock_s = seconds, 0.0
+
+    def begin_round(self, number: int) -> None:
+        """Count what clients do and keep from now on to this round."""
+        self.round = number
+        self._states.begin_round(number)
+
     def get_node_ids(self) -> Iterable[int]:
-        """All nodes; all are online."""
-        return list(self._contexts)
+        """All nodes, as a range."""
+        return range(1, len(self._nodes) + 1)
+
+    def online(self, node_ids: Sequence[int]) -> list[int]:
+        """Those that are there now."""
+        return self._course.online(node_ids, self.elapsed_s)
 
     def create_message(
         self,
@@ -82,28 +139,50 @@ class SequentialGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Send; each reply arrives after the message's own duration on the simulated clock."""
-        return [self._push(message) for message in messages]
+        """Send; each reply arrives when the clients' course says, on the simulated clock."""
+        self.sent_s = self.elapsed_s
+        sizes: dict[int, tuple[RecordDict, int]] = {}  # by identity: one content goes to many clients
+        ids = []
+        for message in messages:
+            content = message.content
+            if id(content) not in sizes:
+                sizes[id(content)] = (content, payload_bytes(message))
+            node_id, kind = message.metadata.dst_node_id, message.metadata.message_type
+            fate = self._fate(node_id, kind, sizes[id(content)][1])
+            self._sequence += 1
+            message_id = f"m{self._sequence}"
+            message.metadata.__dict__["_message_id"] = message_id  # as Flower's own in-memory Grid sets it
+            arrives = self.clock_s + fate.arrives_s
+            self._pending[message_id] = _Pending(arrives, self._sequence, message, fate)
+            ids.append(message_id)
+        return ids
 
-    def _push(self, message: Message) -> str:
-        self._sequence += 1
-        message_id = f"m{self._sequence}"
-        message.metadata.__dict__["_message_id"] = message_id  # as Flower's own in-memory Grid sets it
-        arrives = self.clock_s + self._duration(message)
-        self._pending[message_id] = _Pending(arrives, self._sequence, message)
-        return message_id
+    def _fate(self, node_id: int, kind: str, bytes_down: int) -> Fate:
+        return self._course.fate(
+            node_id,
+            kind=kind,
+            round=self.round,
+            clock_s=self.sent_s,
+            examples=self._holders.size(node_id) if self._holders is not None else 0,
+            bytes_down=bytes_down,
+            bytes_up=bytes_down if kind == "train" else 0,  # a state comes back for a state
+        )
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies that arrive next: those due now, else the clock moves on to the earliest one.
 
         Replies that arrive at the same simulated time come together, in the order of sending.
         """
-        under_way = [self._pending[message_id] for message_id in message_ids if message_id in self._pending]
-        if not under_way:
+        under_way = sorted(self._pending[i] for i in message_ids if i in self._pending)
+        if not under_way or math.isinf(under_way[0].arrives):
             return []
-        self.clock_s = max(self.clock_s, min(under_way).arrives)
-        due = sorted(item for item in under_way if item.arrives <= self.clock_s)
-        return [self._answer(item) for item in due]
+        self.clock_s = max(self.clock_s, under_way[0].arrives)
+        due = [item for item in under_way if item.arrives <= self.clock_s]
+        replies = []
+        for i, item in enumerate(due):
+            self._work(item, due[i + 1 :])
+            replies.append(self._deliver(item))
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -113,46 +192,187 @@ class SequentialGrid(Grid):
         The replies can be iterated again. Whatever an earlier call still had under way is dropped: a
         synchronous round has closed before the next one opens.
         """
-        self._pending.clear()
-        # Each call's clock starts at 0: durations then compare with the deadline alike in every round, and
-        # a resumed run needs no clock of the run before it.
-        self.elapsed_s, self.clock_s = self.elapsed_s + self.clock_s, 0.0
+        self._restart()
         return _Replies(self, self.push_messages(messages), timeout)
 
-    def next_reply(self, message_ids: Iterable[str], deadline_s: float | None) -> Message | None:
-        """The reply that arrives next, or None when none does by the deadline (a time on the clock)."""
-        item = min((self._pending[i] for i in message_ids if i in self._pending), default=None)
-        if item is None:
-            return None
-        if deadline_s is not None and item.arrives > deadline_s:
-            self.clock_s = max(self.clock_s, deadline_s)
-            return None
-        self.clock_s = max(self.clock_s, item.arrives)
-        return self._answer(item)
+    def _restart(self) -> None:
+        self._pending.clear()
+        # Each call's clock starts at 0: durations then compare with the deadline alike in every round.
+        self._before_s, self.clock_s = self._before_s + self.clock_s, 0.0
 
-    def _answer(self, item: _Pending) -> Message:
+    def replies_to(self, message_ids: Sequence[str], deadline_s: float | None) -> Iterator[Message]:
+        """Replies as they arrive, until the deadline (a time on this call's clock) or there are no more."""
+        queue = sorted(self._pending[i] for i in message_ids if i in self._pending)
+        last = math.inf if deadline_s is None else deadline_s
+        due = [item for item in queue if item.arrives <= last and math.isfinite(item.arrives)]
+        for i, item in enumerate(due):
+            if item.message.metadata.message_id not in self._pending:
+                return  # a later call has dropped it
+            self._work(item, due[i + 1 :])
+            self.clock_s = max(self.clock_s, item.arrives)
+            yield self._deliver(item)
+        if len(due) < len(queue) and deadline_s is not None:
+            self.clock_s = max(self.clock_s, deadline_s)
+
+    def _deliver(self, item: _Pending) -> Message:
+        """Hand out a reply; only now has the client really done what it did."""
+        del self._pending[item.message.metadata.message_id]
+        assert item.reply is not None  # noqa: S101 - `_work` came before
+        if item.context is not None:
+            try:
+                self._states.save(item.context.node_id, item.context.state)
+            except Exception as error:  # noqa: BLE001 - a client's failure is its reply, whatever it was
+                return _error(item.message, error)
+        if item.fate.attack and not item.reply.has_error():
+            return self._course.attack(item.fate, item.message, item.reply)
+        return item.reply
+
+    def _work(self, item: _Pending, later: Sequence[_Pending]) -> None:
+        """Let a client work, and those that come after it along with it as far as that is worth while."""
+        if item.reply is not None:
+            return
+        waiting = self._begin(item)
+        if not waiting:
+            return
+        wanted = self._trainers.at_once(waiting[0][1])
+        for other in later:
+            if len(waiting) >= wanted:
+                break
+            if other.reply is None:
+                waiting += self._begin(other)
+        while waiting:
+            results = self._trainers.train([job for _, job in waiting])
+            pairs = zip(waiting, results, strict=True)
+            waiting = [more for (client, _), result in pairs for more in self._go_on(client, result)]
+
+    def _begin(self, item: _Pending) -> list[tuple[_Working, Job]]:
+        """Start a client; it has handed over a job, or answered already and is not in the list."""
         message = item.message
-        del self._pending[message.metadata.message_id]
+        if item.fate.lost:
+            item.reply = Message(Error(ErrorCode.UNKNOWN, item.fate.lost), reply_to=message)
+            return []
+        node_id = message.metadata.dst_node_id
+        # The same content goes to every client of a round; a copy of the records' table keeps one client's
+        # mods from changing what the next one is sent. The arrays are shared, read-only.
+        sent = copy.copy(message)
+        sent.content = RecordDict(dict(message.content))
         try:
-            # The same content goes to every client of a round; a copy of the records' table keeps one
-            # client's mods from changing what the next one is sent. The arrays are shared, read-only.
-            sent = copy.copy(message)
-            sent.content = RecordDict(dict(message.content))
-            return self._app(sent, self._contexts[message.metadata.dst_node_id])
-        except Exception as error:  # noqa: BLE001 - a client's failure is its reply, whatever it was
-            reason = f"{type(error).__name__}: {error}"
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+            config = dict(self._nodes[node_id - 1])
+            context = Context(RUN_ID, node_id, config, self._states.load(node_id), dict(self._run_config))
+        except Exception as error:  # noqa: BLE001 - as above
+            item.reply = _error(message, error)
+            return []
+        return self._go_on(_Working(item, context, Turn(self._app)), sent, context)
+
+    def _go_on(self, client: _Working, *values: object) -> list[tuple[_Working, Job]]:
+        """Let a client go on until it hands over a job, or answers and is not in the list."""
+        try:
+            found = client.turn.switch(*values)
+        except Exception as error:  # noqa: BLE001 - as above
+            client.item.reply = _error(client.item.message, error)
+            return []
+        if not client.turn.dead:
+            return [(client, found)]
+        client.item.reply, client.item.context = found, client.context
+        return []
+
+    def held_by(self, node_id: int) -> Indices:
+        """Positions of the examples that a node held when it was last sent something."""
+        return self._holders_there().indices(node_id, self.round, self.sent_s)
+
+    @property
+    def can_sum(self) -> bool:
+        """Whether clients' updates may be added up without running their app."""
+        known = self._holders is not None and self._sums
+        return known and self._trainers.can_sum and not self._course.attacks
+
+    def sum_updates(
+        self, message: Message, node_ids: Sequence[int], *, timeout: float | None, enough: int
+    ) -> Iterator[Message]:
+        """Partial sums of the clients that are in, and an error for each that failed.
+
+        The clock says beforehand who is in. When one of them fails, those that arrive next take its place.
+        """
+        arriving = self._arrivals(message, node_ids)
+        held = 0
+        while held < enough:
+            group, lost = self._next(arriving, enough - held, timeout)
+            for node_id, reason in lost:
+                yield failure(message, node_id, reason)
+            if not group:
+                return
+            # In a fixed order: sums are not associative in floating point.
+            for reply in sum_of(
+                message, sorted(group), self._holders_there(), self._trainers, self.round, self.sent_s
+            ):
+                held += 0 if reply.has_error() else clients_in(reply)
+                yield reply
+
+    def sum_moments(
+        self, message: Message, node_ids: Sequence[int], *, timeout: float | None
+    ) -> Iterator[Message]:
+        """One reply with the moments of all that answer in time, and an error for each that failed."""
+        arriving = self._arrivals(message, node_ids)
+        group, lost = self._next(arriving, len(node_ids), timeout)
+        for node_id, reason in lost:
+            yield failure(message, node_id, reason)
+        if group:
+            yield sum_of_moments(message, sorted(group), self._holders_there(), self.round, self.sent_s)
+
+    def _holders_there(self) -> Holders:
+        assert self._holders is not None  # noqa: S101 - `can_sum` said so
+        return self._holders
+
+    def _arrivals(self, message: Message, node_ids: Sequence[int]) -> list[tuple[float, int, int, str]]:
+        """When each answer arrives: (seconds on this call's clock, order of sending, node, why lost)."""
+        self._restart()
+        self.sent_s = self.elapsed_s
+        kind, size = message.metadata.message_type, payload_bytes(message)
+        arriving = []
+        for order, node_id in enumerate(node_ids):
+            fate = self._fate(node_id, kind, size)
+            arriving.append((fate.arrives_s, order, node_id, fate.lost))
+        heapq.heapify(arriving)
+        return arriving
+
+    def _next(
+        self, arriving: list[tuple[float, int, int, str]], wanted: int, timeout: float | None
+    ) -> tuple[list[int], list[tuple[int, str]]]:
+        """So many clients that answer next by the deadline, and those that are lost meanwhile."""
+        last = math.inf if timeout is None else timeout
+        group: list[int] = []
+        lost: list[tuple[int, str]] = []
+        while arriving and len(group) < wanted and arriving[0][0] <= last and math.isfinite(arriving[0][0]):
+            arrives, _, node_id, reason = heapq.heappop(arriving)
+            self.clock_s = max(self.clock_s, arrives)
+            if reason:
+                lost.append((node_id, reason))
+            else:
+                group.append(node_id)
+        if len(group) < wanted and arriving and timeout is not None:
+            self.clock_s = max(self.clock_s, timeout)
+        return group, lost
+
+
+def clients_in(reply: Message) -> int:
+    """How many clients' updates a partial sum holds."""
+    return int(records_of(reply.content, MetricRecord)[METRICS][CLIENTS])  # type: ignore[arg-type]  # a number
+
+
+def _error(message: Message, error: Exception) -> Message:
+    reason = f"{type(error).__name__}: {error}"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
 class _Replies:
     """Replies of one round: computed when first reached, remembered for a second pass."""
 
-    def __init__(self, grid: SequentialGrid, ids: list[str], deadline_s: float | None) -> None:
-        self._grid, self._ids, self._deadline_s = grid, ids, deadline_s
+    def __init__(self, grid: VectorGrid, ids: list[str], deadline_s: float | None) -> None:
+        self._more = grid.replies_to(ids, deadline_s)
         self._seen: list[Message] = []
 
     def __iter__(self) -> Iterator[Message]:
         yield from self._seen
-        while (reply := self._grid.next_reply(self._ids, self._deadline_s)) is not None:
+        for reply in self._more:
             self._seen.append(reply)
             yield reply

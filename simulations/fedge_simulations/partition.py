@@ -11,6 +11,7 @@ import numpy.typing as npt
 from fedge.config import Clients
 from fedge.dataset import Dataset, Indices
 from fedge.errors import ConfigError, DataError
+from fedge_simulations.population import Population, drawn
 
 MAX_DRAWS = 100
 
@@ -82,6 +83,30 @@ def natural(client: Indices, names: tuple[str, ...]) -> list[Indices]:
             "evaluate.holdout_fraction and evaluate.proxy_fraction"
         )
     return parts
+
+
+def people(dataset: Dataset, train: Indices, clients: Clients, seed: int) -> Population:
+    """The clients of a simulation, by the configured partition; errors as in `deal`."""
+    kind, _, value = clients.partition.partition(":")
+    if clients.size_sigma and kind != "draw":
+        raise ConfigError(
+            f"clients.size_sigma = {clients.size_sigma:g}: for clients.partition = 'draw:SIZE' only; "
+            f"{clients.partition!r} has sizes of its own"
+        )
+    if kind != "draw":
+        return Population.dealt(deal(dataset, train, clients, seed))
+    if len(train) == 0:
+        raise ConfigError("clients.partition: there are no training examples to draw from")
+    size, _, alpha = value.partition(":")
+    return drawn(
+        train,
+        dataset.y[train],
+        clients.wanted,
+        size=int(size),
+        alpha=float(alpha) if alpha else None,
+        size_sigma=clients.size_sigma,
+        seed=seed,
+    )
 
 
 def deal(dataset: Dataset, train: Indices, clients: Clients, seed: int) -> list[Indices]:

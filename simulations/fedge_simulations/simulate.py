@@ -30,6 +30,7 @@ from fedge_simulations import ray
 from fedge_simulations.devices import DEVICES, DeviceHome, DeviceResult, deliver
 from fedge_simulations.grid import RUN_ID, SERVER_NODE
 from fedge_simulations.runs import LOCK, run_id_of
+from fedge_simulations.states import FOLDER
 from fedge_simulations.world import World, prepare
 
 _OCCUPIED = "{}: another process runs in it; wait for it, or choose another --out"
@@ -196,7 +197,7 @@ def _remove_run(folder: Path) -> None:
     """Delete what a run writes, and nothing that somebody else put beside it."""
     for name in (SUMMARY, HISTORY, MODEL, REPORT):
         (folder / name).unlink(missing_ok=True)
-    for name in ("store", PUBLISHED, KEYS, DEVICES):
+    for name in ("store", PUBLISHED, KEYS, DEVICES, FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
     for database in folder.glob("fedge.db*"):
         database.unlink()
@@ -230,10 +231,9 @@ def _resuming(folder: Path, config: Config, records: Sequence[RoundRecord]) -> s
 
 
 def _describe(world: World) -> str:
-    sizes = sorted(len(part) for part in world.clients)
     server = world.server
     return (
-        f"task {world.config.task}: {len(world.clients)} clients with {sizes[0]} to {sizes[-1]} examples "
-        f"({sum(sizes)} in all, {world.config.clients.partition}); server: {len(server.proxy)} proxy, "
+        f"task {world.config.task}: {world.clients.describe()}, {world.config.clients.partition}); "
+        f"server: {len(server.proxy)} proxy, "
         f"{len(server.test)} test, {len(server.gate)} gate"
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context
 
 from fedge.config import Config
-from fedge.dataset import Dataset, Examples, Indices
+from fedge.dataset import Dataset, Examples
 from fedge.errors import ConfigError
 from fedge.learning.augment import augment
 from fedge.learning.messages import Instructions
@@ -17,11 +19,19 @@ from fedge.statistics import Moments
 from fedge.task import Task, resolve
 from fedge_client import app as client_app
 from fedge_server import strategies
+from fedge_server.app import HOME
 from fedge_server.compression import check_possible
 from fedge_server.data import ServerData, server_part, source_of, split_of
+from fedge_server.rounds.sampling import cohort_size
 from fedge_server.rounds.stopping import check_target
-from fedge_simulations.grid import Duration, SequentialGrid, UserConfig
-from fedge_simulations.partition import deal
+from fedge_simulations.course import Course, Steady
+from fedge_simulations.grid import ClientCall, UserConfig, VectorGrid
+from fedge_simulations.lazy import Lazy
+from fedge_simulations.partition import people
+from fedge_simulations.population import Population
+from fedge_simulations.states import FOLDER, States
+from fedge_simulations.summing import Holders
+from fedge_simulations.trainers import OneByOne, Trainers, hand_over
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,35 +42,62 @@ class World:
     task: Task
     dataset: Dataset
     server: ServerData
-    clients: tuple[Indices, ...]  # positions of each client's training examples
-    names: tuple[str, ...]  # of the clients
+    clients: Population  # positions of each client's training examples
+    names: Sequence[str]  # of the clients
 
-    def grid(self, run_config: UserConfig) -> SequentialGrid:
-        """A Grid over these clients."""
-        nodes: list[UserConfig] = [
-            {"partition-id": i, "num-partitions": len(self.clients)} for i in range(len(self.clients))
-        ]
-        return SequentialGrid(client_app.build(self.share_of), nodes, run_config, self.duration())
+    def grid(
+        self,
+        run_config: UserConfig,
+        *,
+        around: Callable[[ClientCall], ClientCall] | None = None,
+        trainers: Trainers | None = None,
+    ) -> VectorGrid:
+        """A Grid over these clients, which keep what they remember in the run's home.
+
+        Args:
+            run_config: of the run.
+            around: what every client's app is wrapped in, such as a client mod; then the app really runs.
+            trainers: does the clients' jobs; None: as the configuration says.
+        """
+        home = run_config.get(HOME)
+        course = self.course()
+        app = client_app.build(lambda *asked: self.share_at(grid, *asked), hand_over)
+        grid = VectorGrid(
+            app if around is None else around(app),
+            self.node_configs(),
+            run_config,
+            trainers=trainers or OneByOne(),
+            course=course,
+            holders=Holders(self.task, self.dataset.examples, self.clients, course),
+            sums=around is None,
+            states=States(Path(str(home)) / FOLDER if home else None),
+        )
+        return grid
+
+    def node_configs(self) -> Sequence[UserConfig]:
+        """What Flower's own simulation tells each of its nodes."""
+        count = len(self.clients)
+        return Lazy(count, lambda i: {"partition-id": i, "num-partitions": count})
 
     def share_of(self, context: Context, instructions: Instructions) -> tuple[Task, Examples]:
         """The task and the client's part of the data set (the ClientApp's source in a simulation)."""
         return self.task, self.dataset.examples.take(self.clients[int(context.node_config["partition-id"])])
 
-    def duration(self) -> Duration:
-        """Simulated seconds of a message: examples times passes times the client's own speed.
+    def share_at(
+        self, grid: VectorGrid, context: Context, instructions: Instructions
+    ) -> tuple[Task, Examples]:
+        """The same, as much of it as the client holds by the Grid's clock."""
+        return self.task, self.dataset.examples.take(grid.held_by(context.node_id))
 
-        Speeds are log-normal with median 1, decided by the seed; without a backward pass a third is counted.
-        """
+    def course(self) -> Course:
+        """What befalls the clients."""
         settings = self.config.clients
-        rng = np.random.default_rng([self.config.seed, 0x5BEED])
-        slowness = np.exp(rng.normal(0.0, settings.speed_sigma, len(self.clients)))
-        seconds = np.array([len(part) for part in self.clients]) * settings.seconds_per_example * slowness
-
-        def of(message: Message) -> float:
-            passes = self.config.train.epochs if message.metadata.message_type == "train" else 1 / 3
-            return float(seconds[message.metadata.dst_node_id - 1] * passes)
-
-        return of
+        return Steady(
+            settings.seconds_per_example,
+            passes=self.config.train.epochs,
+            speed_sigma=settings.speed_sigma,
+            seed=self.config.seed,
+        )
 
     def without(self, client: int) -> World:
         """The same world without one client, tested on all data of that client, held out or not."""
@@ -71,7 +108,7 @@ class World:
         return replace(
             self,
             server=replace(self.server, test=test),
-            clients=tuple(self.clients[i] for i in rest),
+            clients=Population.dealt([self.clients[i] for i in rest]),
             names=tuple(self.names[i] for i in rest),
         )
 
@@ -87,16 +124,17 @@ def prepare(config: Config) -> World:
     _check_leave_one_out(config)
     dataset = task.read(source_of(config))
     parts = split_of(config, dataset)
-    clients = tuple(deal(dataset, parts.train, config.clients, config.seed))
+    clients = people(dataset, parts.train, config.clients, config.seed)
     if config.evaluate.leave_one_client_out and len(clients) < 2:
         raise ConfigError("evaluate.leave_one_client_out: the data has one client; nobody is left to train")
-    if config.rounds.min_updates > max(int(len(clients) * config.rounds.fraction), 1):
+    cohort = cohort_size(len(clients), config.rounds)
+    if config.rounds.min_updates > cohort:
         raise ConfigError(
             f"rounds.min_updates = {config.rounds.min_updates}: a round asks only "
-            f"{max(int(len(clients) * config.rounds.fraction), 1)} of {len(clients)} clients"
+            f"{cohort} of {len(clients)} clients"
         )
     natural = config.clients.partition == "natural"
-    names = dataset.clients if natural else tuple(str(i) for i in range(len(clients)))
+    names = dataset.clients if natural else Lazy(len(clients), str)
     world = World(config, task, dataset, server_part(dataset, parts), clients, names)
     _check_learnable(world)
     if config.tiers:
@@ -120,12 +158,13 @@ def _check_learnable(world: World) -> None:
     """Build the model and the strategy and push one example through, before anything is written."""
     config, spec = world.config, world.dataset.spec
     name = config.model.name or world.task.default_model
-    moments = Moments.of(spec.zeros(2), spec) if config.model.standardise else None
+    moments = Moments.of(spec.zeros(2), spec) if config.model.standardise and spec.numeric else None
     preprocess = world.task.preprocess(spec, moments, config.model.filter)
     network = world.task.model(config.model.name)(spec)
     names = tuple(name for name, _ in network.named_parameters())
     check_target(config.rounds, config.evaluate.metrics, spec.classes)
-    strategies.build(config, clients=len(world.clients), parameter_names=names)
+    cohort = cohort_size(len(world.clients), config.rounds)
+    strategies.build(config, cohort=cohort, parameter_names=names)
     try:
         with torch.no_grad():
             x = preprocess(torch.from_numpy(spec.zeros(2)))

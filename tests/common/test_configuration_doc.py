@@ -125,7 +125,7 @@ def test_every_strategy_stands_in_the_document_with_its_options_and_defaults() -
     [
         ("train", "loss", typing.get_args(config.LossName)),
         ("train", "augmentation", ("flip", "shift", "noise", "mask")),
-        ("clients", "partition", ("iid", "dirichlet", "shards", "natural")),
+        ("clients", "partition", ("iid", "dirichlet", "shards", "natural", "draw")),
     ],
 )
 def test_named_choices_have_a_row_each(section: str, head: str, names: tuple[str, ...]) -> None:

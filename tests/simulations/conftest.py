@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 
 from fedge.config import Config
-from fedge_client import app as client_app
 from fedge_server import app as server_app
 from fedge_server.rounds.loop import Learned
 from fedge_server.rounds.record import RoundRecord
-from fedge_simulations.grid import RUN_ID, SERVER_NODE, SequentialGrid
-from fedge_simulations.world import World, prepare
+from fedge_simulations.grid import RUN_ID, SERVER_NODE, ClientCall
+from fedge_simulations.trainers import Trainers
+from fedge_simulations.world import prepare
 
 Tamper = Callable[[Message, Message], Message]
 """Replace a client's reply: (what it was sent, what it would answer) to what it answers."""
@@ -50,7 +49,12 @@ def learn() -> Callable[..., Learned]:
     """Run a configuration's rounds in a home folder; `stop_after` interrupts, `tamper` corrupts replies."""
 
     def go(
-        config: Config, home: Path, *, stop_after: int | None = None, tamper: dict[int, Tamper] | None = None
+        config: Config,
+        home: Path,
+        *,
+        stop_after: int | None = None,
+        tamper: dict[int, Tamper] | None = None,
+        trainers: Trainers | None = None,
     ) -> Learned:
         def observe(record: RoundRecord) -> None:
             if record.round == stop_after:
@@ -61,20 +65,22 @@ def learn() -> Callable[..., Learned]:
         results: list[Learned] = []
         app = server_app.build(lambda *_: world.server, observe, results.append)
         settings = server_app.run_config(config, home, "test")
-        app(tampered(world, settings, tamper or {}), Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
+        grid = world.grid(settings, around=tampering(tamper) if tamper else None, trainers=trainers)
+        app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
         return results[0]
 
     return go
 
 
-def tampered(world: World, settings: dict[str, Any], tamper: dict[int, Tamper]) -> SequentialGrid:
-    """The world's Grid with some clients answering as `tamper` says."""
-    honest: ClientApp = client_app.build(world.share_of)
+def tampering(tamper: dict[int, Tamper]) -> Callable[[ClientCall], ClientCall]:
+    """Around a ClientApp: some nodes answer as `tamper` says."""
 
-    def call(message: Message, context: Context) -> Message:
-        reply = honest(message, context)
-        change = tamper.get(context.node_id)
-        return reply if change is None or message.metadata.message_type != "train" else change(message, reply)
+    def around(honest: ClientCall) -> ClientCall:
+        def call(message: Message, context: Context) -> Message:
+            reply, change = honest(message, context), tamper.get(context.node_id)
+            trained = message.metadata.message_type == "train"
+            return change(message, reply) if change is not None and trained else reply
 
-    nodes: list[Any] = [{"partition-id": i} for i in range(len(world.clients))]
-    return SequentialGrid(call, nodes, settings, world.duration())  # type: ignore[arg-type]  # called alike
+        return call
+
+    return around

@@ -1,4 +1,4 @@
-"""The sequential Grid: simulated time, laziness, and clients that fail."""
+"""The Grid of simulations: simulated time, laziness, and clients that fail."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import pytest
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedge_simulations.grid import SequentialGrid
+from fedge_simulations.course import Fate, Steady
+from fedge_simulations.grid import VectorGrid
 
 SECONDS = {1: 3.0, 2: 1.0, 3: 2.0}
+
+
+class Timed(Steady):
+    def fate(self, node_id, **_):
+        return Fate(SECONDS[node_id])
 
 
 @pytest.fixture
@@ -17,7 +23,7 @@ def ran() -> list[int]:
 
 
 @pytest.fixture
-def grid(ran: list[int]) -> SequentialGrid:
+def grid(ran: list[int]) -> VectorGrid:
     client = ClientApp()
 
     @client.train()
@@ -28,10 +34,10 @@ def grid(ran: list[int]) -> SequentialGrid:
         return Message(RecordDict({"metrics": MetricRecord({"node": context.node_id})}), reply_to=message)
 
     nodes = [{}, {}, {"fails": True}]
-    return SequentialGrid(client, nodes, {}, lambda message: SECONDS[message.metadata.dst_node_id])
+    return VectorGrid(client, nodes, {}, course=Timed())
 
 
-def messages(grid: SequentialGrid) -> list[Message]:
+def messages(grid: VectorGrid) -> list[Message]:
     return [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
 
 

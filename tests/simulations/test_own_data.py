@@ -12,7 +12,7 @@ from fedge.config import Config
 from fedge_client.app import app as client_app
 from fedge_server.app import HOME, app, config_of, run_config
 from fedge_server.registry.database import Registry
-from fedge_simulations.grid import RUN_ID, SERVER_NODE, SequentialGrid
+from fedge_simulations.grid import RUN_ID, SERVER_NODE, VectorGrid
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def blobs(tmp_path):
 
 def federate(config: Config, nodes, home) -> list:
     settings = run_config(config, home, "r")
-    app(SequentialGrid(client_app, nodes, settings), Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
+    app(VectorGrid(client_app, nodes, settings), Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
     with Registry.open(home) as registry:
         return registry.records("r")[1:]
 

@@ -15,7 +15,7 @@ from fedge.config import Config
 from fedge_server.app import CONFIG, HOME, RUN, config_of
 from fedge_server.registry.database import Registry
 from fedge_simulations import flower
-from fedge_simulations.grid import RUN_ID, SERVER_NODE, SequentialGrid
+from fedge_simulations.grid import RUN_ID, SERVER_NODE, VectorGrid
 
 ROOT = Path(__file__).parents[2]
 APPS = [ROOT / "server" / "superlink", ROOT / "simulations" / "superlink"]
@@ -50,7 +50,7 @@ def simulate(home: Path, nodes: int, config: dict[str, object]) -> list:
     """Run the simulation's apps over so many nodes; the records of the rounds."""
     settings = {CONFIG: json.dumps(config), HOME: str(home), RUN: "r"}
     parts = [{"partition-id": i, "num-partitions": nodes} for i in range(nodes)]
-    grid = SequentialGrid(flower.client, parts, settings)
+    grid = VectorGrid(flower.client, parts, settings)
     flower.server(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
     with Registry.open(home) as registry:
         return registry.records("r")[1:]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 
-from fedge.learning.messages import EXAMPLES, METRICS
+from fedge.learning.messages import CLIENTS, EXAMPLES, METRICS
 from fedge.wire.arrays import nbytes_of, pieces, raw_bytes, records_of
 from fedge_server.rounds.record import Rejected
 from fedge_server.rounds.validation import Arrays, fault
@@ -20,6 +20,7 @@ class Collected:
     """What came back before the round closed."""
 
     valid: list[Message]  # updates to aggregate, in the order of their clients
+    clients: int  # whose updates they hold: more than messages where they are partial sums
     rejected: tuple[Rejected, ...]
     bytes_up: int  # arrays received, rejected ones too
     updates: str  # SHA-256 of the anonymous set of valid updates
@@ -47,7 +48,7 @@ def collect(
         at_least: never close earlier than with so many (the round would not count).
         further_metrics: what a client mod adds to an update's metrics.
     """
-    needed = max(math.ceil(quorum * len(asked) - 1e-9), at_least)
+    needed = enough(len(asked), quorum, at_least)
     valid: dict[int, Message] = {}
     rejected: list[Rejected] = []
     received = 0
@@ -67,7 +68,42 @@ def collect(
     # Sums are not associative in floating point: a fixed order makes the result independent of arrival.
     updates = [valid[client] for client in sorted(valid)]
     # Now, before any strategy: some of Flower's empty or change the messages that they aggregate.
-    return Collected(updates, tuple(rejected), received, _set_digest(updates))
+    return Collected(updates, len(updates), tuple(rejected), received, _set_digest(updates))
+
+
+def enough(asked: int, quorum: float, at_least: int) -> int:
+    """Valid updates that close a round."""
+    return max(math.ceil(quorum * asked - 1e-9), at_least)
+
+
+def collect_sums(replies: Iterable[Message], *, like: Arrays, asked: set[int], needed: int) -> Collected:
+    """The same where partial sums were asked for, each of which holds the updates of several clients.
+
+    Args:
+        replies: partial sums, and errors of single clients, as they arrive.
+        like: the global state, against which each sum is held.
+        asked: node ids that were asked; no more clients than these are counted.
+        needed: nobody is waited for once the sums hold so many.
+    """
+    valid: list[Message] = []
+    rejected: list[Rejected] = []
+    clients, received, failed = 0, 0, set[int]()
+    for reply in replies:
+        client = reply.metadata.src_node_id
+        reason = fault(reply, like, clients=len(asked) - clients - len(failed))
+        if not reply.has_error() and reason is None:
+            held = int(records_of(reply.content, MetricRecord)[METRICS][CLIENTS])  # type: ignore[arg-type]
+            received += held * payload_bytes(reply)  # each of them has sent as much to whoever added it up
+            clients += held
+            valid.append(reply)
+            if clients >= needed:
+                break
+        elif client not in asked or (reply.has_error() and client in failed):
+            rejected.append(Rejected(client, "was not asked, or answered twice"))
+        else:
+            failed |= {client} if reply.has_error() else set()
+            rejected.append(Rejected(client, reason or "unknown error"))
+    return Collected(valid, clients, tuple(rejected), received, _set_digest(valid))
 
 
 def _set_digest(updates: list[Message]) -> str:
@@ -87,8 +123,10 @@ def payload_bytes(message: Message) -> int:
 
 
 def _digest(message: Message) -> str:
-    """Over examples, names, dtypes, shapes and little-endian values: the same however the arrays came."""
-    sha = hashlib.sha256(str(records_of(message.content, MetricRecord)[METRICS][EXAMPLES]).encode())
+    """Over examples, a sum's clients, names, dtypes, shapes and values: the same however the arrays came."""
+    metrics = records_of(message.content, MetricRecord)[METRICS]
+    counted = f" in {metrics[CLIENTS]} clients" if CLIENTS in metrics else ""
+    sha = hashlib.sha256(f"{metrics[EXAMPLES]}{counted}".encode())
     (record,) = records_of(message.content, ArrayRecord).values()
     for name, array in record.items():
         sha.update(f"\0{name}\0{array.dtype}\0{tuple(array.shape)}\0".encode())

@@ -10,33 +10,35 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from torch import nn
 
 from fedge.config import Config
 from fedge.dataset import Examples
-from fedge.errors import FedgeError, FormatError, HubAwayError, RoundError, SupersededError
+from fedge.errors import FedgeError, HubAwayError, RoundError, SupersededError
 from fedge.learning import local, messages
 from fedge.learning.messages import Instructions
 from fedge.learning.metrics import evaluate
 from fedge.learning.state import NamedArrays, arrays_of, cast_like, load_arrays, names_of, share_arrays
 from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
-from fedge.statistics import Moments
 from fedge.task import Task
 from fedge.task_digest import task_digest
 from fedge_server import strategies
 from fedge_server.data import ServerData
 from fedge_server.registry.database import Registry
-from fedge_server.rounds.closing import Collected, collect, payload_bytes
+from fedge_server.rounds.closing import Collected, collect, collect_sums, enough, payload_bytes
+from fedge_server.rounds.grids import Simulated, Summing, nodes_of
+from fedge_server.rounds.moments import federated_moments, kept_moments, moments_arrays
 from fedge_server.rounds.record import Metric, RoundRecord
+from fedge_server.rounds.sampling import MANY, Cohort, cohort_size, draw
 from fedge_server.rounds.stopping import check_target, why_stop
 from fedge_server.rounds.traffic import Traffic
 from fedge_server.rounds.validation import evaluation_fault
@@ -121,7 +123,8 @@ class _Run:
         """Go on from the last committed round, or ask for moments and commit the initial model as round 0."""
         network = _initialise(task, config, data)
         names = tuple(name for name, _ in network.named_parameters())
-        chosen = strategies.build(config, clients=len(list(grid.get_node_ids())), parameter_names=names)
+        cohort = cohort_size(len(nodes_of(grid)), config.rounds)
+        chosen = strategies.build(config, cohort=cohort, parameter_names=names)
         ask = Instructions(
             task=config.task,
             spec=data.spec,
@@ -134,8 +137,15 @@ class _Run:
             task_digest=task_digest(config.task),
         )
         last = registry.last_round(run_id)
+        if isinstance(grid, Simulated):
+            grid.elapsed_s = 0.0 if last is None else last.record.simulated_s or 0.0
+            grid.begin_round(0 if last is None else last.record.round + 1)
         if last is None:
-            moments = federated_moments(grid, ask, config) if config.model.standardise else None
+            moments = (
+                federated_moments(grid, ask, config)
+                if config.model.standardise and data.spec.numeric
+                else None
+            )
             arrays = arrays_of(network)
         else:
             moments = kept_moments(last.model)
@@ -146,27 +156,22 @@ class _Run:
             grid, config, data, registry, run_id, replace(ask, moments=moments), model, chosen, arrays, "", []
         )
         if last is None:
-            run.commit(RoundRecord(0, run.evaluate_centrally()))
+            run.commit(RoundRecord(0, run.evaluate_centrally(), simulated_s=run.simulated_s()))
         else:
             run.records = registry.records(run_id)
             run.model_sha256 = last.model_sha256
         return run
 
     def next_round(self) -> RoundRecord:
-        """One whole round: configure, send, collect, aggregate, evaluate, commit."""
+        """One whole round: choose, configure, send, collect, aggregate, evaluate, commit."""
         started, number = time.perf_counter(), self.records[-1].round + 1
         meter = Traffic.of(self.grid)
-        asked = list(self.configure(number, MessageType.TRAIN))
-        collected = collect(
-            self.grid.send_and_receive(asked, timeout=self.config.rounds.deadline_s),
-            like=self.arrays,
-            asked={message.metadata.dst_node_id for message in asked},
-            quorum=self.config.rounds.quorum,
-            at_least=self.config.rounds.min_updates,
-            further_metrics=self.chosen.further_metrics,
-        )
-        enough = len(collected.valid) >= self.config.rounds.min_updates
-        metrics, counted = self.aggregate(number, collected) if enough else (None, False)
+        if isinstance(self.grid, Simulated):
+            self.grid.begin_round(number)
+        nodes = self.draw(number, MessageType.TRAIN)
+        collected, bytes_down = self.ask(number, nodes)
+        sufficient = collected.clients >= self.config.rounds.min_updates
+        metrics, counted = self.aggregate(number, collected) if sufficient else (None, False)
         scores = self.evaluate_centrally()
         on_clients = self.evaluate_on_clients(number) if self.config.evaluate.federated else {}
         now = Traffic.of(self.grid)
@@ -174,29 +179,61 @@ class _Run:
         record = RoundRecord(
             round=number,
             metrics=scores,
-            clients=len(collected.valid) if counted else 0,
-            asked=len(asked),
+            clients=collected.clients if counted else 0,
+            asked=len(nodes),
             rejected=collected.rejected,
             train_loss=_scalar(metrics, messages.TRAIN_LOSS),
             seconds=time.perf_counter() - started,
             bytes_up=collected.bytes_up if travelled is None else travelled.bytes_up,
-            bytes_down=sum(map(payload_bytes, asked)) if travelled is None else travelled.bytes_down,
+            bytes_down=bytes_down if travelled is None else travelled.bytes_down,
             late=0 if travelled is None else travelled.late,
             updates=collected.updates if counted else "",
             counted=counted,
             client_metrics=on_clients,
+            simulated_s=self.simulated_s(),
         )
         self.commit(record)
         self.give_up_when_hopeless()
         return record
 
-    def configure(self, number: int, kind: str) -> Iterable[Message]:
+    def ask(self, number: int, nodes: Sequence[int]) -> tuple[Collected, int]:
+        """What these clients' training gave, and the bytes that were sent to them.
+
+        As partial sums where strategy and Grid can do with those, else as an answer from each.
+        """
+        rounds = self.config.rounds
+        if self.chosen.linear and isinstance(self.grid, Summing) and self.grid.can_sum:
+            (asked,) = self.configure(number, MessageType.TRAIN, nodes[:1])
+            needed = enough(len(nodes), rounds.quorum, rounds.min_updates)
+            sums = self.grid.sum_updates(asked, nodes, timeout=rounds.deadline_s, enough=needed)
+            collected = collect_sums(sums, like=self.arrays, asked=set(nodes), needed=needed)
+            return collected, len(nodes) * payload_bytes(asked)
+        sent = list(self.configure(number, MessageType.TRAIN, nodes))
+        collected = collect(
+            self.grid.send_and_receive(sent, timeout=rounds.deadline_s),
+            like=self.arrays,
+            asked=set(nodes),
+            quorum=rounds.quorum,
+            at_least=rounds.min_updates,
+            further_metrics=self.chosen.further_metrics,
+        )
+        one = payload_bytes(sent[0]) if sent else 0
+        same = all(message.content is sent[0].content for message in sent)
+        return collected, len(sent) * one if same else sum(map(payload_bytes, sent))
+
+    def draw(self, number: int, kind: str) -> list[int]:
+        """The clients that this round asks: its cohort to train, all or MANY of them to evaluate."""
+        nodes = nodes_of(self.grid)
+        wanted = cohort_size(len(nodes), self.config.rounds) if kind == MessageType.TRAIN else MANY
+        return draw(self.grid, nodes, wanted, seed=self.config.seed, number=number, purpose=kind)
+
+    def configure(self, number: int, kind: str, nodes: Sequence[int]) -> Iterable[Message]:
         """The round's messages, as the strategy makes them from the same seed however often it is asked."""
         _reseed(self.config.seed, number, kind)
         strategy = self.chosen.strategy
         make = strategy.configure_train if kind == MessageType.TRAIN else strategy.configure_evaluate
         record = ConfigRecord({**self.instructions.to_config(), **self.chosen.client_config})
-        return make(number, messages.to_record(self.arrays), record, self.grid)
+        return make(number, messages.to_record(self.arrays), record, Cohort(self.grid, nodes))
 
     def aggregate(self, number: int, collected: Collected) -> tuple[MetricRecord | None, bool]:
         """Let the strategy turn the updates into the next global state; False: it declined, or spoilt it.
@@ -217,7 +254,7 @@ class _Run:
         except Exception as error:  # a strategy may be anyone's code
             raise RoundError(
                 f"round {number}: strategy {self.config.strategy.name!r} could not aggregate "
-                f"{len(collected.valid)} updates ({type(error).__name__}: {error})"
+                f"{collected.clients} updates ({type(error).__name__}: {error})"
             ) from error
         if not self.is_sound():
             self.arrays = before
@@ -237,13 +274,21 @@ class _Run:
         return score(self.model, self.data, self.config)
 
     def evaluate_on_clients(self, number: int) -> dict[str, float]:
-        """Metrics that clients measure on their own data, as the strategy averages them."""
-        asked = list(self.configure(number, MessageType.EVALUATE))
+        """Metrics that clients measure on their own data, as the strategy averages them.
+
+        All clients are asked, of more than 1,000 a sample of 1,000.
+        """
+        kind = MessageType.EVALUATE
+        asked = list(self.configure(number, kind, self.draw(number, kind)))
         replies = self.grid.send_and_receive(asked, timeout=self.config.rounds.deadline_s)
         by_client = {reply.metadata.src_node_id: reply for reply in replies if not evaluation_fault(reply)}
         valid = [by_client[client] for client in sorted(by_client)]
         found = self.chosen.strategy.aggregate_evaluate(number, valid) if valid else None
         return {key: value for key, value in (found or {}).items() if isinstance(value, float)}
+
+    def simulated_s(self) -> float | None:
+        """Simulated seconds since the run began; None in real time."""
+        return self.grid.elapsed_s if isinstance(self.grid, Simulated) else None
 
     def load_global(self) -> None:
         """Put the global state into the scratch model."""
@@ -252,7 +297,7 @@ class _Run:
     def commit(self, record: RoundRecord) -> None:
         """Make the round count."""
         state = capture(self.chosen.strategy)
-        kept = {**self.arrays, **_moments_arrays(self.instructions.moments)}
+        kept = {**self.arrays, **moments_arrays(self.instructions.moments)}
         self.model_sha256 = self.registry.commit_round(self.run_id, record, kept, state)
         self.records.append(record)
 
@@ -298,51 +343,6 @@ def score(model: WholeModel, data: ServerData, config: Config) -> dict[str, Metr
     if not np.isfinite(probabilities).all():
         raise RoundError("the initial model answers NaN; check the data's scale and the clients' moments")
     return evaluate(probabilities, data.test.y, config.evaluate.metrics)
-
-
-def federated_moments(grid: Grid, ask: Instructions, config: Config) -> Moments:
-    """Moments of all clients' data together, from sums that each client computes alone.
-
-    Raises:
-        RoundError: no client sent usable moments.
-    """
-    content = RecordDict({messages.CONFIG: ask.to_config()})
-    asked = [Message(content, node, messages.QUERY_MOMENTS) for node in grid.get_node_ids()]
-    parts, faults = [], []
-    replies = grid.send_and_receive(asked, timeout=config.rounds.deadline_s)
-    waiting = {message.metadata.dst_node_id for message in asked}
-    for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
-        if reply.metadata.src_node_id not in waiting:
-            continue  # not asked, or answered before
-        waiting.discard(reply.metadata.src_node_id)
-        if reply.has_error():
-            faults.append(reply.error.reason or "unknown error")
-            continue
-        try:
-            parts.append(messages.moments_of(reply, ask.spec))
-        except FormatError as error:
-            faults.append(str(error))
-    if not parts:
-        reason = faults[0].strip().splitlines()[-1] if faults else "nobody answered"
-        raise RoundError(f"moments: none of {len(asked)} clients sent any ({reason})")
-    return Moments.sum(parts)
-
-
-_MOMENTS = "moments."
-
-
-def _moments_arrays(moments: Moments | None) -> NamedArrays:
-    if moments is None:
-        return {}
-    return {f"{_MOMENTS}{name}": getattr(moments, name) for name in ("count", "total", "squares")}
-
-
-def kept_moments(arrays: NamedArrays) -> Moments | None:
-    """The federated moments that a committed model's file carries, if it was standardised."""
-    if f"{_MOMENTS}count" not in arrays:
-        return None
-    names = ("count", "total", "squares")
-    return Moments(*(arrays[f"{_MOMENTS}{name}"].astype(np.float64) for name in names))
 
 
 def recall(registry: Registry, run_id: str, config: Config, task: Task, spec: Spec) -> Learned:

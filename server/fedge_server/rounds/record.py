@@ -34,6 +34,7 @@ class RoundRecord:
     updates: str = ""  # SHA-256 of the anonymous set of updates aggregated
     counted: bool = True  # False: too few updates, so the global model stayed as it was
     client_metrics: Mapping[str, float] = field(default_factory=dict)  # of federated evaluation, if asked for
+    simulated_s: float | None = None  # simulated seconds of the run until the round closed; None: real time
 
     @property
     def failures(self) -> int:
@@ -57,6 +58,7 @@ class RoundRecord:
             "updates": self.updates,
             "counted": self.counted,
             **({"client_metrics": dict(self.client_metrics)} if self.client_metrics else {}),
+            **({"simulated_s": self.simulated_s} if self.simulated_s is not None else {}),
         }
 
     @classmethod

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 
 from fedge.errors import FedgeError
-from fedge.learning.messages import ARRAYS, EXAMPLES, MAX_EXAMPLES, METRICS, TRAIN_LOSS
+from fedge.learning.messages import ARRAYS, CLIENTS, EXAMPLES, MAX_EXAMPLES, METRICS, TRAIN_LOSS
 from fedge.wire.arrays import DirectArray, records_of
 
 MAX_LOSS = 1e6  # of one client; QFedAvg raises it to a power
@@ -22,16 +22,19 @@ MAX_LOSS = 1e6  # of one client; QFedAvg raises it to a power
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 
-def fault(reply: Message, like: Arrays, further: frozenset[str] = frozenset()) -> str | None:
+def fault(
+    reply: Message, like: Arrays, further: frozenset[str] = frozenset(), *, clients: int | None = None
+) -> str | None:
     """Why the update must not be used, or None when it may.
 
     Args:
         reply: a client's answer to a train message.
         like: the global state; names, shapes and dtypes must be the same.
         further: metrics that a client mod adds.
+        clients: None: one client's update. A number: a partial sum was asked for, of so many at most.
     """
     try:
-        found = _fault(reply, like, further)
+        found = _fault(reply, like, further, clients)
     except Exception as error:  # noqa: BLE001 - it rejects the client, not the round
         found = f"cannot be read ({type(error).__name__}: {error})"
     return None if found is None else _short(found)
@@ -57,7 +60,7 @@ def evaluation_fault(reply: Message) -> str | None:
         return _short(f"cannot be read ({type(error).__name__}: {error})")
 
 
-def _fault(reply: Message, like: Arrays, further: frozenset[str]) -> str | None:
+def _fault(reply: Message, like: Arrays, further: frozenset[str], clients: int | None) -> str | None:
     if reply.has_error():
         return f"client error: {_last_line(reply.error.reason)}"
     if sorted(reply.content) != sorted((ARRAYS, METRICS)):
@@ -67,14 +70,21 @@ def _fault(reply: Message, like: Arrays, further: frozenset[str]) -> str | None:
         or len(records_of(reply.content, MetricRecord)) != 1
     ):
         return "records of the wrong kind"
-    return _metrics_fault(reply, further) or _arrays_fault(reply, like)
+    return _metrics_fault(reply, further, clients) or _arrays_fault(reply, like)
 
 
-def _metrics_fault(reply: Message, further: frozenset[str]) -> str | None:
+def _metrics_fault(reply: Message, further: frozenset[str], clients: int | None) -> str | None:
     metrics = records_of(reply.content, MetricRecord)[METRICS]
-    if set(metrics) != {EXAMPLES, TRAIN_LOSS} | further:
-        return f"metrics {sorted(metrics)} instead of {sorted({EXAMPLES, TRAIN_LOSS} | further)}"
-    if (found := _examples_fault(metrics)) is not None:
+    wanted = {EXAMPLES, TRAIN_LOSS} | further | ({CLIENTS} if clients is not None else set())
+    if set(metrics) != wanted:
+        return f"metrics {sorted(metrics)} instead of {sorted(wanted)}"
+    count = 1
+    if clients is not None:
+        stated = metrics[CLIENTS]
+        if isinstance(stated, bool) or not isinstance(stated, int) or not 1 <= stated <= clients:
+            return f"{CLIENTS} is {stated!r}; it must be a whole number from 1 to {clients}, as many as asked"
+        count = stated
+    if (found := _examples_fault(metrics, count)) is not None:
         return found
     if not _within(metrics[TRAIN_LOSS], MAX_LOSS):
         return f"{TRAIN_LOSS} is {metrics[TRAIN_LOSS]!r}; it must be a number from 0 to {MAX_LOSS:g}"
@@ -85,10 +95,10 @@ def _within(value: object, maximum: float) -> bool:
     return isinstance(value, (int, float)) and 0 <= value <= maximum  # NaN is not
 
 
-def _examples_fault(metrics: MetricRecord) -> str | None:
-    examples = metrics.get(EXAMPLES)
-    if isinstance(examples, bool) or not isinstance(examples, int) or not 1 <= examples <= MAX_EXAMPLES:
-        return f"{EXAMPLES} is {examples!r}; it must be a whole number from 1 to {MAX_EXAMPLES}"
+def _examples_fault(metrics: MetricRecord, clients: int = 1) -> str | None:
+    examples, most = metrics.get(EXAMPLES), clients * MAX_EXAMPLES
+    if isinstance(examples, bool) or not isinstance(examples, int) or not clients <= examples <= most:
+        return f"{EXAMPLES} is {examples!r}; it must be a whole number from {clients} to {most}"
     return None
 
 

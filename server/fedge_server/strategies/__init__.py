@@ -49,6 +49,19 @@ WRAPPERS: Mapping[str, type[Strategy]] = {
     "dp-client-adaptive": flower.DifferentialPrivacyClientSideAdaptiveClipping,
 }
 DP_BASES = ("fedavg", "fedprox")
+# Those that use no more of the updates than their weighted mean: one reply may stand for many clients. The
+# classes themselves and not their subclasses, which may look at single updates.
+LINEAR: frozenset[type[Strategy]] = frozenset(
+    (
+        fedavg.FedAvg,
+        fedavg.FedProx,
+        fedavg.FedAvgM,
+        fedavg.FedAdagrad,
+        fedavg.FedAdam,
+        fedavg.FedYogi,
+        FedSgd,
+    )
+)
 NAMES = tuple(sorted([*PLAIN, *WRAPPERS]))
 
 # Set by fedge from the rest of the configuration, so not a user's option.
@@ -69,13 +82,20 @@ class Chosen:
     client_config: Mapping[str, str]  # further keys of the train messages
     further_metrics: frozenset[str] = frozenset()  # what a client mod adds to an update's metrics
 
+    @property
+    def linear(self) -> bool:
+        """Whether it takes partial sums: it uses only the weighted mean, and no client mod is switched on."""
+        return type(self.strategy) in LINEAR and not self.client_config
 
-def build(config: Config, *, clients: int, parameter_names: tuple[str, ...]) -> Chosen:
-    """The strategy that `[strategy]` names, with the run's sampling and its own options.
+
+def build(config: Config, *, cohort: int, parameter_names: tuple[str, ...]) -> Chosen:
+    """The strategy that `[strategy]` names, with its own options.
+
+    It asks whoever its Grid lists: which clients those are is decided in `rounds.sampling`.
 
     Args:
         config: the run's configuration.
-        clients: how many there are; the differential-privacy wrappers scale their noise by the sample.
+        cohort: clients that a round asks; the differential-privacy wrappers scale their noise by it.
         parameter_names: trainable entries of the model's state; the others are buffers.
 
     Raises:
@@ -83,7 +103,7 @@ def build(config: Config, *, clients: int, parameter_names: tuple[str, ...]) -> 
     """
     chosen = config.strategy
     if chosen.name in WRAPPERS:
-        return _wrapped(config, clients, parameter_names)
+        return _wrapped(config, cohort, parameter_names)
     if chosen.name not in PLAIN:
         raise ConfigError(f"strategy.name = {chosen.name!r}: {suggestion(chosen.name, NAMES)}")
     made, update = _plain(config, chosen, parameter_names)
@@ -93,7 +113,7 @@ def build(config: Config, *, clients: int, parameter_names: tuple[str, ...]) -> 
 def _plain(config: Config, chosen: StrategyConfig, parameter_names: tuple[str, ...]) -> tuple[FedAvg, Update]:
     found = PLAIN[chosen.name]
     ours: dict[str, Any] = {
-        "fraction_train": config.rounds.fraction,
+        "fraction_train": 1.0,
         "min_train_nodes": 1,
         "min_evaluate_nodes": 1,
         "min_available_nodes": 1,
@@ -119,7 +139,7 @@ def _refuse_what_fedsgd_ignores(train: Train) -> None:
             )
 
 
-def _wrapped(config: Config, clients: int, parameter_names: tuple[str, ...]) -> Chosen:
+def _wrapped(config: Config, cohort: int, parameter_names: tuple[str, ...]) -> Chosen:
     options = dict(config.strategy.options)
     base_name = str(options.pop("base", "fedavg"))
     if base_name not in DP_BASES:
@@ -131,7 +151,7 @@ def _wrapped(config: Config, clients: int, parameter_names: tuple[str, ...]) -> 
             "rounds.quorum or rounds.deadline_s a round could close with fewer and too little noise"
         )
     base, update = _plain(config, StrategyConfig(name=base_name), parameter_names)
-    ours = {"strategy": base, "num_sampled_clients": max(int(clients * config.rounds.fraction), 1)}
+    ours = {"strategy": base, "num_sampled_clients": cohort}
     outer = StrategyConfig(name=config.strategy.name, options=options)
     made = _construct(WRAPPERS[outer.name], outer, ours)
     told = {"clipping": "adaptive"} if outer.name == "dp-client-adaptive" else {}

@@ -19,7 +19,7 @@ from fedge_server import app as server_app
 from fedge_server.link.grid import RUN_ID, SERVER_NODE, LinkGrid
 from fedge_server.registry.database import Registry
 from fedge_server.strategies import NAMES
-from fedge_simulations.grid import SequentialGrid
+from fedge_simulations.grid import VectorGrid
 from fedge_simulations.simulate import learn
 from fedge_simulations.world import prepare
 
@@ -56,7 +56,7 @@ def echo() -> ClientApp:
 @pytest.fixture(params=["sequential", "link"])
 def any_grid(request, hub):
     if request.param == "sequential":
-        yield SequentialGrid(echo(), [{}, {}, {}], {})
+        yield VectorGrid(echo(), [{}, {}, {}], {})
         return
     hub.devices |= dict.fromkeys((1, 2, 3), echo())
     made = LinkGrid(hub.home, "run", admin.Selection(task="digits"))

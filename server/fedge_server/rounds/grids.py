@@ -1,0 +1,59 @@
+"""What a Grid may be able to do besides carrying messages; the loop does without where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+
+@runtime_checkable
+class Summing(Protocol):
+    """A Grid in which one reply may stand for many clients: a simulation, or a gateway on the way."""
+
+    @property
+    def can_sum(self) -> bool:
+        """Whether it does for this run; where clients change their answers on the way, it cannot."""
+        ...
+
+    def sum_updates(
+        self, message: Message, node_ids: Sequence[int], *, timeout: float | None, enough: int
+    ) -> Iterable[Message]:
+        """Ask all these nodes the same, and iterate over partial sums and over errors of single clients.
+
+        Args:
+            message: what each of them is sent, addressed to any one.
+            node_ids: whom to ask.
+            timeout: seconds after which nobody is waited for.
+            enough: nobody is waited for once so many updates are in the sums.
+        """
+        ...
+
+    def sum_moments(
+        self, message: Message, node_ids: Sequence[int], *, timeout: float | None
+    ) -> Iterable[Message]:
+        """The same for moments, which are sums already."""
+        ...
+
+
+@runtime_checkable
+class Simulated(Protocol):
+    """A Grid with a clock of its own, and clients that are not always there."""
+
+    elapsed_s: float  # simulated seconds since the run began; set when a run is resumed
+
+    def begin_round(self, number: int) -> None:
+        """Forget what clients have kept in this round or a later one: it was not committed."""
+        ...
+
+    def online(self, node_ids: Sequence[int]) -> list[int]:
+        """Those that could be asked now, in the same order."""
+        ...
+
+
+def nodes_of(grid: Grid) -> Sequence[int]:
+    """The ids of all nodes in ascending order; of a simulation a range, which lists nobody."""
+    found = grid.get_node_ids()
+    return found if isinstance(found, range) else sorted(found)

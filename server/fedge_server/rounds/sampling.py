@@ -1,0 +1,113 @@
+"""Which clients a round asks: decided by the seed and the round, at a cost that only the cohort decides."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import numpy as np
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedge.config import Rounds
+from fedge.errors import RoundError
+from fedge_server.rounds.grids import Simulated
+
+MANY: Final = 1000  # clients that moments and evaluation ask at most: beyond, a sample says as much
+TRIES: Final = 100  # clients looked at for each that is wanted, before a round takes those that are online
+WAIT_S: Final = 600.0  # simulated, until it is looked again whether anybody is online
+MAX_WAITS: Final = 2016  # two weeks
+
+
+def cohort_size(population: int, rounds: Rounds) -> int:
+    """How many of so many clients a round asks: `cohort`, else the share `fraction`, at least one."""
+    wanted = int(population * rounds.fraction) if rounds.cohort is None else rounds.cohort
+    return min(max(wanted, 1), population)
+
+
+def draw(grid: Grid, nodes: Sequence[int], wanted: int, *, seed: int, number: int, purpose: str) -> list[int]:
+    """So many clients that are online, drawn without replacement from (seed, number, purpose).
+
+    A population that is a range is never listed. Where nobody is online, simulated time goes on until
+    somebody is.
+
+    Args:
+        grid: knows who is online, if it is simulated.
+        nodes: the population.
+        wanted: how many.
+        seed: of the run.
+        number: of the round.
+        purpose: what they are asked for.
+
+    Raises:
+        RoundError: nobody is there, or comes online in two weeks.
+    """
+    if not nodes:
+        raise RoundError(f"round {number}: there are no clients")
+    words = np.random.SeedSequence([seed, number, *purpose.encode()]).generate_state(4)
+    key = int.from_bytes(words.tobytes(), "little")
+    if not isinstance(grid, Simulated):
+        return random.Random(key).sample(nodes, min(wanted, len(nodes)))  # noqa: S311 - a simulation's choice
+    for _ in range(MAX_WAITS):
+        if found := _online(grid, nodes, wanted, key):
+            return found
+        grid.elapsed_s += WAIT_S
+    raise RoundError(f"round {number}: no client is online, and none came in two simulated weeks")
+
+
+def _online(grid: Simulated, nodes: Sequence[int], wanted: int, key: int) -> list[int]:
+    """Those online among a growing sample, until there are enough or TRIES times as many were looked at."""
+    looked = min(wanted, len(nodes))
+    limit = min(max(TRIES * wanted, MANY), len(nodes))
+    while True:
+        found = grid.online(random.Random(key).sample(nodes, looked))[:wanted]  # noqa: S311 - as above
+        if len(found) >= min(wanted, len(nodes)) or looked >= limit:
+            return found
+        looked = min(4 * looked, limit)
+
+
+class Cohort(Grid):
+    """What a strategy sees of the Grid while it makes its messages: the clients of this round alone."""
+
+    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
+        self._grid, self._node_ids = grid, list(node_ids)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The clients of this round."""
+        return list(self._node_ids)
+
+    def set_run(self, run: Run) -> None:
+        """As the Grid does."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The Grid's."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """As the Grid does."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As the Grid does."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As the Grid does."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """As the Grid does."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
