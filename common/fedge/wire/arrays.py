@@ -28,7 +28,7 @@ _NPY: Final = "numpy.ndarray"  # Flower's name for `.npy` bytes
 
 @lru_cache(maxsize=64)
 def _name_of(dtype: np.dtype[Any]) -> str:
-    """numpy puts a name together anew at each use."""
+    """Numpy puts a name together anew at each use."""
     return str(dtype.name)
 
 
