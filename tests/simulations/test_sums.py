@@ -132,7 +132,7 @@ def test_a_round_in_which_all_fail_does_not_count(small, learn, tmp_path):
 
 
 def test_who_is_too_late_is_in_no_sum(small, learn, tmp_path):
-    settings = {"rounds": {"count": 2, "deadline_s": 0.28}, "clients": {"speed_sigma": 0.5}}
+    settings = {"rounds": {"count": 2, "deadline_s": 0.28}, "scenario": {"speed_sigma": 0.5}}
     summed, alone = (
         learn(small(**settings), tmp_path / str(k), trainers=trainers).records
         for k, trainers in enumerate((Adding(), OneByOne()))
