@@ -7,7 +7,7 @@ import pytest
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fedge.errors import FormatError
-from fedge.learning.messages import to_record
+from fedge.learning.messages import from_record, to_record
 from fedge_simulations.states import States
 
 
@@ -81,3 +81,36 @@ def test_a_changed_file_is_refused(tmp_path):
     path.write_bytes(b"\x80\x04nonsense" * 9)
     with pytest.raises(FormatError):
         states.load(5)
+
+
+def drifting(honest):
+    """A client that keeps part of its last update back and sends it with the next one."""
+
+    def call(message, context):
+        reply = honest(message, context)
+        if message.metadata.message_type != "train":
+            return reply
+        held = context.state.get("held")
+        arrays = from_record(reply.content["arrays"])
+        sent = arrays if held is None else {k: v + 0.1 * held[k].numpy() for k, v in arrays.items()}
+        context.state["held"] = to_record(arrays, shared=False)
+        reply.content["arrays"] = to_record(sent, shared=False)
+        return reply
+
+    return call
+
+
+def test_clients_with_a_memory_resume_bit_for_bit(small, learn, tmp_path):
+    config = small(rounds={"count": 5, "cohort": 3, "quorum": 0.5})
+    whole = learn(config, tmp_path / "whole", around=drifting)
+    forgetful = learn(config, tmp_path / "forgetful")
+    with pytest.raises(Exception, match=r"^$"):
+        learn(config, tmp_path / "cut", around=drifting, stop_after=2)
+    # As if it had died in round 3: clients have trained, and the round was not committed.
+    ahead = States(tmp_path / "cut" / "clients")
+    ahead.begin_round(3)
+    for node in range(1, 6):
+        ahead.save(node, state(9.0))
+    resumed = learn(config, tmp_path / "cut", around=drifting)
+    assert resumed.model_sha256 == whole.model_sha256 != forgetful.model_sha256
+    assert not (tmp_path / "forgetful" / "clients").exists()
