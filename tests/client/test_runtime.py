@@ -21,7 +21,7 @@ from PIL import Image
 from fedge.errors import DataError, UserError
 from fedge.spec import Spec
 from fedge_client import inputs
-from fedge_client.inputs import fit, read_input
+from fedge_client.inputs import fit, read_input, read_text
 from fedge_client.runtime import Runtime
 from fedge_client.updater import Device, Updater, folder_fetch
 
@@ -196,6 +196,45 @@ def test_flipped_bits_in_an_archive_give_an_array_or_our_error(
 
 
 # Images
+
+
+SIGNAL = Spec("signal", (3, 2), "float32", ("a", "b"), ("ax", "ay"))
+TEXT = Spec("text", (4,), "uint8", tuple("\n abc"))
+
+
+def test_a_signal_is_read_as_windows_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("ay,time,ax\n2,0,1\n4,1,3\n,2,5\n8,3,7\n10,4,9\n12,5,11\n")
+    wanted = np.arange(1, 13, dtype=np.float32).reshape(2, 3, 2)
+    wanted[0, 2, 1] = np.nan
+    np.testing.assert_array_equal(read_input(tmp_path / "x.csv", SIGNAL), wanted)
+    (tmp_path / "x.json").write_text("[[1, 2], [3, 4], [5, 6]]")
+    assert read_input(tmp_path / "x.json", SIGNAL).shape == (1, 3, 2)
+    np.save(tmp_path / "x.npy", wanted[0].astype(np.float16))
+    np.testing.assert_array_equal(read_input(tmp_path / "x.npy", SIGNAL), wanted[:1])
+    (tmp_path / "x.json").write_text("[[1, 2], [3, 4]]")
+    with pytest.raises(DataError, match="has 2 rows; a window of this model is 3"):
+        read_input(tmp_path / "x.json", SIGNAL)
+    with pytest.raises(DataError, match=r"\.csv, \.json, \.npy or \.npz files, not \.txt"):
+        read_input(_written(tmp_path / "x.txt", b"abc"), SIGNAL)
+
+
+def test_of_a_text_the_last_characters_count(tmp_path: Path) -> None:
+    path = _written(tmp_path / "x.txt", "\ufeffcab\r\nbäa".encode())
+    assert read_input(path, TEXT).tolist() == read_text("cab\nbäa", TEXT).tolist() == [[0, 3, 1, 2]]
+    np.save(tmp_path / "x.npy", np.array([0, 3, 1, 5]))
+    with pytest.raises(DataError, match=r"holds values 0 \.\. 5; this model takes 0 \.\. 4"):
+        read_input(tmp_path / "x.npy", TEXT)
+    with pytest.raises(DataError, match="has 3 characters; this model looks at the last 4"):
+        read_text("abc", TEXT)
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        read_input(_written(tmp_path / "x.txt", b"ab\xffc"), TEXT)
+    with pytest.raises(DataError, match="is text; this model takes an image"):
+        read_text("abcd", GREY)
+
+
+def _written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
 
 
 def test_an_image_is_scaled_and_turned_grey_as_the_training_reader_does(tmp_path: Path) -> None:

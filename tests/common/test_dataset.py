@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedge.dataset import Dataset, Examples, Split, split, stratified
+from fedge.dataset import Dataset, Examples, Split, latest, split, stratified
 from fedge.errors import DataError
 from fedge.spec import Spec
 
@@ -48,6 +48,7 @@ def parts_of(found: Split) -> list[list[int]]:
         ({"client": np.zeros(59, np.int64), "clients": ("a",)}, "client has shape"),
         ({"client": np.ones(60, np.int64), "clients": ("a",)}, r"client holds 1 \.\. 1, but 1 clients"),
         ({"client": np.full(60, -1), "clients": ("a",)}, r"client holds -1"),
+        ({"client": np.full(60, -2), "clients": ("a",)}, r"client holds -2"),
         ({"test": np.zeros(60, np.int64)}, "split is int64; a reader must return bool"),
     ],
 )
@@ -174,3 +175,28 @@ def test_a_split_that_leaves_nothing_for_a_purpose_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=f"60 examples leave none for {purpose}; bring more data"):
         cut(dataset(**changes), **settings)
+
+
+def test_the_latest_of_each_client_are_drawn_and_what_overlaps_them_is_left_out() -> None:
+    client = np.array([0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 2])
+    drawn, left = latest(client, 0.2, 1)
+    assert drawn.tolist() == [7, 10, 11]  # 1 of the 3 that client 1 has, 2 of 9, and of a single one none
+    assert left.tolist() == [0, 1, 2, 3, 5, 6, 8, 12]  # without 4 and 9
+    assert latest(client, 0.0, 1)[1].tolist() == list(range(13))
+    assert latest(np.zeros(4, np.int64), 0.5, 2)[0].tolist() == []  # nothing would be left to train with
+    assert latest(np.zeros(5, np.int64), 0.4, 2)[1].tolist() == [0]
+
+
+def test_windows_that_overlap_are_split_by_time_and_not_by_chance() -> None:
+    found = cut(dataset(overlap=1), proxy=0.0)
+    assert parts_of(found) == [list(range(47)), [], list(range(48, 53)), list(range(54, 60))]
+    own = cut(dataset(overlap=1, test=np.arange(60) < 20), proxy=0.0)
+    assert (own.train.tolist(), own.test.tolist()) == (list(range(20, 60)), list(range(9)))
+
+
+def test_a_row_of_nobody_serves_no_purpose() -> None:
+    client = np.where(np.arange(60) % 4 == 0, -1, 0)
+    data = dataset(client=client, clients=("a",))
+    used = np.sort(np.concatenate([np.array(part) for part in parts_of(cut(data))]))
+    assert used.tolist() == data.usable.tolist() == [i for i in range(60) if i % 4]
+    assert len(data.used_examples) == 45

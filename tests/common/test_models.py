@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
 
 from fedge.errors import ConfigError
 from fedge.learning import models
@@ -12,6 +15,8 @@ TEN = tuple("0123456789")
 MNIST = Spec("image", (28, 28), "uint8", TEN)
 COLOUR = Spec("image", (13, 10, 3), "uint8", TEN)
 TABLE = Spec("features", (7,), "float32", ("a", "b", "c"))
+SIGNAL = Spec("signal", (20, 3), "float32", ("a", "b", "c"))
+TEXT = Spec("text", (9,), "uint8", tuple("abcd"))
 
 
 @pytest.mark.parametrize(
@@ -23,6 +28,11 @@ TABLE = Spec("features", (7,), "float32", ("a", "b", "c"))
         (models.logistic, TABLE, 7 * 3 + 3),
         (models.mlp(), TABLE, 7 * 3 + 3),
         (models.mlp(16), TABLE, 7 * 16 + 16 + 16 * 3 + 3),
+        # 3 channels -> 8 -> 16, each with its mean and maximum -> 5 -> 3
+        (models.cnn1d(8, 5), SIGNAL, 5 * 3 * 8 + 8 + 5 * 8 * 16 + 16 + 32 * 5 + 5 + 5 * 3 + 3),
+        (models.gru(6), SIGNAL, 3 * 6 * (3 + 6 + 2) + 6 * 3 + 3),
+        (models.gru(6, embedding=5), TEXT, 4 * 5 + 3 * 6 * (5 + 6 + 2) + 6 * 4 + 4),
+        (models.lstm(6, embedding=5), TEXT, 4 * 5 + 4 * 6 * (5 + 6 + 2) + 6 * 4 + 4),
         # 1x28x28 -> 8x14x14 -> 16x7x7 -> 32 -> 10
         (models.small_cnn(8, 32), MNIST, 9 * 8 + 8 + 9 * 8 * 16 + 16 + 16 * 49 * 32 + 32 + 32 * 10 + 10),
     ],
@@ -42,6 +52,42 @@ def test_every_built_in_model_and_student_gives_a_logit_per_class(name: str, spe
         if spec.kind == "features" and "cnn" in model_name:
             continue
         assert build(spec)(torch.zeros(shape)).shape == (2, spec.classes), model_name
+
+
+def inputs(spec: Spec, *batch: int) -> torch.Tensor:
+    """What a network gets of random inputs of this kind."""
+    generator = torch.Generator().manual_seed(0)
+    if spec.kind == "text":
+        return torch.randint(0, spec.classes, (*batch, *spec.shape), generator=generator)
+    return torch.randn((*batch, spec.shape[1], spec.shape[0]), generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("task", "spec"), [("signals", SIGNAL), ("characters", TEXT)])
+def test_clients_of_networks_over_time_can_be_batched_and_learn_what_each_would(
+    task: str, spec: Spec
+) -> None:
+    for name, build in {**resolve(task).models, **resolve(task).students}.items():
+        network = build(spec).double()
+        weights = {k: torch.stack([p, 2 * p, -p]).detach() for k, p in network.named_parameters()}
+        x, y = inputs(spec, 3, 4), torch.arange(12).reshape(3, 4) % 3
+
+        def loss(weights: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor, of: nn.Module = network
+                 ) -> torch.Tensor:  # fmt: skip
+            return cross_entropy(functional_call(of, weights, (x,)), y)
+
+        together = vmap(grad(loss))(weights, x, y)
+        for i in range(3):
+            alone = grad(loss)({k: v[i] for k, v in weights.items()}, x[i], y[i])
+            for key, value in alone.items():
+                torch.testing.assert_close(together[key][i], value, msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize("build", [models.cnn1d(8, 8), models.gru(4), models.lstm(4)])
+def test_a_network_over_time_needs_signals_or_text(build: models.Builder) -> None:
+    with pytest.raises(ConfigError, match="needs signals"):
+        build(TABLE)
+    with pytest.raises(ConfigError, match="4 or more in time"):
+        models.cnn1d(8, 8)(Spec("signal", (3, 2), "float32", ("a", "b")))
 
 
 @pytest.mark.parametrize("build", [models.cnn, models.small_cnn(8, 32)])

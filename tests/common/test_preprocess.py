@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from fedge.errors import ConfigError
+from fedge.errors import ConfigError, FormatError
 from fedge.learning.preprocess import build
 from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
@@ -17,6 +17,8 @@ GREY = Spec("image", (5, 7), "uint8", ("a", "b"))
 FLOAT = Spec("image", (5, 7), "float32", ("a", "b"))
 COLOUR = Spec("image", (5, 7, 3), "uint8", ("a", "b"))
 TABLE = Spec("features", (2,), "float32", ("a", "b"))
+SIGNAL = Spec("signal", (4, 2), "float32", ("a", "b"))
+TEXT = Spec("text", (4,), "uint8", ("a", "b"))
 NAN = float("nan")
 
 
@@ -32,6 +34,26 @@ def test_bytes_come_to_zero_to_one_without_moments_and_floats_stay() -> None:
     raw = images(GREY)
     assert out(GREY, None, "none", raw) == pytest.approx(raw[:, None] / 255.0)
     assert out(FLOAT, None, "none", raw).tolist() == raw[:, None].astype(np.float32).tolist()
+
+
+def test_a_signal_is_standardised_by_channel_and_a_missing_value_is_the_mean() -> None:
+    raw = np.array([[[0, 5], [2, 5], [NAN, 5], [4, 5]], [[0, 7], [2, 7], [2, 7], [4, 7]]], np.float32)
+    found = out(SIGNAL, Moments.of(raw, SIGNAL), "none", raw)
+    std = np.sqrt((2 * 2**2 + 2 * 2**2) / 7)  # of 0 2 4 0 2 2 4, whose mean is 2
+    assert found.shape == (2, 2, 4)
+    assert found[0, 0] == pytest.approx(np.array([-2, 0, 0, 2]) / std)
+    assert found[:, 1].tolist() == [[-1] * 4, [1] * 4]
+    assert out(SIGNAL, None, "none", raw)[0, 0].tolist() == [0, 2, 0, 4]
+    assert out(SIGNAL, None, "clip", 9 * raw)[1, 1].tolist() == [5] * 4
+
+
+def test_text_stays_the_codes_it_is_and_has_no_moments() -> None:
+    raw = np.array([[0, 1, 1, 0]], np.uint8)
+    assert build(TEXT, None, "none")(torch.from_numpy(raw)).tolist() == raw.tolist()
+    with pytest.raises(ConfigError, match="text inputs take one of none"):
+        build(TEXT, None, "clip")
+    with pytest.raises(FormatError, match="text has none"):
+        Moments.of(raw, TEXT)
 
 
 def test_an_image_with_moments_has_mean_zero_and_deviation_one() -> None:

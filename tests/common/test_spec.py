@@ -13,9 +13,13 @@ from fedge.spec import Spec
 
 GREY = Spec("image", (8, 6), "uint8", ("no", "yes"))
 TABLE = Spec("features", (3,), "float32", ("a", "b", "c"), ("x", "y", "z"))
+SIGNAL = Spec("signal", (50, 2), "float32", ("a", "b"), ("ax", "ay"))
+TEXT = Spec("text", (16,), "uint8", tuple("\n ab"))
 
 
-@pytest.mark.parametrize("spec", [GREY, TABLE, Spec("image", (8, 6, 3), "float32", ("no", "yes"))])
+@pytest.mark.parametrize(
+    "spec", [GREY, TABLE, SIGNAL, TEXT, Spec("image", (8, 6, 3), "float32", ("no", "yes"))]
+)
 def test_a_spec_survives_json(spec: Spec) -> None:
     assert Spec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
@@ -23,6 +27,8 @@ def test_a_spec_survives_json(spec: Spec) -> None:
 def test_classes_channels_and_zeros_follow_from_the_fields() -> None:
     assert (GREY.classes, GREY.channels, TABLE.classes, TABLE.channels) == (2, 1, 3, 3)
     assert Spec("image", (8, 6, 3), "uint8", ("no", "yes")).channels == 3
+    assert (SIGNAL.channels, SIGNAL.allows_missing, SIGNAL.numeric) == (2, True, True)
+    assert (TEXT.channels, TEXT.allows_missing, TEXT.numeric) == (1, False, False)
     assert (GREY.zeros(2).shape, GREY.zeros(2).dtype) == ((2, 8, 6), np.uint8)
 
 
@@ -52,6 +58,23 @@ def test_classes_channels_and_zeros_follow_from_the_fields() -> None:
 def test_each_wrong_field_is_named(change: dict[str, Any], line: str) -> None:
     with pytest.raises(FormatError, match=line):
         Spec.from_json({**GREY.to_json(), **change})
+
+
+@pytest.mark.parametrize(
+    ("spec", "change", "line"),
+    [
+        (SIGNAL, {"shape": [50]}, "does not fit kind 'signal'"),
+        (SIGNAL, {"dtype": "uint8"}, "kind 'signal' is float32, not uint8"),
+        (SIGNAL, {"features": ["ax"]}, "1 feature names for 2"),
+        (TEXT, {"shape": [16, 1]}, "does not fit kind 'text'"),
+        (TEXT, {"dtype": "float32"}, "kind 'text' is uint8, not float32"),
+        (TEXT, {"labels": ["a", "bc"]}, "each by itself"),
+        (TEXT, {"labels": [chr(i) for i in range(257)]}, "at most 256"),
+    ],
+)
+def test_each_wrong_field_of_signals_and_text_is_named(spec: Spec, change: dict[str, Any], line: str) -> None:
+    with pytest.raises(FormatError, match=line):
+        Spec.from_json({**spec.to_json(), **change})
 
 
 @given(

@@ -24,6 +24,8 @@ def augment(x: torch.Tensor, names: tuple[str, ...], keys: torch.Tensor) -> torc
     Raises:
         ValueError: an image augmentation is asked of features.
     """
+    if names and not x.is_floating_point():
+        raise ValueError(f"augmentation {names[0]!r} is for numbers; text takes none")
     for i, name in enumerate(names):
         kind, _, value = name.partition(":")
         own = draws.derive(keys, i)

@@ -83,10 +83,18 @@ def small_cnn(width: int, hidden: int) -> Builder:
     return build
 
 
-def cnn1d(width: int, hidden: int) -> Builder:
-    """Convolutions over time of `width` and 2 * `width` (5 wide, max-pooled), mean over time, dense `hidden`.
+class MeanAndMax(nn.Module):
+    """Mean and largest value over time, one after the other: (B, C, T) to (B, 2C)."""
 
-    The mean makes it the same network for any length of window.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, T) to (B, 2C)."""
+        return torch.cat([x.mean(2), x.amax(2)], dim=1)
+
+
+def cnn1d(width: int, hidden: int) -> Builder:
+    """Convolutions over time of `width` and 2 * `width` (5 wide), pooled to mean and maximum, dense `hidden`.
+
+    Pooling over all time makes it the same network for any length of window.
     """
 
     def build(spec: Spec) -> nn.Module:
@@ -100,9 +108,8 @@ def cnn1d(width: int, hidden: int) -> Builder:
             nn.MaxPool1d(2),
             nn.Conv1d(width, 2 * width, 5, padding=2),
             nn.ReLU(),
-            nn.AdaptiveAvgPool1d(1),
-            nn.Flatten(),
-            nn.Linear(2 * width, hidden),
+            MeanAndMax(),
+            nn.Linear(4 * width, hidden),
             nn.ReLU(),
             nn.Linear(hidden, spec.classes),
         )

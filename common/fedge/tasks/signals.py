@@ -23,7 +23,7 @@ def read(source: Source) -> Dataset:
 TASK = Task(
     name="signals",
     read=read,
-    models={"cnn1d": models.cnn1d(32, 64), "gru": models.gru(64)},
+    models={"cnn1d": models.cnn1d(64, 64), "gru": models.gru(64)},
     default_model="cnn1d",
     students={"cnn1d-16": models.cnn1d(16, 32), "cnn1d-8": models.cnn1d(8, 16)},
 )
