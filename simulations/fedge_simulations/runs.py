@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from fedge.config import Config
 from fedge.errors import ConfigError, UserError
 from fedge.files import is_held, sha256
+from fedge_server.page import flat
 from fedge_server.registry.database import Registry
 from fedge_server.registry.engine import DATABASE
 from fedge_server.rounds.record import RoundRecord
@@ -45,13 +46,11 @@ def run_id_of(config: Config) -> str:
     return f"run-{sha256(json.dumps(config.to_mapping(), sort_keys=True).encode())[:12]}"
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping by dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = f"{prefix}{key}"
-        found |= flat(value, f"{inner}.") if isinstance(value, Mapping) else {inner: value}
-    return found
+def committed(folder: Path, config: Config) -> int:
+    """The last committed round of an unfinished run of this configuration in a folder; 0: there is none."""
+    if not (folder / DATABASE).exists() or (folder / SUMMARY).exists():
+        return 0
+    return max((past.last for past in read(folder, "") if past.run_id == run_id_of(config)), default=0)
 
 
 def find(folders: Sequence[Path]) -> list[Past]:
