@@ -77,7 +77,11 @@ class Comparison:
 
 
 def compare(
-    folders: Sequence[str | Path], *, metric: str | None = None, target: str | None = None
+    folders: Sequence[str | Path],
+    *,
+    metric: str | None = None,
+    target: str | None = None,
+    within: Path | None = None,
 ) -> Comparison:
     """Compare the runs in these folders.
 
@@ -85,12 +89,13 @@ def compare(
         folders: run folders, or folders of them; the first one's group is the baseline.
         metric: what to compare by; None: the targets' metric when they share one, else the accuracy.
         target: such as "accuracy>=0.9", for the rounds to reach it; None: the runs' own when they share one.
+        within: a folder that the names of runs are relative to.
 
     Raises:
         UserError: a folder holds no run, no round is committed, or the runs cannot be compared.
         FedgeError: a database cannot be read.
     """
-    found = runs.find([Path(folder) for folder in folders])
+    found = runs.find([Path(folder) for folder in folders], within)
     notes = [f"{past.name}: no round is committed yet; left out" for past in found if not past.records]
     found = [past for past in found if past.records]
     if not found:

@@ -53,8 +53,12 @@ def committed(folder: Path, config: Config) -> int:
     return max((past.last for past in read(folder, "") if past.run_id == run_id_of(config)), default=0)
 
 
-def find(folders: Sequence[Path]) -> list[Past]:
+def find(folders: Sequence[Path], within: Path | None = None) -> list[Past]:
     """The runs in these folders: run folders, or folders of them such as a sweep's.
+
+    Args:
+        folders: where to look.
+        within: a folder that the names of runs are relative to; None: they are as given.
 
     Raises:
         UserError: a folder is absent or holds no run.
@@ -62,7 +66,7 @@ def find(folders: Sequence[Path]) -> list[Past]:
     """
     found: dict[Path, Past] = {}
     for folder in folders:
-        inside = [past for home in _homes(folder) for past in read(home, _called(folder, home))]
+        inside = [past for home in _homes(folder) for past in read(home, _called(within or folder, home))]
         for past in inside:
             found.setdefault(past.folder.resolve() / past.run_id, past)
     return list(found.values())
