@@ -141,6 +141,8 @@ def _sizes(held: Holdings) -> Plot:
 
     middle = f"median {np.median(sizes):,.0f}"
     caption = f"{_of_all(held, chosen)}: {sizes.min():,} to {sizes.max():,} examples, {middle}."
+    if sizes.min() == sizes.max():
+        caption = f"{_of_all(held, chosen)}: {sizes.min():,} examples each."
     return draw("Sizes of the clients", caption, paint, height=2.4)
 
 

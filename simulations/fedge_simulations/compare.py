@@ -21,7 +21,8 @@ from fedge_simulations.statistics import CONFIDENCE, Estimate, estimate
 _LOWER_IS_BETTER: Final = ("loss",)
 _LABEL_KEYS: Final = 4  # a group is called by what sets it apart, unless that is more than so many keys
 _MACHINE: Final = "simulation."  # keys that change how fast a run is, and not what it learns
-ABSENT: Final = "none"
+ABSENT: Final = "none"  # the value of a key that a run does not have
+ALL: Final = "all"  # what the one group is called when there is no other
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,8 @@ def _grouped(found: Sequence[Past]) -> list[list[Past]]:
 def _group(members: Sequence[Past], keys: Sequence[str], metric: str, target: Target | None) -> Group:
     settings = {key: members[0].settings.get(key, ABSENT) for key in keys}
     named = " ".join(f"{key}={_short(value)}" for key, value in settings.items())
-    label = named if 0 < len(keys) <= _LABEL_KEYS else members[0].name
+    alone = members[0].name if len(members) == 1 else ALL
+    label = alone if not keys else named if len(keys) <= _LABEL_KEYS else members[0].name
     best = min if metric in _LOWER_IS_BETTER else max
     values: dict[str, list[float]] = {
         "final": [scalar(past.records[-1], metric) for past in members],

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from fedge.errors import UserError
 from fedge_server.page import Plot, draw, write_page
 from fedge_simulations.compare import Comparison, Difference, Group, scalar, simulated_s
 from fedge_simulations.runs import Past
@@ -64,19 +65,24 @@ def written(figure: Estimate, digits: int, *, unit: float = 1.0, sign: str = "")
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
-    """Write the page."""
-    write_page(
-        path,
-        "fedge_simulations",
-        "compare.html.j2",
-        c=comparison,
-        confidence=CONFIDENCE,
-        runs=sum(len(group.runs) for group in comparison.groups),
-        columns=columns(comparison),
-        rows=[row(comparison, group) for group in comparison.groups],
-        differences=[difference_row(difference) for difference in comparison.differences],
-        plots=_plots(comparison),
-    )
+    """Write the page.
+
+    Raises:
+        UserError: there is no place for it.
+    """
+    values = {
+        "c": comparison,
+        "confidence": CONFIDENCE,
+        "runs": sum(len(group.runs) for group in comparison.groups),
+        "columns": columns(comparison),
+        "rows": [row(comparison, group) for group in comparison.groups],
+        "differences": [difference_row(difference) for difference in comparison.differences],
+        "plots": _plots(comparison),
+    }
+    try:
+        write_page(path, "fedge_simulations", "compare.html.j2", **values)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
 
 
 def _target(group: Group) -> str:

@@ -6,9 +6,10 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 from fedge.config import Config, Target
@@ -86,6 +87,36 @@ def sparkline(values: Sequence[float], width: int = _SPARKS) -> str:
     return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1)) if span else 0] for value in chosen)
 
 
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column of the table, for terminals that are wide enough."""
+
+    head: str
+    from_width: int  # characters of the terminal
+    cell: Callable[[RoundRecord], str]
+
+
+def _columns(shown: Sequence[RoundRecord]) -> list[_Column]:
+    measured = [name for name, value in shown[-1].metrics.items() if isinstance(value, float)]
+    metrics = [_Column(name, 0, partial(_scalar, name)) for name in measured if name != "macro_f1"]
+    clock = [_Column("simulated s", 90, simulated)] if any(map(simulated, shown)) else []
+    return [
+        _Column("round", 0, lambda record: str(record.round)),
+        *metrics,
+        _Column("train loss", 80, lambda r: "" if r.train_loss is None else f"{r.train_loss:.4f}"),
+        _Column("clients", 0, lambda record: f"{record.clients:,}"),
+        _Column("not used", 70, lambda record: f"{record.failures:,}"),
+        _Column("s", 60, lambda record: f"{record.seconds:.2f}"),
+        _Column("clients/s", 0, lambda record: f"{rate([record]):,.0f}"),
+        *clock,
+    ]
+
+
+def _scalar(name: str, record: RoundRecord) -> str:
+    value = record.metrics.get(name)
+    return f"{value:.4f}" if isinstance(value, float) else ""
+
+
 @dataclass(slots=True)
 class Lines:
     """One line per round."""
@@ -117,6 +148,7 @@ class Screen:
     last: deque[RoundRecord] = field(default_factory=lambda: deque(maxlen=_RECENT))
     drawn_at: float = 0.0
     live: Live | None = None  # while it is open
+    over: bool = False
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -127,6 +159,7 @@ class Screen:
         with Live(console=self.console, auto_refresh=False, get_renderable=self.render) as live:
             self.live = live
             yield
+            self.over = True
 
     def say(self, line: str) -> None:
         """Print it above the table."""
@@ -163,35 +196,27 @@ class Screen:
         """How far, how fast, how long still."""
         rounds = self.config.rounds
         own = [record for record in self.last if record.round > self.earlier] or list(self.last)
+        clock = f"  simulated {at} s" if (at := simulated(newest)) else ""
+        far = f"round {newest.round}/{rounds.count}  {rate(own):,.0f} clients/s{clock}"
+        if self.over or newest.round >= rounds.count:
+            return far
         left = (rounds.count - newest.round) * sum(record.seconds for record in own) / len(own)
         most = " at most" if rounds.target is not None or rounds.patience is not None else ""
-        clock = f"  simulated {at} s" if (at := simulated(newest)) else ""
-        return (
-            f"round {newest.round}/{rounds.count}  {rate(own):,.0f} clients/s{clock}  "
-            f"{duration(left)} left{most}"
-        )
+        return f"{far}  {duration(left)} left{most}"
 
     def _table(self) -> RenderableType:
         from rich.table import Table
 
         shown = list(self.last)[-_SHOWN:]
-        metrics = [
-            name
-            for name, value in shown[-1].metrics.items()
-            if isinstance(value, float) and name != "macro_f1"
-        ]
-        clock = any(map(simulated, shown))
-        heads = ["round", *metrics, "train loss", "clients", "not used", "late", "s", "clients/s"]
         table = Table(box=None, pad_edge=False)
-        for name in [*heads, *(["simulated s"] if clock else [])]:
-            table.add_column(name, justify="right", no_wrap=True)
-        for record in shown:
-            loss = "" if record.train_loss is None else f"{record.train_loss:.4f}"
-            scores = [f"{record.metrics.get(name, float('nan')):.4f}" for name in metrics]
-            counts = [f"{record.clients:,}", f"{record.failures:,}", f"{record.late:,}"]
-            speed = [f"{record.seconds:.2f}", f"{rate([record]):,.0f}"]
-            cells = [str(record.round), *scores, loss, *counts, *speed]
-            table.add_row(*cells, *([simulated(record)] if clock else []))
+        rows: list[list[str]] = [[] for _ in shown]
+        for column in _columns(shown):
+            if column.from_width <= self.console.width:
+                table.add_column(column.head, justify="right", no_wrap=True)
+                for row, record in zip(rows, shown, strict=True):
+                    row.append(column.cell(record))
+        for row in rows:
+            table.add_row(*row)
         return table
 
     def _redraw(self) -> None:

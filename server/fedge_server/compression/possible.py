@@ -113,7 +113,7 @@ def _workshop(task: Task, spec: Spec, config: Config, sample: npt.NDArray[Any]) 
     Raises:
         ConfigError: the task has no such model, or the augmentation does not fit its inputs.
     """
-    moments = Moments.of(sample, spec) if config.model.standardise else None
+    moments = Moments.of(sample, spec) if config.model.standardise and spec.numeric else None
     preprocess = task.preprocess(spec, moments, config.model.filter).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

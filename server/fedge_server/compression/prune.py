@@ -47,8 +47,11 @@ def prune(network: nn.Module, example: Tensor, ratio: float, settings: Prune, *,
         seed: decides criterion "random".
 
     Raises:
-        CompressionError: nothing could be removed, or the pruned network no longer gives (B, C).
+        CompressionError: it has recurrent layers, whose gates share channels in ways that the dependency
+            graph does not know; nothing could be removed; or the pruned network no longer gives (B, C).
     """
+    if any(isinstance(module, nn.RNNBase) for module in network.modules()):
+        raise CompressionError("prune: recurrent layers cannot be pruned; a student is the smaller network")
     pruned = copy.deepcopy(network).eval()
     try:
         with torch.random.fork_rng(devices=[]):
