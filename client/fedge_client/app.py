@@ -147,7 +147,7 @@ def build(share: Share, trainer: Trainer = local.fit) -> ClientApp:
 
 def client_seed(run_seed: int, server_round: int, node_id: int) -> int:
     """A seed for one client in one round, independent of who else takes part and in which order."""
-    return client_seeds(run_seed, server_round, [node_id])[0]
+    return draws.plain_key(run_seed, server_round, node_id) & (2**63 - 1)
 
 
 def client_seeds(run_seed: int, server_round: int, node_ids: Sequence[int]) -> list[int]:

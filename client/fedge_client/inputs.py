@@ -1,4 +1,4 @@
-"""Read a user's file into what a model takes: images, arrays, and rows of tables, all bounded.
+"""Read a user's file into what a model takes: images, arrays, rows of tables, signals and text, all bounded.
 
 Images are converted as the training reader converts them (scale, then grey or RGB), so that a device
 sees what training saw.
@@ -24,6 +24,7 @@ import numpy.typing as npt
 from fedge.errors import DataError, FormatError
 from fedge.files import read_bounded
 from fedge.spec import Spec
+from fedge.texts import encode
 
 Array = npt.NDArray[Any]
 
@@ -31,21 +32,28 @@ MAX_FILE_BYTES: Final = 256 * 1024**2  # of an input file, and of an array insid
 MAX_TEXT_BYTES: Final = 32 * 1024**2  # of a table: its cells take some ten times as much while they are read
 MAX_PIXELS: Final = 50_000_000  # of an image before it is scaled
 IMAGE_FORMATS: Final = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # none that runs a program
+_TAKES: Final = {
+    "image": "an image, .npy or .npz",
+    "features": ".csv, .json, .npy or .npz",
+    "signal": ".csv, .json, .npy or .npz",
+    "text": ".txt, .npy or .npz",
+}
 _IMAGES: Final = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 
 
 def read_input(path: Path, spec: Spec) -> Array:
     """The examples in a file as a batch (B, *spec.shape) of the spec's dtype.
 
-    Reads images (scaled to the spec's size), `.npy` and `.npz` (array `x`, or the only one), and for
-    tables `.csv` and `.json` rows; columns are found by name, and an empty cell is a missing value.
+    Reads images (scaled to the spec's size), `.npy` and `.npz` (array `x`, or the only one), for tables
+    `.csv` and `.json` rows, for signals such rows with one window after the other, and of a text file the
+    last characters. Columns are found by name, and an empty cell is a missing value.
 
     Raises:
         DataError: unreadable, too large, of a kind that the model does not take, or out of range.
     """
     suffix = path.suffix.lower()
     try:
-        data = read_bounded(path, MAX_TEXT_BYTES if suffix in (".csv", ".json") else MAX_FILE_BYTES)
+        data = read_bounded(path, MAX_TEXT_BYTES if suffix in (".csv", ".json", ".txt") else MAX_FILE_BYTES)
     except FormatError as error:
         raise DataError(f"input {error}") from error
     try:
@@ -53,12 +61,44 @@ def read_input(path: Path, spec: Spec) -> Array:
             return fit(_npy(data) if suffix == ".npy" else _npz(data), spec)
         if spec.kind == "image" and suffix in _IMAGES:
             return _image(data, spec)
-        if spec.kind == "features" and suffix in (".csv", ".json"):
-            return fit(_csv(data, spec) if suffix == ".csv" else _json(data, spec), spec)
+        if spec.kind in ("features", "signal") and suffix in (".csv", ".json"):
+            rows = _csv(data, spec) if suffix == ".csv" else _json(data, spec)
+            return fit(_windows(rows, spec) if spec.kind == "signal" else rows, spec)
+        if spec.kind == "text" and suffix == ".txt":
+            return read_text(_decoded(data), spec)
     except DataError as error:
         raise DataError(f"input {path}: {error}") from error
-    takes = "an image, .npy or .npz" if spec.kind == "image" else ".csv, .json, .npy or .npz"
+    takes = _TAKES[spec.kind]
     raise DataError(f"input {path}: this model takes {takes} files, not {suffix or 'files without a suffix'}")
+
+
+def read_text(text: str, spec: Spec) -> Array:
+    """The last characters of a text as one example (1, T).
+
+    Raises:
+        DataError: the model takes no text, or the text has fewer than T characters.
+    """
+    if spec.kind != "text":
+        raise DataError(f"is text; this model takes {_TAKES[spec.kind]} files")
+    length = spec.shape[0]
+    if len(text) < length:
+        raise DataError(f"has {len(text)} characters; this model looks at the last {length}")
+    return encode(text[-length:], spec.labels)[np.newaxis]
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"is not UTF-8 text ({_brief(error)})") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads a text file, and so training
+
+
+def _windows(rows: Array, spec: Spec) -> Array:
+    """Rows of channels (B * T, C) as windows (B, T, C)."""
+    if len(rows) % spec.shape[0]:
+        raise DataError(f"has {len(rows)} rows; a window of this model is {spec.shape[0]}")
+    return rows.reshape(-1, *spec.shape)
 
 
 def fit(x: Array, spec: Spec) -> Array:
@@ -75,12 +115,13 @@ def fit(x: Array, spec: Spec) -> Array:
     if spec.dtype == "uint8":
         if batch.dtype.kind == "f":
             raise DataError(f"holds {x.dtype} values; this model takes whole numbers 0 .. 255")
-        if batch.size and (batch.min() < 0 or batch.max() > 255):
-            raise DataError(f"holds values {batch.min()} .. {batch.max()}; this model takes 0 .. 255")
+        highest = spec.classes - 1 if spec.kind == "text" else 255
+        if batch.size and (batch.min() < 0 or batch.max() > highest):
+            raise DataError(f"holds values {batch.min()} .. {batch.max()}; this model takes 0 .. {highest}")
         return batch.astype(np.uint8, copy=False)
     with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is refused
         batch = batch.astype(np.float32, copy=False)
-    if not (np.isfinite(batch) | (np.isnan(batch) & (spec.kind == "features"))).all():
+    if not (np.isfinite(batch) | (np.isnan(batch) & spec.allows_missing)).all():
         raise DataError("holds infinite values, or NaN in an image; it must hold finite numbers")
     return batch
 
@@ -228,10 +269,11 @@ def _is_number(cell: str) -> bool:
 def _table(rows: list[list[float]], spec: Spec) -> Array:
     if not rows:
         raise DataError("holds no row")
-    wrong = next((i for i, row in enumerate(rows, 1) if len(row) != spec.shape[0]), None)
+    width = spec.channels
+    wrong = next((i for i, row in enumerate(rows, 1) if len(row) != width), None)
     if wrong is not None:
-        raise DataError(f"row {wrong} has {len(rows[wrong - 1])} values; this model takes {spec.shape[0]}")
-    return np.array(rows, np.float64).reshape(len(rows), spec.shape[0])  # (B, F)
+        raise DataError(f"row {wrong} has {len(rows[wrong - 1])} values; this model takes {width}")
+    return np.array(rows, np.float64).reshape(len(rows), width)  # (B, F), or (B * T, C)
 
 
 def _brief(error: Exception) -> str:

@@ -15,9 +15,9 @@ from fedge.inference import CompactModel
 from fedge.manifest import Lineage, Release
 from fedge.spec import Spec
 from fedge_client.device import Device, Installed
-from fedge_client.inputs import fit, read_input
+from fedge_client.inputs import fit, read_input, read_text
 
-__all__ = ["Prediction", "Runtime", "read_input"]
+__all__ = ["Prediction", "Runtime", "read_input", "read_text"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ _PARTITION = re.compile(
     r"(iid|natural|dirichlet:(?=.*[1-9])(\d+(\.\d+)?|\.\d+)|shards:[1-9]\d*"
     r"|draw:[1-9]\d{0,8}(:(?=.*[1-9])(\d+(\.\d+)?|\.\d+))?)"
 )
+ATTACK = re.compile(r"(sign_flip|nan|label_flip|free_rider|scale:-?\d+(\.\d+)?|noise:\d+(\.\d+)?)")
 _TARGET = re.compile(r"(accuracy|macro_f1|auc|loss)\s*(>=|<=)\s*(\d*\.?\d+)")
 
 
@@ -59,6 +60,10 @@ Augmentation = Annotated[str, _matching(_AUGMENT, "'flip', 'shift:PIXELS', 'nois
 PartitionName = Annotated[
     str,
     _matching(_PARTITION, "'iid', 'natural', 'dirichlet:ALPHA', 'shards:PER_CLIENT', 'draw:SIZE[:ALPHA]'"),
+]
+Attack = Annotated[
+    str,
+    _matching(ATTACK, "'sign_flip', 'scale:FACTOR', 'noise:STD', 'nan', 'label_flip', 'free_rider'"),
 ]
 
 
@@ -109,8 +114,6 @@ class Clients:
     count: Count | None = None
     partition: PartitionName = "iid"
     size_sigma: NotNegative = 0.0  # partition draw: spread of the clients' sizes, sigma of a log-normal
-    seconds_per_example: Positive = 0.001  # simulated time to train on one example once
-    speed_sigma: NotNegative = 0.0  # spread of the clients' speeds: sigma of a log-normal
     # Of a deployment alone: which of the devices that are online take part.
     tiers: tuple[TierName, ...] = ()  # those of any of these tiers; empty: of all
     tags: tuple[TagName, ...] = ()  # those that carry all of these tags
@@ -175,6 +178,42 @@ class Simulation:
     workers: WholeOrNone = 0  # processes; 0: as many as pay
     compile: Literal["auto", "never", "always"] = "auto"  # torch.compile; auto: where a run is long enough
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Scenario:
+    """`[scenario]`: what befalls simulated clients, on the simulated clock; a deployment has no use for it.
+
+    Each `_sigma` is that of a log-normal with median 1 by which clients differ for the whole run.
+    """
+
+    seconds_per_example: Positive = 0.001  # to train on one example once
+    speed_sigma: NotNegative = 0.0
+    stragglers: Share = 0.0  # of all answers: their work takes longer
+    straggler_factor: Annotated[float, Field(ge=1, strict=True)] = 10.0  # by so much
+    down_bytes_per_s: Positive | None = None  # None: it takes no time
+    up_bytes_per_s: Positive | None = None
+    bandwidth_sigma: NotNegative = 0.0
+    latency_s: NotNegative = 0.0  # of each way
+    latency_sigma: NotNegative = 0.0
+    pause_s: NotNegative = 0.0  # before each round
+    day_s: Positive = 86_400.0
+    online_share: Fraction = 1.0  # of each day, in one piece, that a client is online
+    online_spread: Annotated[float, Field(ge=0, le=1, strict=True)] = 1.0  # of the day over which these begin
+    battery_s: Positive | None = None  # work that a full battery lasts for; None: no battery
+    battery_min: Share = 0.2  # charge below which a client does not take part
+    recharge_s: Positive = 28_800.0  # from empty to full
+    dropouts: Share = 0.0  # of all answers: never come
+    late_share: Share = 0.0  # of the clients: are not there from the beginning
+    late_from_s: NotNegative = 0.0  # when the first of these joins
+    late_over_s: NotNegative = 0.0  # and until the last has joined, evenly
+    attackers: Share = 0.0  # of the clients
+    attacks: tuple[Attack, ...] = ("sign_flip",)  # each attacker does one of these
+    data: Literal["all", "growing", "moving"] = "all"  # what a client holds of its data at a time
+    data_share: Fraction = 0.5  # growing: at the beginning; moving: at any time
+    data_over_s: Positive = 86_400.0  # growing: until it holds all; moving: once through all its classes
+    record: bool = True  # write events.jsonl in the run folder
+    replay: str | None = None  # an events.jsonl that says what befalls clients, instead of drawing it
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -259,6 +298,7 @@ class Config:
     train: Train = Train()
     strategy: StrategyConfig = StrategyConfig()
     simulation: Simulation = Simulation()
+    scenario: Scenario = Scenario()
     evaluate: Evaluate = Evaluate()
     compress: Compress = Compress()
     tiers: Mapping[TierName, Tier] = field(default_factory=dict)
@@ -283,7 +323,7 @@ class Config:
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Config:
-        """Read a TOML file and apply `key=value` overrides; `data` is relative to the file's folder.
+        """Read a TOML file and apply `key=value` overrides; paths in it are relative to its folder.
 
         Raises:
             ConfigError: the file is absent or no TOML, or a key or value is wrong.
@@ -296,6 +336,9 @@ class Config:
             raise ConfigError(f"configuration {path}: not valid TOML ({error})") from error
         if isinstance(values.get("data"), str):
             values["data"] = str((path.parent / values["data"]).resolve())
+        scenario = values.get("scenario")
+        if isinstance(scenario, dict) and isinstance(scenario.get("replay"), str):
+            scenario["replay"] = str((path.parent / scenario["replay"]).resolve())
         try:
             return cls.from_mapping(override(values, overrides))
         except ConfigError as error:

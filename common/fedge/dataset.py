@@ -16,6 +16,9 @@ Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 
 
+NOBODY = -1  # client of a row that only exists because x is a view, such as a window over two clients' text
+
+
 @dataclass(frozen=True, slots=True)
 class Examples:
     """Raw inputs and class indices; views of one array wherever possible."""
@@ -36,16 +39,18 @@ class Dataset:
     """A whole data set as a task's reader returns it; construction checks it.
 
     Raises:
-        DataError: lengths differ, labels are out of range, images hold NaN, a value is infinite, or
-            there is nothing in it.
+        DataError: lengths differ, labels are out of range, images hold NaN, a value is infinite, a character
+            is none of the labels, or there is nothing in it.
     """
 
     spec: Spec
     x: Array  # (N, *spec.shape), spec.dtype
     y: npt.NDArray[np.int64]  # (N,) 0 .. classes - 1
-    client: Indices | None = None  # (N,) natural client of each example, 0 .. K - 1; None: none known
+    # (N,) natural client of each row, 0 .. K - 1, or NOBODY: the row is no example; None: no clients known
+    client: Indices | None = None
     clients: tuple[str, ...] = ()  # name of each natural client, length K
     test: npt.NDArray[np.bool_] | None = None  # (N,) examples that the file sets apart; None: no such split
+    overlap: int = 0  # so many next examples of a client share raw values with each; rows are then in order
 
     def __post_init__(self) -> None:
         """Check everything that later code relies on."""
@@ -69,23 +74,27 @@ class Dataset:
         if self.y.min() < 0 or self.y.max() >= self.spec.classes:
             wrong = int(self.y[(self.y < 0) | (self.y >= self.spec.classes)][0])
             raise DataError(f"data: label {wrong} is out of range 0 .. {self.spec.classes - 1}")
-        if self.client is not None and not 0 <= self.client.min() <= self.client.max() < len(self.clients):
+        if self.client is not None and not (
+            NOBODY <= self.client.min() <= self.client.max() < len(self.clients) and self.client.max() >= 0
+        ):
             raise DataError(
                 f"data: client holds {self.client.min()} .. {self.client.max()}, "
                 f"but {len(self.clients)} clients are named"
             )
         if self.x.dtype.kind == "f":
             self._check_values()
+        elif self.spec.kind == "text" and self.x.max() >= self.spec.classes:
+            raise DataError(f"data: code {self.x.max()} is none of the {self.spec.classes} characters")
 
     def _check_values(self) -> None:
-        bad = np.isinf(self.x) if self.spec.kind == "features" else ~np.isfinite(self.x)
+        bad = np.isinf(self.x) if self.spec.allows_missing else ~np.isfinite(self.x)
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
-            column = f" (column {self.spec.features[where[1]]!r})" if self.spec.features else ""
+            column = f" (column {self.spec.features[where[-1]]!r})" if self.spec.features else ""
             raise DataError(
                 f"data: x{list(where)}{column} is {self.x[where]}; "
                 + ("infinite values, or such beyond float32, cannot be used (NaN marks a missing one)"
-                   if self.spec.kind == "features"
+                   if self.spec.allows_missing
                    else "an image may hold numbers within float32 only: repair or drop it")
             )  # fmt: skip
 
@@ -94,8 +103,19 @@ class Dataset:
 
     @property
     def examples(self) -> Examples:
-        """All of it as one set of examples."""
+        """All rows, to be taken from by position; those of `NOBODY` too."""
         return Examples(self.x, self.y)
+
+    @property
+    def usable(self) -> Indices:
+        """Positions of the rows that are examples."""
+        return np.arange(len(self)) if self.client is None else np.flatnonzero(self.client != NOBODY)
+
+    @property
+    def used_examples(self) -> Examples:
+        """All examples: a view where every row is one."""
+        usable = self.usable
+        return self.examples if len(usable) == len(self) else self.examples.take(usable)
 
     def with_labels(self, labels: Sequence[str]) -> Dataset:
         """The same data under another order of labels (a client may hold only some of the classes).
@@ -108,6 +128,8 @@ class Dataset:
         if unknown := sorted(present & set(missing)):
             raise DataError(f"data: label {unknown[0]!r} is not among the run's labels {list(labels)}")
         order = np.array([labels.index(name) if name in labels else -1 for name in self.spec.labels])
+        if self.spec.kind == "text" and tuple(labels) != self.spec.labels:
+            raise DataError("data: text is read with the run's characters (Source.labels), not renamed")
         try:
             spec = replace(self.spec, labels=tuple(labels))
         except FormatError as error:
@@ -149,6 +171,29 @@ def stratified(
     return np.flatnonzero(drawn), np.flatnonzero(~drawn)
 
 
+def latest(client: Indices, fraction: float, overlap: int) -> tuple[Indices, Indices]:
+    """Set apart the last `fraction` of each client's examples: (positions drawn, positions left), sorted.
+
+    The `overlap` examples before those drawn are in neither part, so that no value stands in both. A client
+    with too few for that stays whole.
+
+    Args:
+        client: (N,) natural client of each example; a client's examples are in the order in which they arose.
+        fraction: to draw.
+        overlap: so many next examples share raw values with each.
+    """
+    order = np.argsort(client, kind="stable")
+    drawn, left = [order[:0]], [order[:0]]
+    for run in np.split(order, np.flatnonzero(np.diff(client[order])) + 1):
+        cut = len(run) - round(len(run) * fraction)
+        if cut == len(run) or cut <= overlap:
+            left.append(run)
+        else:
+            drawn.append(run[cut:])
+            left.append(run[: cut - overlap])
+    return np.sort(np.concatenate(drawn)), np.sort(np.concatenate(left))
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """Positions of a data set by purpose; no example serves two (`tests` hold this)."""
@@ -162,6 +207,8 @@ class Split:
 def split(dataset: Dataset, *, holdout: float, gate: float, proxy: float, seed: int) -> Split:
     """Set data apart by purpose, stratified by class and natural client; the same seed, the same split.
 
+    Where examples overlap, each share is the last of each client's instead (`latest`).
+
     Args:
         dataset: its own test split is used as the hold-out where it has one.
         holdout: fraction held out where it has none.
@@ -173,14 +220,24 @@ def split(dataset: Dataset, *, holdout: float, gate: float, proxy: float, seed: 
         DataError: too few examples for training, test or gate.
     """
     rng = np.random.default_rng([seed, 0x5711])
+    rows, owner = dataset.usable, dataset.client
+
+    def draw(of: Indices, fraction: float, *, by_client: bool = True) -> tuple[Indices, Indices]:
+        if dataset.overlap:
+            drawn, left = latest(np.zeros(len(of), np.int64) if owner is None else owner[of], fraction,
+                                 dataset.overlap)  # fmt: skip
+        else:
+            natural = owner[of] if owner is not None and by_client else None
+            drawn, left = stratified(dataset.y[of], fraction, rng, natural)
+        return of[drawn], of[left]
+
     if dataset.test is not None:
-        held, rest = np.flatnonzero(dataset.test), np.flatnonzero(~dataset.test)
+        held, rest = rows[dataset.test[rows]], rows[~dataset.test[rows]]
     else:
-        held, rest = stratified(dataset.y, holdout, rng, dataset.client)
-    gated, tested = stratified(dataset.y[held], gate, rng)
-    natural = dataset.client[rest] if dataset.client is not None else None
-    proxied, trained = stratified(dataset.y[rest], proxy, rng, natural)
-    parts = Split(rest[trained], rest[proxied], held[tested], held[gated])
+        held, rest = draw(rows, holdout)
+    gated, tested = draw(held, gate, by_client=False)
+    proxied, trained = draw(rest, proxy)
+    parts = Split(trained, proxied, tested, gated)
     for name in ("train", "test", "gate"):
         if len(getattr(parts, name)) == 0:
             raise DataError(

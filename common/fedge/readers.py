@@ -43,7 +43,7 @@ def require(source: Source, task: str) -> Path:
 
 
 def read_npz(path: Path, kind: Kind, labels: tuple[str, ...] = ()) -> Dataset:
-    """Read `x y [client] [split]`, or `x_train y_train [client_train] x_test y_test`.
+    """Read `x y [client] [split]`, or `x_train y_train [client_train] x_test y_test`; `overlap` with either.
 
     Args:
         path: of the file.
@@ -53,7 +53,7 @@ def read_npz(path: Path, kind: Kind, labels: tuple[str, ...] = ()) -> Dataset:
     Raises:
         DataError: not an .npz, arrays absent, of wrong lengths or types, or values that cannot be used.
     """
-    arrays = _load_npz(path)
+    arrays = load_npz(path)
     if "x" in arrays and "y" in arrays:
         x, y, client, marks = arrays["x"], arrays["y"], arrays.get("client"), arrays.get("split")
         _same_length(path, x=x, y=y, client=client, split=marks)
@@ -80,10 +80,29 @@ def read_npz(path: Path, kind: Kind, labels: tuple[str, ...] = ()) -> Dataset:
             f"data: {path} holds {sorted(arrays) or 'no arrays'}; it must hold x and y "
             "(and may hold client, split), or x_train, y_train, x_test, y_test (and may hold client_train)"
         )
-    return assemble(kind, x, y, client=client, test=test, run_labels=labels)
+    overlap = _overlap(arrays.get("overlap"))
+    named = arrays["channels"].ravel() if kind == "signal" and "channels" in arrays else np.array([], "U1")
+    names = tuple(str(name) for name in _text(named, "channels"))
+    return assemble(kind, x, y, client=client, test=test, features=names, run_labels=labels, overlap=overlap)
 
 
-def _load_npz(path: Path) -> dict[str, Array]:
+def _overlap(found: Array | None) -> int:
+    """How many next rows share values with each: one whole number, such as 1 for windows of a half."""
+    if found is None:
+        return 0
+    if found.size != 1 or found.dtype.kind not in "ui" or not 0 <= found.item() < 2**31:
+        raise DataError(
+            "data: overlap must be one whole number: how many next windows share values with each"
+        )
+    return int(found.item())
+
+
+def load_npz(path: Path) -> dict[str, Array]:
+    """The arrays of an .npz file.
+
+    Raises:
+        DataError: it is none, or holds arrays of objects.
+    """
     if path.suffix.lower() != ".npz":
         raise DataError(
             f"data: {path}: this task reads .npz files, not {path.suffix or 'files without a suffix'}"
@@ -160,6 +179,7 @@ def assemble(
     features: tuple[str, ...] = (),
     labels: tuple[str, ...] | None = None,
     run_labels: tuple[str, ...] = (),
+    overlap: int = 0,
 ) -> Dataset:
     """Name labels and clients, settle dtypes, and check everything.
 
@@ -170,9 +190,10 @@ def assemble(
             their order, text is sorted.
         client: (N,) or (N, 1) whole numbers or text; every distinct value is one natural client.
         test: (N,) held-out examples.
-        features: names of a table's columns.
+        features: names of a table's columns or a signal's channels.
         labels: names of the classes where y is already 0 .. K-1.
         run_labels: the run's classes where they are known: their order is taken, and y may lack some.
+        overlap: so many next examples of a client share raw values with each.
 
     Raises:
         DataError: something cannot be used.
@@ -191,12 +212,14 @@ def assemble(
         spec = Spec(kind, x.shape[1:], dtype, labels, features)
     except FormatError as error:
         raise DataError(f"data: x has shape {x.shape}: {error}{_shape_hint(kind, x)}") from error
-    return Dataset(spec, x, y.astype(np.int64), codes, names, test)
+    return Dataset(spec, x, y.astype(np.int64), codes, names, test, overlap)
 
 
 def _shape_hint(kind: Kind, x: Array) -> str:
     if kind == "features":
         return "; a table is (examples, columns)" if x.ndim != 2 else ""
+    if kind == "signal":
+        return "; signals are (examples, time, channels)" if x.ndim != 3 else ""
     if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
         return "; channels come last: x.transpose(0, 2, 3, 1)"
     return "; images are (examples, height, width) or (examples, height, width, channels)"

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fedge.errors import FormatError
 
-Kind = Literal["image", "features"]
+Kind = Literal["image", "features", "signal", "text"]
 DType = Literal["uint8", "float32"]
 
 MAX_LABELS = 100_000
 MAX_ELEMENTS = 64 * 1024 * 1024  # of one input: bounds what a manifest can make a device allocate
+MAX_CHARACTERS = 256  # of a text's vocabulary: a character is one byte, its position among the labels
+
+_RANKS: Final = {"image": (2, 3), "features": (1,), "signal": (2,), "text": (1,)}
+_DTYPES: Final[dict[Kind, tuple[DType, ...]]] = {
+    "image": ("uint8", "float32"),
+    "features": ("uint8", "float32"),
+    "signal": ("float32",),
+    "text": ("uint8",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +32,10 @@ class Spec:
     """The raw input of a model, before any pre-processing, and the names of its outputs."""
 
     kind: Kind
-    shape: tuple[int, ...]  # one example: (H, W) or (H, W, C) for images, (F,) for features
-    dtype: DType  # images: uint8 0..255, or float32; features: float32, NaN = missing
-    labels: tuple[str, ...]  # name of each class, in the order of the model's outputs
-    features: tuple[str, ...] = ()  # name of each column of a table, length F, or empty
+    shape: tuple[int, ...]  # one example: (H, W) or (H, W, C) image, (F,) features, (T, C) signal, (T,) text
+    dtype: DType  # images: uint8 0..255, or float32; features, signals: float32, NaN = missing; text: uint8
+    labels: tuple[str, ...]  # name of each class, in the order of the model's outputs; text: its characters
+    features: tuple[str, ...] = ()  # name of each column of a table (F) or channel of a signal (C), or empty
 
     def __post_init__(self) -> None:
         """Refuse nonsense on construction.
@@ -34,10 +43,10 @@ class Spec:
         Raises:
             FormatError: a field is outside its range.
         """
-        ranks = {"image": (2, 3), "features": (1,)}
-        if self.kind not in ranks:
-            raise FormatError(f"spec: kind {self.kind!r} is unknown; it must be 'image' or 'features'")
-        if len(self.shape) not in ranks[self.kind] or any(side < 1 for side in self.shape):
+        if self.kind not in _RANKS:
+            known = ", ".join(map(repr, _RANKS))
+            raise FormatError(f"spec: kind {self.kind!r} is unknown; it must be one of {known}")
+        if len(self.shape) not in _RANKS[self.kind] or any(side < 1 for side in self.shape):
             raise FormatError(f"spec: shape {self.shape} does not fit kind {self.kind!r}")
         if math.prod(self.shape) > MAX_ELEMENTS:  # exact: numpy's product would wrap around
             raise FormatError(f"spec: shape {self.shape} is larger than {MAX_ELEMENTS} elements")
@@ -45,13 +54,20 @@ class Spec:
             raise FormatError(f"spec: an image has 1 or 3 channels, not {self.shape[2]}")
         if self.dtype not in ("uint8", "float32"):
             raise FormatError(f"spec: dtype {self.dtype!r} is unknown; it must be 'uint8' or 'float32'")
+        if self.dtype not in _DTYPES[self.kind]:
+            raise FormatError(f"spec: kind {self.kind!r} is {_DTYPES[self.kind][0]}, not {self.dtype}")
         if not 2 <= len(self.labels) <= MAX_LABELS or len(set(self.labels)) != len(self.labels):
             raise FormatError(
                 f"spec: {len(self.labels)} labels; there must be 2 or more, each named once "
                 "(a task with a single class has nothing to learn)"
             )
-        if self.features and len(self.features) != self.shape[0]:
-            raise FormatError(f"spec: {len(self.features)} feature names for {self.shape[0]} features")
+        if self.kind == "text" and (self.classes > MAX_CHARACTERS or any(len(c) != 1 for c in self.labels)):
+            raise FormatError(
+                f"spec: the labels of a text are its characters, at most {MAX_CHARACTERS} and each by itself"
+            )
+        width = self.shape[-1] if self.kind == "signal" else self.shape[0]
+        if self.features and len(self.features) != width:
+            raise FormatError(f"spec: {len(self.features)} feature names for {width} features")
 
     @property
     def classes(self) -> int:
@@ -60,10 +76,20 @@ class Spec:
 
     @property
     def channels(self) -> int:
-        """Channels of an image; the number of columns of a table."""
-        if self.kind == "features":
-            return self.shape[0]
+        """Channels of an image or signal; the number of columns of a table; 1 for text."""
+        if self.kind in ("features", "signal"):
+            return self.shape[-1]
         return self.shape[2] if len(self.shape) == 3 else 1
+
+    @property
+    def numeric(self) -> bool:
+        """Whether inputs are quantities, which have moments; text is not."""
+        return self.kind != "text"
+
+    @property
+    def allows_missing(self) -> bool:
+        """Whether NaN stands for a missing value."""
+        return self.kind in ("features", "signal")
 
     def zeros(self, batch: int) -> npt.NDArray[Any]:
         """A batch of zeros in the raw input's shape (B, *shape) and dtype."""

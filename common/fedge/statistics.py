@@ -16,7 +16,7 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Counts and sums per channel (image) or column (table); missing values are left out.
+    """Counts and sums per channel (image, signal) or column (table); missing values are left out.
 
     Two clients' moments added are the moments of their data together (Chan, Golub, LeVeque 1979, in
     the plain form: sums are float64).
@@ -28,7 +28,13 @@ class Moments:
 
     @classmethod
     def of(cls, x: npt.NDArray[np.generic], spec: Spec) -> Moments:
-        """Moments of x, (N, *spec.shape); images are summed over their pixels."""
+        """Moments of x, (N, *spec.shape); images are summed over their pixels, signals over time.
+
+        Raises:
+            FormatError: x is text, which has none.
+        """
+        if not spec.numeric:
+            raise FormatError("moments: text has none; set model.standardise = false")
         values = x.reshape(-1, spec.channels).T.astype(np.float64, order="C")  # (C, N * pixels)
         present = ~np.isnan(values)
         values[~present] = 0.0

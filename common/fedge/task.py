@@ -34,7 +34,10 @@ Reader = Callable[[Source], Dataset]
 """Read a source into memory; raises DataError when it cannot be used."""
 
 ModelBuilder = Callable[[Spec], "nn.Module"]
-"""A freshly initialised network: pre-processed float32 (B, C, H, W) or (B, F) to logits (B, classes)."""
+"""A freshly initialised network: pre-processed input to logits (B, classes).
+
+It gets float32 images (B, C, H, W), features (B, F) or signals (B, C, T), or int64 codes (B, T) of text.
+"""
 
 PreprocessBuilder = Callable[[Spec, Moments | None, FilterName], "nn.Module"]
 """The module from raw input (B, *spec.shape) to what the network takes; it is exported with the network.

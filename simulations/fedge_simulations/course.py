@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
 from flwr.app import Message
 
 from fedge.dataset import Indices
-
-_MASK: Final = 2**64 - 1
+from fedge.learning import draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +118,5 @@ class Steady:
 
 
 def _uniform(*words: int) -> float:
-    """A number from 0 to below 1 that the words decide (SplitMix64, as in `fedge.learning.draws`)."""
-    z = 0
-    for word in words:
-        z = _mix((z + 0x9E3779B97F4A7C15 * (word + 1)) & _MASK)
-    return (z >> 11) * 2.0**-53
-
-
-def _mix(z: int) -> int:
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
+    """A number from 0 to below 1 that the words decide."""
+    return (draws.plain_key(*words) & (2**53 - 1)) * 2.0**-53

@@ -255,7 +255,7 @@ class VectorGrid(Grid):
         # The same content goes to every client of a round; a copy of the records' table keeps one client's
         # mods from changing what the next one is sent. The arrays are shared, read-only.
         sent = copy.copy(message)
-        sent.content = RecordDict(dict(message.content))
+        sent.content = message.content.copy()
         try:
             config = dict(self._nodes[node_id - 1])
             context = Context(RUN_ID, node_id, config, self._states.load(node_id), dict(self._run_config))

@@ -91,7 +91,7 @@ class World:
 
     def course(self) -> Course:
         """What befalls the clients."""
-        settings = self.config.clients
+        settings = self.config.scenario
         return Steady(
             settings.seconds_per_example,
             passes=self.config.train.epochs,

@@ -127,3 +127,9 @@ def test_a_folder_of_images_is_scaled_as_the_device_says(tmp_path: Path) -> None
     assert len(found) == 3
     with pytest.raises(ConfigError, match="must be HEIGHTxWIDTH"):
         app.own_share(device(**node, data_size="8"), instructions(task="images", spec=spec))
+
+
+def test_seeds_of_many_clients_at_once_are_those_of_each_alone():
+    nodes = [1, 2, 10**6, 2**63 - 1]
+    assert app.client_seeds(7, 3, nodes) == [app.client_seed(7, 3, node) for node in nodes]
+    assert all(0 <= seed < 2**63 for seed in app.client_seeds(7, 3, nodes))

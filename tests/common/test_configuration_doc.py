@@ -70,6 +70,7 @@ CODE = {
     "train": config.Train,
     "strategy": StrategyConfig,
     "simulation": config.Simulation,
+    "scenario": config.Scenario,
     "evaluate": config.Evaluate,
     "compress.distil": config.Distil,
     "compress.prune": config.Prune,
@@ -125,6 +126,7 @@ def test_every_strategy_stands_in_the_document_with_its_options_and_defaults() -
     [
         ("train", "loss", typing.get_args(config.LossName)),
         ("train", "augmentation", ("flip", "shift", "noise", "mask")),
+        ("scenario", "attack", ("sign_flip", "scale", "noise", "nan", "label_flip", "free_rider")),
         ("clients", "partition", ("iid", "dirichlet", "shards", "natural", "draw")),
     ],
 )

@@ -85,6 +85,22 @@ def test_instructions_survive_a_message(changes: dict[str, Any]) -> None:
     assert all(getattr(found, name) == getattr(original, name) for name in plain)
 
 
+def test_a_record_that_is_changed_in_place_is_read_again() -> None:
+    record = instructions().to_config()
+    message = Message(RecordDict({messages.CONFIG: record}), 3, "train")
+    first = Instructions.of(message)
+    assert Instructions.of(message) is first
+    record["moments-count"][0] = 4.0  # type: ignore[index]
+    found = Instructions.of(message).moments
+    assert found is not None
+    assert found.count.tolist() == [4.0, 2.0]
+    record["seed"] = 1
+    assert Instructions.of(message).seed == 1
+    record["seed"] = True
+    with pytest.raises(FormatError, match="seed is a bool"):
+        Instructions.of(message)
+
+
 def test_the_proximal_term_that_flowers_fedprox_adds_is_read() -> None:
     assert Instructions.of(sent(config_of())).proximal_mu == 0.0
     assert Instructions.of(sent(config_of(proximal_mu=0.25))).proximal_mu == 0.25

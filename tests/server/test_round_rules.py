@@ -9,7 +9,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedge.config import Rounds
 from fedge.learning.messages import to_record
-from fedge_server.rounds.closing import collect
+from fedge_server.rounds.closing import collect, collect_sums
 from fedge_server.rounds.record import Rejected, RoundRecord
 from fedge_server.rounds.stopping import reached_target_at, why_stop
 from fedge_server.rounds.validation import evaluation_fault, fault
@@ -87,6 +87,58 @@ def test_a_pickle_is_never_loaded():
 
 def collected(messages, asked, quorum=1.0):
     return collect(iter(messages), like=LIKE, asked=asked, quorum=quorum)
+
+
+def summed(clients, examples=50, **changes) -> Message:
+    message = update(examples=examples, **changes)
+    message.content["metrics"]["clients"] = clients
+    return message
+
+
+def failed(node: int) -> Message:
+    return Message(Error(2, "no data"), reply_to=Message(RecordDict(), node, "train"))
+
+
+def collected_sums(messages, asked, needed):
+    return collect_sums(iter(messages), like=LIKE, asked=asked, needed=needed)
+
+
+def test_a_sum_counts_its_clients_and_each_failure_is_its_own():
+    found = collected_sums([failed(4), summed(3), summed(2), summed(1)], set(range(1, 9)), needed=5)
+    assert (found.clients, len(found.valid), found.bytes_up) == (5, 2, 5 * 36)
+    assert found.rejected == (Rejected(4, "client error: no data"),)
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        (lambda: summed(0), "clients is 0; it must be a whole number from 1 to 4"),
+        (lambda: summed(5), "clients is 5"),
+        (lambda: summed(2.0), "clients is 2.0"),
+        (lambda: summed(3, examples=2), "num-examples is 2; it must be a whole number from 3 to 3000000000"),
+        (lambda: summed(3, arrays=changed(b=np.full(3, np.nan, np.float32))), "'b' holds NaN"),
+        (lambda: update(), "instead of ['clients', 'num-examples', 'train_loss']"),
+    ],
+)
+def test_a_sum_that_cannot_be_is_rejected(message, says):
+    found = collected_sums([message()], {1, 2, 3, 4}, needed=4)
+    assert (found.clients, found.valid) == (0, [])
+    assert says in found.rejected[0].reason
+
+
+def test_sums_never_hold_more_clients_than_were_asked():
+    found = collected_sums([failed(1), failed(1), summed(2), summed(2)], {1, 2, 3, 4}, needed=4)
+    assert found.clients == 2
+    assert [r.client for r in found.rejected] == [1, 1, 1]
+
+
+def test_a_sum_is_refused_where_single_updates_were_asked_for():
+    assert "metrics ['clients', 'num-examples', 'train_loss']" in fault(summed(3), LIKE)
+
+
+def test_the_digest_covers_how_many_clients_a_sum_holds():
+    two, three = (collected_sums([summed(n)], {1, 2, 3}, needed=3) for n in (2, 3))
+    assert two.updates != three.updates
 
 
 def test_the_quorum_closes_a_round_early():
@@ -238,9 +290,11 @@ def test_a_record_survives_json():
         1.5,
         10,
         20,
+        1,
         "ab",
         True,
         {"loss": 0.5},
+        12.5,
     )
     assert RoundRecord.from_json(record.to_json()) == record
     assert record.failures == 1

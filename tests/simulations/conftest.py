@@ -46,7 +46,10 @@ def small() -> Callable[..., Config]:
 
 @pytest.fixture
 def learn() -> Callable[..., Learned]:
-    """Run a configuration's rounds in a home folder; `stop_after` interrupts, `tamper` corrupts replies."""
+    """Run a configuration's rounds in a home folder; `stop_after` interrupts it.
+
+    `tamper` corrupts replies; `around` wraps clients, such as a mod; `trainers` does their jobs.
+    """
 
     def go(
         config: Config,
@@ -54,6 +57,7 @@ def learn() -> Callable[..., Learned]:
         *,
         stop_after: int | None = None,
         tamper: dict[int, Tamper] | None = None,
+        around: Callable[[ClientCall], ClientCall] | None = None,
         trainers: Trainers | None = None,
     ) -> Learned:
         def observe(record: RoundRecord) -> None:
@@ -65,7 +69,7 @@ def learn() -> Callable[..., Learned]:
         results: list[Learned] = []
         app = server_app.build(lambda *_: world.server, observe, results.append)
         settings = server_app.run_config(config, home, "test")
-        grid = world.grid(settings, around=tampering(tamper) if tamper else None, trainers=trainers)
+        grid = world.grid(settings, around=tampering(tamper) if tamper else around, trainers=trainers)
         app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
         return results[0]
 

@@ -75,7 +75,7 @@ def test_the_digest_of_updates_is_of_what_the_clients_sent(name, small, learn, t
 
 
 def test_a_deadline_means_the_same_after_a_resume(small, learn, tmp_path):
-    settings = {"rounds": {"count": 5, "deadline_s": 0.28}, "clients": {"speed_sigma": 0.5}}
+    settings = {"rounds": {"count": 5, "deadline_s": 0.28}, "scenario": {"speed_sigma": 0.5}}
     whole = learn(small(**settings), tmp_path / "whole")
     with pytest.raises(Exception, match=r"^$"):
         learn(small(**settings), tmp_path / "cut", stop_after=1)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedge.learning.local import Trained
 from fedge_simulations.course import Fate, Steady
 from fedge_simulations.grid import VectorGrid
+from fedge_simulations.lazy import Lazy
+from fedge_simulations.trainers import OneByOne, hand_over
 
 SECONDS = {1: 3.0, 2: 1.0, 3: 2.0}
 
@@ -94,3 +100,125 @@ def test_a_later_round_drops_what_an_earlier_one_had_under_way(grid, ran):
     next(iter(grid.send_and_receive(messages(grid))))
     list(grid.send_and_receive(messages(grid)[:1]))
     assert ran == [2, 1]
+
+
+class Batches(OneByOne):
+    """Does so many jobs at once, and writes down which."""
+
+    def __init__(self, at_once: int, failing: int = 0) -> None:
+        self.size, self.failing, self.done = at_once, failing, []
+
+    def at_once(self, job):
+        return self.size
+
+    def train(self, jobs):
+        self.done.append(list(jobs))
+        return [ValueError("no more memory") if job == self.failing else trained(job) for job in jobs]
+
+
+def trained(job):
+    return Trained({"w": np.float32([job])}, loss=0.0, examples=1, steps=1)
+
+
+def handing_over(jobs_each: int = 1) -> ClientApp:
+    client = ClientApp()
+
+    @client.train()
+    def train(message, context):
+        done = [hand_over(context.node_id) for _ in range(jobs_each)]
+        values = [int(each.arrays["w"][0]) for each in done]
+        return Message(RecordDict({"m": MetricRecord({"values": values})}), reply_to=message)
+
+    return client
+
+
+def values(replies) -> dict[int, list[int]]:
+    return {r.metadata.src_node_id: r.content["m"]["values"] for r in replies if not r.has_error()}
+
+
+@pytest.mark.parametrize(("at_once", "batches"), [(1, [[2], [3], [1]]), (2, [[2, 3], [1]]), (9, [[2, 3, 1]])])
+def test_clients_train_together_in_the_order_of_arrival_and_each_gets_its_own_result(at_once, batches):
+    trainers = Batches(at_once)
+    grid = VectorGrid(handing_over(), [{}] * 3, {}, course=Timed(), trainers=trainers)
+    replies = list(grid.send_and_receive(messages(grid)))
+    assert sources(replies) == [2, 3, 1]
+    assert values(replies) == {2: [2], 3: [3], 1: [1]}
+    assert trainers.done == batches
+
+
+def test_a_client_may_train_several_times_before_it_answers():
+    trainers = Batches(3)
+    grid = VectorGrid(handing_over(2), [{}] * 3, {}, course=Timed(), trainers=trainers)
+    assert values(grid.send_and_receive(messages(grid))) == {1: [1, 1], 2: [2, 2], 3: [3, 3]}
+    assert trainers.done == [[2, 3, 1], [2, 3, 1]]
+
+
+def test_a_job_that_fails_is_the_error_of_its_own_client():
+    grid = VectorGrid(handing_over(), [{}] * 3, {}, trainers=Batches(3, failing=2))
+    replies = list(grid.send_and_receive(messages(grid)))
+    assert values(replies) == {1: [1], 3: [3]}
+    (failed,) = (reply for reply in replies if reply.has_error())
+    assert (failed.metadata.src_node_id, failed.error.reason) == (2, "ValueError: no more memory")
+
+
+def test_who_is_too_late_is_not_trained_beside_the_others():
+    trainers = Batches(9)
+    grid = VectorGrid(handing_over(), [{}] * 3, {}, course=Timed(), trainers=trainers)
+    assert sources(grid.send_and_receive(messages(grid), timeout=2.5)) == [2, 3]
+    assert trainers.done == [[2, 3]]
+
+
+def test_pulled_replies_train_together_too():
+    trainers = Batches(9)
+    grid = VectorGrid(handing_over(), [{}] * 3, {}, trainers=trainers)
+    assert sources(grid.pull_messages(grid.push_messages(messages(grid)))) == [1, 2, 3]
+    assert trainers.done == [[1, 2, 3]]
+
+
+def remembering() -> ClientApp:
+    client = ClientApp()
+
+    @client.train()
+    def train(message, context):
+        hand_over(context.node_id)
+        known = context.state.get("known", MetricRecord({"times": 0}))
+        context.state["known"] = MetricRecord({"times": known["times"] + 1})
+        return Message(RecordDict({"m": MetricRecord({"values": [known["times"]]})}), reply_to=message)
+
+    return client
+
+
+def test_only_a_client_whose_answer_was_taken_remembers_that_it_worked():
+    grid = VectorGrid(remembering(), [{}] * 3, {}, course=Timed(), trainers=Batches(9))
+    for _ in grid.send_and_receive(messages(grid)):
+        break
+    assert values(grid.send_and_receive(messages(grid))) == {2: [1], 3: [0], 1: [0]}
+
+
+class Losing(Steady):
+    def fate(self, node_id, **_):
+        return {1: Fate(2.0, lost="out of battery"), 2: Fate(math.inf), 3: Fate(1.0)}[node_id]
+
+
+def test_a_lost_client_is_an_error_at_its_time_and_one_that_is_gone_never_answers():
+    grid = VectorGrid(handing_over(), [{}] * 3, {}, course=Losing(), trainers=Batches(9))
+    replies = list(grid.send_and_receive(messages(grid)))
+    assert sources(replies) == [3, 1]
+    assert replies[1].error.reason == "out of battery"
+    assert grid.clock_s == 2.0
+    assert sources(grid.send_and_receive(messages(grid), timeout=9.0)) == [3, 1]
+    assert grid.elapsed_s == 2.0 + 9.0
+
+
+def test_the_clock_of_a_run_goes_on_where_it_is_set():
+    grid = VectorGrid(handing_over(), [{}] * 3, {}, course=Timed(), trainers=Batches(9))
+    grid.elapsed_s = 100.0
+    list(grid.send_and_receive(messages(grid)))
+    assert (grid.elapsed_s, grid.sent_s, grid.clock_s) == (103.0, 100.0, 3.0)
+
+
+def test_a_million_nodes_are_not_listed():
+    grid = VectorGrid(handing_over(), Lazy(10**6, lambda i: {"partition-id": i}), {}, trainers=Batches(9))
+    assert grid.get_node_ids() == range(1, 10**6 + 1)
+    (reply,) = grid.send_and_receive([Message(RecordDict(), 10**6, "train")])
+    assert values([reply]) == {10**6: [10**6]}

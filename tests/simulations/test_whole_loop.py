@@ -74,11 +74,11 @@ def test_a_finished_run_is_not_overwritten_by_accident(tmp_path, capsys):
 
 
 def test_quorum_and_deadline_close_rounds_in_simulated_time(tmp_path):
-    slow = {"count": 8, "speed_sigma": 1.5}
-    by_quorum = run(quick(clients=slow, rounds={"count": 2, "quorum": 0.5}))
+    slow = {"clients": {"count": 8}, "scenario": {"speed_sigma": 1.5}}
+    by_quorum = run(quick(**slow, rounds={"count": 2, "quorum": 0.5}))
     assert [record.clients for record in by_quorum.learned.records] == [4, 4]
     # 8 clients of about 94 examples, 2 epochs of 1 ms: half of them need about 0.19 s.
-    by_deadline = run(quick(clients=slow, rounds={"count": 2, "deadline_s": 0.2}))
+    by_deadline = run(quick(**slow, rounds={"count": 2, "deadline_s": 0.2}))
     assert all(1 <= record.clients < 8 for record in by_deadline.learned.records)
     assert all(record.failures == 8 - record.clients for record in by_deadline.learned.records)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedge import cli
-from fedge.errors import FedgeError, FormatError, UserError
+from fedge.errors import DataError, FedgeError, FormatError, UserError
 from fedge_client.cli import agent, enroll, preflight, status
 from fedge_client.device import Device
 
@@ -83,9 +83,16 @@ def _add_infer(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "infer",
         _infer,
         summary="Ask the installed model about a file: a line with label and confidence for each example.",
-        examples="  fedge-client infer picture.png\n  fedge-client infer rows.csv --format json",
+        examples="  fedge-client infer picture.png\n  fedge-client infer rows.csv --format json\n"
+        "  fedge-client infer --text 'To be, or not to b'",
     )
-    made.add_argument("file", type=Path, help="an image, .npy, .npz; for tables .csv, .json, .npy, .npz")
+    made.add_argument(
+        "file",
+        type=Path,
+        nargs="?",
+        help="an image, .npy, .npz; for tables and signals .csv and .json too; for text .txt, .npy, .npz",
+    )
+    made.add_argument("--text", help="for a model of text, instead of a file: what comes next after it?")
     _add_home(made)
     _add_format(made)
 
@@ -162,10 +169,19 @@ def _read_key(path: Path) -> bytes:
 
 
 def _infer(arguments: argparse.Namespace) -> int:
-    from fedge_client.runtime import Runtime, read_input
+    from fedge_client.runtime import Runtime, read_input, read_text
 
+    if (arguments.file is None) == (arguments.text is None):
+        raise UserError("infer: give a FILE, or --text TEXT for a model of text")
     runtime = Runtime.open(arguments.home)
-    predictions = runtime.infer(read_input(arguments.file, runtime.spec))
+    if arguments.text is None:
+        examples = read_input(arguments.file, runtime.spec)
+    else:
+        try:
+            examples = read_text(arguments.text, runtime.spec)
+        except DataError as error:
+            raise DataError(f"--text {error}") from error
+    predictions = runtime.infer(examples)
     if arguments.format == "json":
         answers = [
             {"label": p.label, "confidence": p.confidence, "probabilities": dict(p.probabilities)}
@@ -174,7 +190,8 @@ def _infer(arguments: argparse.Namespace) -> int:
         _say(json.dumps({"release": runtime.release.version, "predictions": answers}))
     else:
         for prediction in predictions:
-            _say(f"{prediction.label} {prediction.confidence:.4f}")
+            label = repr(prediction.label) if runtime.spec.kind == "text" else prediction.label
+            _say(f"{label} {prediction.confidence:.4f}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """The built-in architectures, and scaled-down students of the same families.
 
-Legend: B batch, C channels, H W image sides, F features, K classes.
+Legend: B batch, C channels, H W image sides, F features, T time, K classes, E embedding, D hidden units.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from math import prod
 
+import torch
 from torch import nn
 
 from fedge.errors import ConfigError
@@ -78,6 +79,73 @@ def small_cnn(width: int, hidden: int) -> Builder:
             nn.ReLU(),
             nn.Linear(hidden, spec.classes),
         )
+
+    return build
+
+
+def cnn1d(width: int, hidden: int) -> Builder:
+    """Convolutions over time of `width` and 2 * `width` (5 wide, max-pooled), mean over time, dense `hidden`.
+
+    The mean makes it the same network for any length of window.
+    """
+
+    def build(spec: Spec) -> nn.Module:
+        if spec.kind != "signal" or spec.shape[0] < 4:
+            raise ConfigError(
+                f"model.name = 'cnn1d': needs signals of 4 or more in time, not {spec.kind} of {spec.shape}"
+            )
+        return nn.Sequential(
+            nn.Conv1d(spec.channels, width, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool1d(2),
+            nn.Conv1d(width, 2 * width, 5, padding=2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool1d(1),
+            nn.Flatten(),
+            nn.Linear(2 * width, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, spec.classes),
+        )
+
+    return build
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer over a signal (B, C, T), or over embedded text (B, T); its last state is classified.
+
+    It starts from zeros that the layer makes, and branches on nothing in the data: clients can be batched.
+    """
+
+    def __init__(self, spec: Spec, cell: type[nn.GRU] | type[nn.LSTM], hidden: int, embedding: int) -> None:
+        super().__init__()
+        text = spec.kind == "text"
+        self.embedding = nn.Embedding(spec.classes, embedding) if text else None
+        self.layer = cell(embedding if text else spec.channels, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, spec.classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T) or (B, C, T) to (B, K)."""
+        steps = x.transpose(1, 2) if self.embedding is None else self.embedding(x)  # (B, T, C or E)
+        states, _ = self.layer(steps)  # (B, T, D)
+        logits: torch.Tensor = self.head(states[:, -1])
+        return logits
+
+
+def gru(hidden: int, *, embedding: int = 32) -> Builder:
+    """A gated recurrent unit (Cho et al. 2014) of `hidden` units, for signals or text."""
+    return _recurrent("gru", nn.GRU, hidden, embedding)
+
+
+def lstm(hidden: int, *, embedding: int = 32) -> Builder:
+    """Long short-term memory (Hochreiter and Schmidhuber 1997) of `hidden` units, for signals or text."""
+    return _recurrent("lstm", nn.LSTM, hidden, embedding)
+
+
+def _recurrent(name: str, cell: type[nn.GRU] | type[nn.LSTM], hidden: int, embedding: int) -> Builder:
+    def build(spec: Spec) -> nn.Module:
+        if spec.kind not in ("signal", "text"):
+            raise ConfigError(f"model.name = {name!r}: needs signals or text, not {spec.kind}")
+        return Recurrent(spec, cell, hidden, embedding)
 
     return build
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fedge.config import FilterName
 from fedge.errors import ConfigError
-from fedge.spec import Spec
+from fedge.spec import Kind, Spec
 from fedge.statistics import Moments
 
 CLIP_DEVIATIONS = 5.0
@@ -76,23 +76,65 @@ class FeatureInput(nn.Module):
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
 
+class SignalInput(nn.Module):
+    """Raw windows (B, T, C) with NaN for missing values to standardised float32 (B, C, T).
+
+    A missing value becomes its channel's federated mean, 0 once standardised: a device may lack a sensor.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: torch.Tensor, std: torch.Tensor, clip: float | None) -> None:
+        super().__init__()
+        self.clip = clip
+        self.register_buffer("mean", mean.reshape(1, 1, -1))  # (1, 1, C)
+        self.register_buffer("std", std.reshape(1, 1, -1))
+
+    def forward(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw (B, T, C) to (B, C, T)."""
+        x = raw.to(torch.float32)
+        x = torch.where(torch.isnan(x), self.mean, x)
+        x = (x - self.mean) / self.std
+        x = x if self.clip is None else x.clamp(-self.clip, self.clip)
+        return x.transpose(1, 2)
+
+
+class TextInput(nn.Module):
+    """Raw codes (B, T) of one byte to the int64 (B, T) that an embedding takes."""
+
+    def forward(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw (B, T) to (B, T)."""
+        return raw.to(torch.int64)
+
+
+_FILTERS: dict[Kind, tuple[FilterName, ...]] = {
+    "image": ("none", "median", "gaussian"),
+    "features": ("none", "clip"),
+    "signal": ("none", "clip"),
+    "text": ("none",),
+}
+
+
 def build(spec: Spec, moments: Moments | None, noise_filter: FilterName) -> nn.Module:
     """The standard pre-processing: noise filter, missing values, standardisation.
 
     Args:
         spec: the raw input.
         moments: the federated moments of the raw inputs; None leaves values as they are, but uint8
-            images are still brought to 0..1 (and missing values to 0).
-        noise_filter: 'median' or 'gaussian' for images, 'clip' (at 5 deviations) for tables.
+            images are still brought to 0..1 (and missing values to 0). Text takes none.
+        noise_filter: 'median' or 'gaussian' for images, 'clip' (at 5 deviations) for tables and signals.
 
     Raises:
         ConfigError: the filter is for the other kind of input.
     """
-    wanted = ("none", "median", "gaussian") if spec.kind == "image" else ("none", "clip")
+    wanted = _FILTERS[spec.kind]
     if noise_filter not in wanted:
         raise ConfigError(
             f"model.filter = {noise_filter!r}: {spec.kind} inputs take one of {', '.join(wanted)}"
         )
+    if spec.kind == "text":
+        return TextInput()
     if moments is None:
         mean, std = np.zeros(spec.channels), np.full(spec.channels, 255.0 if spec.dtype == "uint8" else 1.0)
     else:
@@ -100,4 +142,5 @@ def build(spec: Spec, moments: Moments | None, noise_filter: FilterName) -> nn.M
     mean32, std32 = (torch.from_numpy(v.astype(np.float32)) for v in (mean, std))
     if spec.kind == "image":
         return ImageInput(spec, mean32, std32, noise_filter)
-    return FeatureInput(mean32, std32, CLIP_DEVIATIONS if noise_filter == "clip" else None)
+    clip = CLIP_DEVIATIONS if noise_filter == "clip" else None
+    return (SignalInput if spec.kind == "signal" else FeatureInput)(mean32, std32, clip)

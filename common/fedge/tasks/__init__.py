@@ -4,4 +4,6 @@ BUILT_IN = {
     "digits": "fedge.tasks.digits",
     "images": "fedge.tasks.images",
     "tables": "fedge.tasks.tables",
+    "signals": "fedge.tasks.signals",
+    "characters": "fedge.tasks.characters",
 }

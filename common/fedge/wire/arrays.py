@@ -8,8 +8,10 @@ from `.data`, so put these in with `record[name] = array`.
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -24,11 +26,17 @@ PIECE_BYTES: Final = 4 * 1024**2  # of a large array that is read in pieces
 _NPY: Final = "numpy.ndarray"  # Flower's name for `.npy` bytes
 
 
+@lru_cache(maxsize=64)
+def _name_of(dtype: np.dtype[Any]) -> str:
+    """Numpy puts a name together anew at each use."""
+    return str(dtype.name)
+
+
 class DirectArray(Array):
     """What both share: `.data` is made on demand, and nothing is kept of it."""
 
     def __init__(self, dtype: str, shape: tuple[int, ...]) -> None:
-        self.dtype, self.shape, self.stype = dtype, shape, _NPY
+        self.__dict__.update(dtype=dtype, shape=shape, stype=_NPY)  # past Flower's own setter, which is slow
 
     @property
     def data(self) -> bytes:  # type: ignore[override]  # a field there, made on demand here
@@ -50,7 +58,7 @@ class DirectArray(Array):
     @property
     def nbytes(self) -> int:
         """Bytes of the values."""
-        return int(np.prod(self.shape, dtype=object)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class MemoryArray(DirectArray):
@@ -58,7 +66,7 @@ class MemoryArray(DirectArray):
 
     def __init__(self, value: npt.NDArray[Any], *, shared: bool = True) -> None:
         """Hold a value; `shared=False` when nobody else uses it, so that `numpy` may hand it out writable."""
-        super().__init__(value.dtype.name, value.shape)
+        super().__init__(_name_of(value.dtype), value.shape)
         self.__dict__.update(value=value, shared=shared)
 
     def numpy(self) -> npt.NDArray[Any]:
