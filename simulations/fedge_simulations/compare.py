@@ -181,7 +181,8 @@ def _group(members: Sequence[Past], keys: Sequence[str], metric: str, target: Ta
     settings = {key: members[0].settings.get(key, ABSENT) for key in keys}
     named = " ".join(f"{key}={_short(value)}" for key, value in settings.items())
     alone = members[0].name if len(members) == 1 else ALL
-    label = alone if not keys else named if len(keys) <= _LABEL_KEYS else members[0].name
+    several = members[0].name + (f" and {len(members) - 1} more" if len(members) > 1 else "")
+    label = alone if not keys else named if len(keys) <= _LABEL_KEYS else several
     best = min if metric in _LOWER_IS_BETTER else max
     values: dict[str, list[float]] = {
         "final": [scalar(past.records[-1], metric) for past in members],

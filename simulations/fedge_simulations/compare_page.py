@@ -42,10 +42,10 @@ def row(comparison: Comparison, group: Group) -> list[str]:
         written(figures["final"], 4),
         written(figures["best"], 4),
         *target,
-        written(figures["rounds"], 1),
+        counted(figures["rounds"]),
         written(figures["seconds"], 2),
         *clock,
-        written(figures["bytes"], 2, unit=1e6),
+        _megabytes(figures["bytes"]),
     ]
 
 
@@ -57,11 +57,17 @@ def difference_row(difference: Difference) -> list[str]:
 def written(figure: Estimate, digits: int, *, unit: float = 1.0, sign: str = "") -> str:
     """A mean with its interval; without one where a single run gives none."""
     mean = f"{figure.mean / unit:{sign},.{digits}f}"
-    if figure.half_width is None:
-        return mean
-    if figure.half_width == 0 and figure.mean == int(figure.mean):
-        return f"{figure.mean / unit:{sign},.{digits if unit != 1 else 0}f}"  # a count that is alike in all
-    return f"{mean} \u00b1 {figure.half_width / unit:,.{digits}f}"
+    return mean if figure.half_width is None else f"{mean} \u00b1 {figure.half_width / unit:,.{digits}f}"
+
+
+def counted(figure: Estimate) -> str:
+    """A mean of counts: a whole number where all are alike."""
+    return f"{figure.mean:,.0f}" if not figure.half_width else written(figure, 1)
+
+
+def _megabytes(figure: Estimate) -> str:
+    alike = Estimate(figure.mean, None, figure.n) if not figure.half_width else figure
+    return written(alike, 2, unit=1e6)
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
@@ -87,7 +93,7 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 
 def _target(group: Group) -> str:
     if "rounds_to_target" in group.figures:
-        return written(group.figures["rounds_to_target"], 1)
+        return counted(group.figures["rounds_to_target"])
     return f"{group.reached} of {len(group.runs)} reached it"
 
 
