@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from flwr.app import Message
 
 from fedge.dataset import Indices
-from fedge.learning import draws
+
+Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,22 +25,30 @@ class Fate:
 
 
 class Course(Protocol):
-    """Decides about clients; each of them by (seed, client, time) alone, so that nobody has to be listed."""
+    """Decides about clients; each of them by (seed, client, time) alone, so that nobody has to be listed.
+
+    `round` is the number of the round that has begun, 0 before the first.
+    """
 
     attacks: bool  # whether any client changes its update: then no sums are made
+    pause_s: float  # simulated seconds that pass before each round
 
-    def fate(
+    def begin_round(self, number: int) -> None:
+        """Hear that a round begins; after a resume, that nothing of it or a later one has happened."""
+        ...
+
+    def fates(
         self,
-        node_id: int,
+        node_ids: Sequence[int],
         *,
         kind: str,
         round: int,  # noqa: A002 - the word of the domain
         clock_s: float,
-        examples: int,
+        examples: Sequence[int],
         bytes_down: int,
         bytes_up: int,
-    ) -> Fate:
-        """What becomes of a message of type `kind` that is sent now."""
+    ) -> list[Fate]:
+        """What becomes of messages of type `kind` that are sent to these clients now."""
         ...
 
     def online(self, node_ids: Sequence[int], clock_s: float) -> list[int]:
@@ -50,10 +60,21 @@ class Course(Protocol):
         node_id: int,
         indices: Indices,
         *,
-        round: int,  # noqa: A002 - the word of the domain
+        round: int,  # noqa: A002 - as above
         clock_s: float,
     ) -> Indices:
         """What the client holds then, of all that it ever holds."""
+        ...
+
+    def labels(
+        self,
+        node_id: int,
+        labels: Labels,
+        classes: int,
+        *,
+        round: int,  # noqa: A002 - as above
+    ) -> Labels:
+        """What the client takes for the labels of its examples."""
         ...
 
     def attack(self, fate: Fate, sent: Message, reply: Message) -> Message:
@@ -62,61 +83,54 @@ class Course(Protocol):
 
 
 class Steady:
-    """Clients that are always there and differ in speed alone.
-
-    Training takes examples times passes times the client's slowness, a log-normal with median 1; without a
-    backward pass a third of a pass is counted. Sending takes no time.
-    """
+    """Clients that are always there, honest, and answer at once."""
 
     attacks = False
+    pause_s = 0.0
 
-    def __init__(
-        self, seconds_per_example: float = 0.0, *, passes: float = 1.0, speed_sigma: float = 0, seed: int = 0
-    ) -> None:
-        """Set the pace.
+    def begin_round(self, number: int) -> None:
+        """Nothing changes."""
 
-        Args:
-            seconds_per_example: simulated, to train on one example once.
-            passes: over a client's data in one round.
-            speed_sigma: of the logarithm of the slowness.
-            seed: of the run.
-        """
-        self._train_s, self._sigma, self._seed = seconds_per_example * passes, speed_sigma, seed
-        self._look_s = seconds_per_example / 3
-
-    def fate(
+    def fates(
         self,
-        node_id: int,
+        node_ids: Sequence[int],
         *,
         kind: str,
         round: int,  # noqa: A002 - the word of the domain
         clock_s: float,
-        examples: int,
+        examples: Sequence[int],
         bytes_down: int,
         bytes_up: int,
-    ) -> Fate:
-        """It arrives after the work is done."""
-        seconds = examples * (self._train_s if kind == "train" else self._look_s)
-        return Fate(seconds * self._slowness(node_id) if self._sigma else seconds)
+    ) -> list[Fate]:
+        """All arrive at once."""
+        return [Fate(0.0)] * len(node_ids)
 
     def online(self, node_ids: Sequence[int], clock_s: float) -> list[int]:
         """All of them."""
         return list(node_ids)
 
-    def examples(self, node_id: int, indices: Indices, *, round: int, clock_s: float) -> Indices:  # noqa: A002
+    def examples(
+        self,
+        node_id: int,
+        indices: Indices,
+        *,
+        round: int,  # noqa: A002 - the word of the domain
+        clock_s: float,
+    ) -> Indices:
         """All that it holds."""
         return indices
+
+    def labels(
+        self,
+        node_id: int,
+        labels: Labels,
+        classes: int,
+        *,
+        round: int,  # noqa: A002 - the word of the domain
+    ) -> Labels:
+        """As they are."""
+        return labels
 
     def attack(self, fate: Fate, sent: Message, reply: Message) -> Message:
         """Nobody attacks."""
         return reply
-
-    def _slowness(self, node_id: int) -> float:
-        first, second = (_uniform(self._seed, node_id, word) for word in (1, 2))
-        normal = math.sqrt(-2 * math.log(1 - first)) * math.cos(math.tau * second)
-        return math.exp(self._sigma * normal)
-
-
-def _uniform(*words: int) -> float:
-    """A number from 0 to below 1 that the words decide."""
-    return (draws.plain_key(*words) & (2**53 - 1)) * 2.0**-53

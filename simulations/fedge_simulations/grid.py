@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from fedge.learning.local import Job
 from fedge.learning.messages import CLIENTS, METRICS
 from fedge.wire.arrays import records_of
 from fedge_server.rounds.closing import payload_bytes
-from fedge_simulations.course import Course, Fate, Steady
+from fedge_simulations.course import Course, Fate, Labels, Steady
 from fedge_simulations.states import States
 from fedge_simulations.summing import Holders, failure, sum_of, sum_of_moments
 from fedge_simulations.trainers import OneByOne, Trainers, Turn
@@ -116,8 +117,11 @@ class VectorGrid(Grid):
 
     def begin_round(self, number: int) -> None:
         """Count what clients do and keep from now on to this round."""
+        if number > self.round and self._course.pause_s:  # a resumed run begins its round twice
+            self.elapsed_s += self._course.pause_s
         self.round = number
         self._states.begin_round(number)
+        self._course.begin_round(number)
 
     def get_node_ids(self) -> Iterable[int]:
         """All nodes, as a range."""
@@ -141,29 +145,27 @@ class VectorGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send; each reply arrives when the clients' course says, on the simulated clock."""
         self.sent_s = self.elapsed_s
-        sizes: dict[int, tuple[RecordDict, int]] = {}  # by identity: one content goes to many clients
         ids = []
-        for message in messages:
-            content = message.content
-            if id(content) not in sizes:
-                sizes[id(content)] = (content, payload_bytes(message))
-            node_id, kind = message.metadata.dst_node_id, message.metadata.message_type
-            fate = self._fate(node_id, kind, sizes[id(content)][1])
-            self._sequence += 1
-            message_id = f"m{self._sequence}"
-            message.metadata.__dict__["_message_id"] = message_id  # as Flower's own in-memory Grid sets it
-            arrives = self.clock_s + fate.arrives_s
-            self._pending[message_id] = _Pending(arrives, self._sequence, message, fate)
-            ids.append(message_id)
+        for (kind, size), group in itertools.groupby(sized(messages), key=lambda each: each[0]):
+            sent = [message for _, message in group]
+            fates = self._fates([message.metadata.dst_node_id for message in sent], kind, size)
+            for message, fate in zip(sent, fates, strict=True):
+                self._sequence += 1
+                message_id = f"m{self._sequence}"
+                message.metadata.__dict__["_message_id"] = message_id  # as Flower's in-memory Grid sets it
+                arrives = self.clock_s + fate.arrives_s
+                self._pending[message_id] = _Pending(arrives, self._sequence, message, fate)
+                ids.append(message_id)
         return ids
 
-    def _fate(self, node_id: int, kind: str, bytes_down: int) -> Fate:
-        return self._course.fate(
-            node_id,
+    def _fates(self, node_ids: Sequence[int], kind: str, bytes_down: int) -> list[Fate]:
+        holders = self._holders
+        return self._course.fates(
+            node_ids,
             kind=kind,
             round=self.round,
             clock_s=self.sent_s,
-            examples=self._holders.size(node_id) if self._holders is not None else 0,
+            examples=[holders.size(node_id) if holders is not None else 0 for node_id in node_ids],
             bytes_down=bytes_down,
             bytes_up=bytes_down if kind == "train" else 0,  # a state comes back for a state
         )
@@ -280,6 +282,10 @@ class VectorGrid(Grid):
         """Positions of the examples that a node held when it was last sent something."""
         return self._holders_there().indices(node_id, self.round, self.sent_s)
 
+    def believed_by(self, node_id: int, labels: Labels, classes: int) -> Labels:
+        """What a node takes for the labels of its examples."""
+        return self._course.labels(node_id, labels, classes, round=self.round)
+
     @property
     def can_sum(self) -> bool:
         """Whether clients' updates may be added up without running their app."""
@@ -328,10 +334,11 @@ class VectorGrid(Grid):
         self._restart()
         self.sent_s = self.elapsed_s
         kind, size = message.metadata.message_type, payload_bytes(message)
-        arriving = []
-        for order, node_id in enumerate(node_ids):
-            fate = self._fate(node_id, kind, size)
-            arriving.append((fate.arrives_s, order, node_id, fate.lost))
+        fates = self._fates(node_ids, kind, size)
+        arriving = [
+            (fate.arrives_s, order, node_id, fate.lost)
+            for order, (node_id, fate) in enumerate(zip(node_ids, fates, strict=True))
+        ]
         heapq.heapify(arriving)
         return arriving
 
@@ -352,6 +359,16 @@ class VectorGrid(Grid):
         if len(group) < wanted and arriving and timeout is not None:
             self.clock_s = max(self.clock_s, timeout)
         return group, lost
+
+
+def sized(messages: Iterable[Message]) -> Iterator[tuple[tuple[str, int], Message]]:
+    """Messages with their types and the bytes of their arrays."""
+    sizes: dict[int, tuple[RecordDict, int]] = {}  # by identity: one content goes to many clients
+    for message in messages:
+        content = message.content
+        if id(content) not in sizes:
+            sizes[id(content)] = (content, payload_bytes(message))
+        yield (message.metadata.message_type, sizes[id(content)][1]), message
 
 
 def clients_in(reply: Message) -> int:

@@ -30,6 +30,7 @@ from fedge.config import Config
 from fedge.errors import ConfigError, FedgeError
 from fedge_client import app as client_app
 from fedge_simulations.grid import RUN_ID, SERVER_NODE, UserConfig
+from fedge_simulations.scenario import plain
 from fedge_simulations.world import World, prepare
 
 NUMBER = "fedge-client"  # a record of each message: which client is asked
@@ -50,6 +51,10 @@ def check(config: Config) -> None:
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(
             "simulation.engine = 'ray': Ray is not installed; pip install \"fedge[ray]\", or leave it out"
+        )
+    if not plain(config.scenario):
+        raise ConfigError(
+            "scenario: simulation.engine = 'ray' has no simulated clock; leave all but its pace out"
         )
     if config.evaluate.leave_one_client_out:
         raise ConfigError("evaluate.leave_one_client_out: not with simulation.engine = 'ray'; leave one out")

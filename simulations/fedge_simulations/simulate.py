@@ -30,6 +30,7 @@ from fedge_simulations import ray
 from fedge_simulations.devices import DEVICES, DeviceHome, DeviceResult, deliver
 from fedge_simulations.grid import RUN_ID, SERVER_NODE
 from fedge_simulations.runs import LOCK, run_id_of
+from fedge_simulations.scenario import EVENTS
 from fedge_simulations.states import FOLDER
 from fedge_simulations.world import World, prepare
 
@@ -195,7 +196,7 @@ def _claim(folder: Path, config: Config, *, overwrite: bool) -> bool:
 
 def _remove_run(folder: Path) -> None:
     """Delete what a run writes, and nothing that somebody else put beside it."""
-    for name in (SUMMARY, HISTORY, MODEL, REPORT):
+    for name in (SUMMARY, HISTORY, MODEL, REPORT, EVENTS):
         (folder / name).unlink(missing_ok=True)
     for name in ("store", PUBLISHED, KEYS, DEVICES, FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)

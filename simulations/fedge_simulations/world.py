@@ -24,11 +24,12 @@ from fedge_server.compression import check_possible
 from fedge_server.data import ServerData, server_part, source_of, split_of
 from fedge_server.rounds.sampling import cohort_size
 from fedge_server.rounds.stopping import check_target
-from fedge_simulations.course import Course, Steady
+from fedge_simulations.course import Course
 from fedge_simulations.grid import ClientCall, UserConfig, VectorGrid
 from fedge_simulations.lazy import Lazy
 from fedge_simulations.partition import people
 from fedge_simulations.population import Population
+from fedge_simulations.scenario import Scenario, check
 from fedge_simulations.states import FOLDER, States
 from fedge_simulations.summing import Holders
 from fedge_simulations.trainers import OneByOne, Trainers, hand_over
@@ -59,8 +60,8 @@ class World:
             around: what every client's app is wrapped in, such as a client mod; then the app really runs.
             trainers: does the clients' jobs; None: as the configuration says.
         """
-        home = run_config.get(HOME)
-        course = self.course()
+        home = Path(str(run_config[HOME])) if run_config.get(HOME) else None
+        course = self.course(home)
         app = client_app.build(lambda *asked: self.share_at(grid, *asked), hand_over)
         grid = VectorGrid(
             app if around is None else around(app),
@@ -70,7 +71,7 @@ class World:
             course=course,
             holders=Holders(self.task, self.dataset.examples, self.clients, course),
             sums=around is None,
-            states=States(Path(str(home)) / FOLDER if home else None),
+            states=States(home / FOLDER if home else None),
         )
         return grid
 
@@ -86,18 +87,13 @@ class World:
     def share_at(
         self, grid: VectorGrid, context: Context, instructions: Instructions
     ) -> tuple[Task, Examples]:
-        """The same, as much of it as the client holds by the Grid's clock."""
-        return self.task, self.dataset.examples.take(grid.held_by(context.node_id))
+        """The same, as much of it as the client holds by the Grid's clock, labelled as it believes."""
+        own = self.dataset.examples.take(grid.held_by(context.node_id))
+        return self.task, replace(own, y=grid.believed_by(context.node_id, own.y, instructions.spec.classes))
 
-    def course(self) -> Course:
-        """What befalls the clients."""
-        settings = self.config.scenario
-        return Steady(
-            settings.seconds_per_example,
-            passes=self.config.train.epochs,
-            speed_sigma=settings.speed_sigma,
-            seed=self.config.seed,
-        )
+    def course(self, home: Path | None) -> Course:
+        """What befalls the clients; it is recorded in that folder, if any."""
+        return Scenario(self.config, clients=len(self.clients), labels=self.dataset.y, folder=home)
 
     def without(self, client: int) -> World:
         """The same world without one client, tested on all data of that client, held out or not."""
@@ -133,6 +129,7 @@ def prepare(config: Config) -> World:
             f"rounds.min_updates = {config.rounds.min_updates}: a round asks only "
             f"{cohort} of {len(clients)} clients"
         )
+    check(config, len(clients))
     natural = config.clients.partition == "natural"
     names = dataset.clients if natural else Lazy(len(clients), str)
     world = World(config, task, dataset, server_part(dataset, parts), clients, names)

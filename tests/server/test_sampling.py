@@ -8,6 +8,7 @@ import pytest
 
 from fedge.config import Rounds
 from fedge.errors import RoundError
+from fedge_server.rounds import grids
 from fedge_server.rounds.sampling import Cohort, cohort_size, draw
 
 
@@ -101,3 +102,9 @@ def test_nobody_in_two_weeks_is_an_error():
 
 def test_a_strategy_sees_the_cohort_alone():
     assert Cohort(Nodes(range(1, 10**6)), [4, 2]).get_node_ids() == [4, 2]
+
+
+def test_where_nobody_is_connected_yet_it_is_waited_for_somebody(monkeypatch):
+    grid = Nodes([])
+    monkeypatch.setattr(grids.time, "sleep", lambda _: setattr(grid, "nodes", [8, 3]))
+    assert grids.nodes_of(grid) == [3, 8]

@@ -19,8 +19,8 @@ SECONDS = {1: 3.0, 2: 1.0, 3: 2.0}
 
 
 class Timed(Steady):
-    def fate(self, node_id, **_):
-        return Fate(SECONDS[node_id])
+    def fates(self, node_ids, **_):
+        return [Fate(SECONDS[node_id]) for node_id in node_ids]
 
 
 @pytest.fixture
@@ -196,8 +196,9 @@ def test_only_a_client_whose_answer_was_taken_remembers_that_it_worked():
 
 
 class Losing(Steady):
-    def fate(self, node_id, **_):
-        return {1: Fate(2.0, lost="out of battery"), 2: Fate(math.inf), 3: Fate(1.0)}[node_id]
+    def fates(self, node_ids, **_):
+        known = {1: Fate(2.0, lost="out of battery"), 2: Fate(math.inf), 3: Fate(1.0)}
+        return [known[node_id] for node_id in node_ids]
 
 
 def test_a_lost_client_is_an_error_at_its_time_and_one_that_is_gone_never_answers():

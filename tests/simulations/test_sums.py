@@ -148,14 +148,14 @@ class Night(Steady):
     def online(self, node_ids, clock_s):
         return [node for node in node_ids if clock_s >= 3600]
 
-    def fate(self, node_id, **_):
-        return Fate(1.0, lost="out of battery" if node_id == 4 else "")
+    def fates(self, node_ids, **_):
+        return [Fate(1.0, lost="out of battery" if node_id == 4 else "") for node_id in node_ids]
 
 
 def test_a_round_waits_until_somebody_is_online_and_the_lost_are_named(small, learn, tmp_path, monkeypatch):
     from fedge_simulations import world
 
-    monkeypatch.setattr(world, "Steady", lambda *_, **__: Night())
+    monkeypatch.setattr(world.World, "course", lambda *_: Night())
     for trainers in (Adding(), OneByOne()):
         (record,) = learn(
             small(rounds={"count": 1}), tmp_path / type(trainers).__name__, trainers=trainers

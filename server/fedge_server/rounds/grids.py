@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from flwr.app import Message
 from flwr.serverapp import Grid
+
+_log = logging.getLogger("fedge.rounds")
+POLL_S: Final = 1.0
 
 
 @runtime_checkable
@@ -54,6 +59,15 @@ class Simulated(Protocol):
 
 
 def nodes_of(grid: Grid) -> Sequence[int]:
-    """The ids of all nodes in ascending order; of a simulation a range, which lists nobody."""
-    found = grid.get_node_ids()
-    return found if isinstance(found, range) else sorted(found)
+    """The ids of all nodes in ascending order; of a simulation a range, which lists nobody.
+
+    Where there is none yet, as on a SuperLink that has just started, it waits, as Flower's strategies do.
+    """
+    while True:
+        found = grid.get_node_ids()
+        if isinstance(found, range):
+            return found
+        if nodes := sorted(found):
+            return nodes
+        _log.warning("waiting for clients: none is connected")
+        time.sleep(POLL_S)  # Flower's Grid can only be asked
