@@ -19,9 +19,10 @@ from fedge.files import write_atomically
 from fedge.task import Task
 from fedge_server.compression import TierOutcome, compress
 from fedge_server.data import ServerData
+from fedge_server.plots import Holdings
 from fedge_server.registry.database import Registry
 from fedge_server.release import publish_outcomes
-from fedge_server.report import Holdings, Report, write_report
+from fedge_server.report import Report, write_report
 from fedge_server.rounds.loop import Learned, Observer
 from fedge_server.rounds.record import RoundRecord
 from fedge_server.summary import summarise

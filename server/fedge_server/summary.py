@@ -37,6 +37,7 @@ def summarise(
     """
     last = learned.records[-1]
     scalars = {key: value for key, value in last.metrics.items() if isinstance(value, float)}
+    busy = sum(record.seconds for record in learned.records)
     summary = {
         "task": config.task,
         "seed": config.seed,
@@ -44,6 +45,10 @@ def summarise(
         "stopped": learned.reason,
         "reached_target_at": reached_target_at(learned.records, config.rounds),
         "clients": clients,
+        "clients_per_second": round(sum(r.clients for r in learned.records) / busy, 1) if busy else None,
+        "simulated_s": last.simulated_s,
+        "bytes_up": sum(record.bytes_up for record in learned.records),
+        "bytes_down": sum(record.bytes_down for record in learned.records),
         "global_model": {
             **scalars,
             "parameters": parameters(learned.model.network),

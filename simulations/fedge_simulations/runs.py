@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from fedge.config import Config
 from fedge.errors import ConfigError, UserError
 from fedge.files import is_held, sha256
+from fedge_server.page import flat
 from fedge_server.registry.database import Registry
 from fedge_server.registry.engine import DATABASE
 from fedge_server.rounds.record import RoundRecord
@@ -45,17 +46,19 @@ def run_id_of(config: Config) -> str:
     return f"run-{sha256(json.dumps(config.to_mapping(), sort_keys=True).encode())[:12]}"
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping by dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = f"{prefix}{key}"
-        found |= flat(value, f"{inner}.") if isinstance(value, Mapping) else {inner: value}
-    return found
+def committed(folder: Path, config: Config) -> int:
+    """The last committed round of an unfinished run of this configuration in a folder; 0: there is none."""
+    if not (folder / DATABASE).exists() or (folder / SUMMARY).exists():
+        return 0
+    return max((past.last for past in read(folder, "") if past.run_id == run_id_of(config)), default=0)
 
 
-def find(folders: Sequence[Path]) -> list[Past]:
+def find(folders: Sequence[Path], within: Path | None = None) -> list[Past]:
     """The runs in these folders: run folders, or folders of them such as a sweep's.
+
+    Args:
+        folders: where to look.
+        within: a folder that the names of runs are relative to; None: they are as given.
 
     Raises:
         UserError: a folder is absent or holds no run.
@@ -63,7 +66,7 @@ def find(folders: Sequence[Path]) -> list[Past]:
     """
     found: dict[Path, Past] = {}
     for folder in folders:
-        inside = [past for home in _homes(folder) for past in read(home, _called(folder, home))]
+        inside = [past for home in _homes(folder) for past in read(home, _called(within or folder, home))]
         for past in inside:
             found.setdefault(past.folder.resolve() / past.run_id, past)
     return list(found.values())

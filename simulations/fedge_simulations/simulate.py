@@ -20,9 +20,9 @@ from fedge.learning.whole import WholeModel
 from fedge_server import app as server_app
 from fedge_server.compression import TierOutcome
 from fedge_server.pipeline import HISTORY, MODEL, REPORT, SUMMARY, Place, Say, conclude, observer, release
+from fedge_server.plots import Holdings
 from fedge_server.registry.database import Registry
 from fedge_server.release import KEYS, PUBLISHED
-from fedge_server.report import Holdings
 from fedge_server.rounds.loop import Learned, Observer
 from fedge_server.rounds.record import Metric, RoundRecord
 from fedge_server.rounds.stopping import why_stop

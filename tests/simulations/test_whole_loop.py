@@ -47,7 +47,9 @@ def test_without_tiers_a_run_leaves_model_history_report_and_summary(tmp_path):
     assert summary["global_model"]["sha256"] == sha256((out / "model.safetensors").read_bytes())
     assert history[-1]["accuracy"] == summary["global_model"]["accuracy"]
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 5
+    assert summary["bytes_up"] == sum(row["bytes_up"] for row in history)
+    assert summary["clients_per_second"] > 0
     assert "http" not in page.split("<svg")[0]  # nothing is fetched from elsewhere
     assert "variants" not in summary
     assert not (out / "release").exists()
