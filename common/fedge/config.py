@@ -175,9 +175,7 @@ class Simulation:
     # vector: clients batched; sequential: one by one by the device's own code; ray: Flower's simulation
     engine: Literal["vector", "sequential", "ray"] = "vector"
     clients_at_once: WholeOrNone = 0  # batched together; 0: measured for the model and the machine
-    workers: WholeOrNone = 0  # processes; 0: as many as pay
-    compile: Literal["auto", "never", "always"] = "auto"  # torch.compile; auto: where a run is long enough
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    workers: WholeOrNone = 0  # actors of engine "ray"; 0: one for each core. The others use one process
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
-import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -96,7 +95,7 @@ def run(server: ServerApp, world: World, settings: UserConfig) -> None:
 
 
 def _backend(config: Config) -> Any:
-    """One CPU for each actor, and an equal share of the GPUs where there are any.
+    """One CPU for each actor; clients train on it, so no share of a GPU is asked for.
 
     `simulation.workers` bounds the actors of a Ray that is started here; a cluster has its own bounds.
     """
@@ -104,9 +103,7 @@ def _backend(config: Config) -> Any:
     init: dict[str, Any] = {"log_to_driver": False}
     if workers and "RAY_ADDRESS" not in os.environ:
         init["num_cpus"] = workers
-    gpus = torch.cuda.device_count() if config.simulation.device != "cpu" else 0
-    actors = workers or len(os.sched_getaffinity(0))
-    return {"init_args": init, "client_resources": {"num_cpus": 1, "num_gpus": gpus / max(actors, gpus, 1)}}
+    return {"init_args": init, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
 
 
 class NumberedClients(ClientApp):

@@ -25,6 +25,7 @@ from fedge_server.data import ServerData, server_part, source_of, split_of
 from fedge_server.rounds.sampling import cohort_size
 from fedge_server.rounds.stopping import check_target
 from fedge_simulations.course import Course
+from fedge_simulations.engine import Engine
 from fedge_simulations.grid import ClientCall, UserConfig, VectorGrid
 from fedge_simulations.lazy import Lazy
 from fedge_simulations.partition import people
@@ -67,13 +68,18 @@ class World:
             app if around is None else around(app),
             self.node_configs(),
             run_config,
-            trainers=trainers or OneByOne(),
+            trainers=trainers or self.trainers(),
             course=course,
             holders=Holders(self.task, self.dataset.examples, self.clients, course),
             sums=around is None,
             states=States(home / FOLDER if home else None),
         )
         return grid
+
+    def trainers(self) -> Trainers:
+        """Who does the clients' jobs, as the configuration says."""
+        settings = self.config.simulation
+        return Engine(settings, self.dataset.examples) if settings.engine == "vector" else OneByOne()
 
     def node_configs(self) -> Sequence[UserConfig]:
         """What Flower's own simulation tells each of its nodes."""

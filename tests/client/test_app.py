@@ -133,3 +133,7 @@ def test_seeds_of_many_clients_at_once_are_those_of_each_alone():
     nodes = [1, 2, 10**6, 2**63 - 1]
     assert app.client_seeds(7, 3, nodes) == [app.client_seed(7, 3, node) for node in nodes]
     assert all(0 <= seed < 2**63 for seed in app.client_seeds(7, 3, nodes))
+
+
+def test_a_node_of_a_superlink_may_have_a_number_of_64_bits():
+    assert 0 <= app.client_seed(7, 3, 2**64 - 1) < 2**63

@@ -66,8 +66,9 @@ def test_a_client_that_sends_nan_is_rejected_and_the_round_goes_on(name, small, 
 @pytest.mark.parametrize("name", ["fedavg", "qfedavg", "bulyan", "dp-server-fixed"])
 def test_the_digest_of_updates_is_of_what_the_clients_sent(name, small, learn, tmp_path):
     """Some strategies empty or change the messages; the same updates must give the same digest."""
-    config = small(strategy={"name": name, **OPTIONS.get(name, {})}, rounds={"count": 1})
-    plain = small(rounds={"count": 1})
+    alone = {"engine": "sequential"}  # no sums, which have a digest of their own
+    config = small(strategy={"name": name, **OPTIONS.get(name, {})}, rounds={"count": 1}, simulation=alone)
+    plain = small(rounds={"count": 1}, simulation=alone)
     digests = [learn(c, tmp_path / str(i)).records[0].updates for i, c in enumerate((config, plain))]
     assert digests[0] == digests[1]
     other = small(rounds={"count": 1}, seed=1)

@@ -82,7 +82,7 @@ def test_sums_give_the_model_of_single_updates_and_resume_bit_for_bit(name, smal
     config = small(strategy={"name": name, **LINEAR[name]}, rounds={"count": 4, "cohort": 4})
     adding = Adding()
     whole = learn(config, tmp_path / "whole", trainers=adding)
-    single = learn(config, tmp_path / "single")
+    single = learn(config, tmp_path / "single", trainers=OneByOne())
     for summed, alone in zip(whole.records, single.records, strict=True):
         assert (summed.clients, summed.asked, summed.bytes_up) == (4, 4, alone.bytes_up)
         assert summed.bytes_down == alone.bytes_down

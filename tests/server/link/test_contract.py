@@ -118,6 +118,7 @@ def test_a_strategy_learns_the_same_over_the_link_as_in_a_simulation(name, hub, 
             "rounds": {"count": 2, "fraction": 0.8},
             "train": {"epochs": 1},
             "strategy": {"name": name, **OPTIONS.get(name, {})},
+            "simulation": {"engine": "sequential"},  # the device's own code, so equal to the bit
         }
     )
     world = prepare(config)

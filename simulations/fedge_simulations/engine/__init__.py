@@ -1,0 +1,247 @@
+"""The vector engine: trains many clients together, each as the device would train it alone.
+
+`train` gives every client's result (for full messages); `sum` gives one weighted mean of them (for
+strategies that are linear in the updates), and keeps no client's model. Each step is the device's own up to
+rounding. Sums are formed in float64, client after client in one fixed order, so the number of clients that
+are batched together does not enter into them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from fedge.config import Simulation, Train
+from fedge.dataset import Array, Examples
+from fedge.learning import draws, local
+from fedge.learning.local import Job, Trained
+from fedge.learning.state import cast_like
+from fedge_simulations.engine.choice import Way, choose
+from fedge_simulations.engine.stack import Layout, Stacked, in_order, train
+from fedge_simulations.engine.steppers import Recipe
+from fedge_simulations.trainers import Client, Sum
+
+Say = Callable[[str], None]
+_LOG = logging.getLogger("fedge.simulation")
+
+STACK_BYTES = 32 * 1024**2  # of the models that are batched together, at most
+ROWS_BYTES = 64 * 1024**2  # of their data
+MOST_AT_ONCE = 512  # clients; above it nothing is gained (benchmarks/simulation.py)
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """What the jobs of one round have in common."""
+
+    recipe: Recipe
+    preprocess: torch.nn.Module
+    way: Way
+    least: int
+
+
+@dataclass(slots=True)
+class _Adding:
+    """A running weighted sum in float64."""
+
+    values: torch.Tensor  # (D,)
+    examples: int = 0
+    loss: float = 0.0
+    clients: int = 0
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def add(self, node_id: int, flat: torch.Tensor, examples: int, loss: float) -> None:
+        """One client's (D,)."""
+        if not math.isfinite(loss) or not math.isfinite(float(torch.dot(flat, flat))):
+            self.failed[node_id] = "its training diverged: values that are not finite"
+            return
+        self.values.add_(flat, alpha=examples)
+        self.examples, self.clients = self.examples + examples, self.clients + 1
+        self.loss += loss * examples
+
+
+class Engine:
+    """Does the jobs of simulated clients; each model is checked against the device's code at first use."""
+
+    can_sum = True
+
+    def __init__(self, settings: Simulation, data: Examples, *, say: Say = _LOG.warning) -> None:
+        """Keep what all clients' data are views of.
+
+        Args:
+            settings: the run's `[simulation]`.
+            data: the whole data set, which clients index.
+            say: hears once of each model that cannot be batched, and why.
+        """
+        self._settings, self._data, self._say = settings, data, say
+        self._prepared: dict[str, _Prepared] = {}
+
+    def train(self, jobs: Sequence[Job]) -> list[Trained | Exception]:
+        """Each job's result in their order; they share instructions, but neither state nor examples."""
+        if not jobs:
+            return []
+        prepared = self._prepare(jobs[0])
+        if prepared.way.stepper is None or jobs[0].instructions.update == "gradient":
+            return [_tried(job) for job in jobs]
+        found: list[Trained | Exception] = [_NOT_TRAINED] * len(jobs)
+        settings = jobs[0].instructions.train
+        order = in_order([len(job.examples) for job in jobs], settings)
+        k = self.at_once(jobs[0])
+        for chosen in _chunks(order, [len(jobs[i].examples) for i in order], k, prepared.least):
+            part = [jobs[i] for i in chosen]
+            layout = prepared.recipe.layout
+            flat = torch.stack([layout.flat(job.state, torch.float32) for job in part])
+            x = np.concatenate([job.examples.x for job in part])
+            y = np.concatenate([job.examples.y for job in part])
+            lengths = [len(job.examples) for job in part]
+            losses = self._train(prepared, flat, x, y, lengths, [job.seed for job in part])
+            steps = [_steps(n, settings, prepared.least) for n in lengths]
+            for row, i in enumerate(chosen):
+                arrays = layout.arrays(flat[row], jobs[i].state)
+                found[i] = Trained(arrays, losses[row], lengths[row], steps[row])
+        return found
+
+    def at_once(self, job: Job) -> int:
+        """How many clients like this one are worth batching together."""
+        prepared = self._prepare(job)
+        if prepared.way.stepper is None:
+            return 1
+        if prepared.way.single:
+            return 1
+        if self._settings.clients_at_once:
+            return self._settings.clients_at_once
+        rows = len(job.examples) * int(np.prod(job.examples.x.shape[1:])) * 4
+        bound = min(STACK_BYTES // (4 * prepared.recipe.layout.size), ROWS_BYTES // max(rows, 1))
+        return max(1, min(MOST_AT_ONCE, bound))
+
+    def sum(self, job: Job, clients: Sequence[Client]) -> Sum:
+        """The weighted mean of what these clients' jobs give.
+
+        Args:
+            job: what they have in common; its examples and seed are not used.
+            clients: at least one.
+        """
+        prepared = self._prepare(replace(job, examples=self._data.take(clients[0].indices)))
+        order = in_order([len(client.indices) for client in clients], job.instructions.train)
+        layout = Layout.of(job.state)
+        adding = _Adding(torch.zeros(layout.size, dtype=torch.float64))
+        if prepared.way.stepper is None or job.instructions.update == "gradient":
+            self._sum_one_by_one(job, [clients[i] for i in order], layout, adding)
+        else:
+            self._sum_stacked(job, [clients[i] for i in order], prepared, adding)
+        if not adding.examples:
+            return Sum({}, 0, 0.0, 0, adding.failed)
+        mean = adding.values / adding.examples
+        arrays = {name: view[0].numpy() for name, view in layout.views(mean[None]).items()}
+        return Sum(
+            cast_like(arrays, job.state),
+            adding.examples,
+            adding.loss / adding.examples,
+            adding.clients,
+            adding.failed,
+        )
+
+    def _sum_one_by_one(self, job: Job, clients: Sequence[Client], layout: Layout, adding: _Adding) -> None:
+        for client in clients:
+            done = _tried(replace(job, examples=self._data.take(client.indices), seed=client.seed))
+            if isinstance(done, Exception):
+                adding.failed[client.node_id] = f"{type(done).__name__}: {done}"
+                continue
+            adding.add(client.node_id, layout.flat(done.arrays, torch.float32), done.examples, done.loss)
+
+    def _sum_stacked(self, job: Job, clients: Sequence[Client], prepared: _Prepared, adding: _Adding) -> None:
+        largest = replace(job, examples=self._data.take(clients[0].indices))
+        k = min(self.at_once(largest), len(clients))
+        start = prepared.recipe.layout.flat(job.state, torch.float32)
+        buffer = torch.empty(k, len(start))
+        lengths = [len(client.indices) for client in clients]
+        for chosen in _chunks(range(len(clients)), lengths, k, prepared.least):
+            part = [clients[i] for i in chosen]
+            flat = buffer[: len(part)].copy_(start)
+            indices = np.concatenate([client.indices for client in part])
+            own = [len(client.indices) for client in part]
+            x, y = self._data.x[indices], self._data.y[indices]
+            losses = self._train(prepared, flat, x, y, own, [client.seed for client in part])
+            for row, client in enumerate(part):
+                adding.add(client.node_id, flat[row], own[row], losses[row])
+
+    def _train(
+        self,
+        prepared: _Prepared,
+        flat: torch.Tensor,
+        x: Array,
+        y: Array,
+        lengths: Sequence[int],
+        seeds: Sequence[int],
+    ) -> list[float]:
+        assert prepared.way.stepper is not None  # noqa: S101 - the callers have asked
+        with torch.no_grad(), _one_thread():
+            data = Stacked(
+                prepared.preprocess(torch.from_numpy(np.ascontiguousarray(x))),
+                torch.from_numpy(y),
+                torch.tensor(lengths),
+                draws.key(torch.tensor(seeds, dtype=torch.int64)),
+            )
+            return train(prepared.way.stepper, flat, data, prepared.recipe.settings, prepared.least).tolist()
+
+    def _prepare(self, job: Job) -> _Prepared:
+        instructions = job.instructions
+        named = replace(instructions, round=0, seed=0, moments=None)
+        moments = instructions.moments
+        values = () if moments is None else tuple(moments.total.tolist() + moments.squares.tolist())
+        found = self._prepared.get(key := f"{named}{values}")
+        if found is None:
+            model = local.blank(job.task, instructions.model, instructions.spec).train()
+            preprocess = job.task.preprocess(
+                instructions.spec, instructions.moments, instructions.noise_filter
+            )
+            recipe = Recipe(model, Layout.of(job.state), instructions.train, instructions.proximal_mu)
+            with _one_thread():
+                way = choose(recipe, job, preprocess, self._settings)
+            if way.why:
+                self._say(f"model {instructions.model}: {way.why}; its clients are trained one by one")
+            found = self._prepared[key] = _Prepared(recipe, preprocess, way, local.least_batch(model))
+        return found
+
+
+_NOT_TRAINED = RuntimeError("not trained")
+
+
+def _tried(job: Job) -> Trained | Exception:
+    try:
+        return local.fit(job)
+    except Exception as error:  # noqa: BLE001 - a client's failure is its answer
+        return error
+
+
+def _steps(n: int, settings: Train, least: int) -> int:
+    return len(local.batch_sizes(n, settings.batch_size, least=least)) * settings.epochs
+
+
+def _chunks(order: Sequence[int], lengths: Sequence[int], k: int, least: int) -> Iterator[list[int]]:
+    """`order` cut into stacks of at most k; where batches depend on their size, of equal lengths only."""
+    part: list[int] = []
+    before = 0
+    for i, n in zip(order, lengths, strict=True):
+        if part and (len(part) == k or (least > 1 and n != before)):
+            yield part
+            part = []
+        part.append(i)
+        before = n
+    if part:
+        yield part
+
+
+class _one_thread:  # noqa: N801 - used as a function is
+    """One thread of torch: stacked steps are short, and a number of threads would enter into the rounding."""
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._before)

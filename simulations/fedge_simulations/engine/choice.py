@@ -1,0 +1,113 @@
+"""Which stepper a model gets, and the proof at first use that its steps are the device's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedge.config import Simulation
+from fedge.learning import draws, local
+from fedge.learning.local import Job
+from fedge_simulations.engine.stack import Layout, Stacked, Stepper, train
+from fedge_simulations.engine.steppers import Linears, Recipe, Single, Vmapped, linear_layers
+
+TOLERANCE = 1e-9  # of the change that steps in float64 make, relative
+
+Make = Callable[[Recipe], Stepper]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a model's clients are trained."""
+
+    stepper: Stepper | None  # None: one by one, by the device's own code
+    single: bool = False  # the stepper takes stacks of one
+    why: str = ""  # nothing batches this model: what it was
+
+
+def choose(recipe: Recipe, job: Job, preprocess: nn.Module, settings: Simulation) -> Way:
+    """The fastest stepper whose steps agree with the device's.
+
+    Two small clients of unequal size take all the steps of a pass in float64, once by the stepper and once
+    by `fedge.learning.local.train`; a stepper that differs or raises is not used.
+
+    Args:
+        recipe: what is trained.
+        job: gives the state, and examples to try with.
+        preprocess: raw input to the model's.
+        settings: `engine = "sequential"` asks for no stepper.
+    """
+    if settings.engine == "sequential":
+        return Way(None)
+    if len(list(recipe.model.parameters())) != sum(
+        1 for _ in recipe.model.named_parameters(remove_duplicate=False)
+    ):
+        return Way(None, why="two names stand for one parameter")
+    reasons = []
+    for make, single in _candidates(recipe):
+        try:
+            reason = difference(make, recipe, job, preprocess, single=single)
+        except Exception as error:  # noqa: BLE001 - a user's module may raise anything under a transform
+            reason = _first_line(error)
+        if not reason:
+            return Way(make(recipe), single)
+        reasons.append(reason)
+    return Way(None, why=f"it cannot be batched ({reasons[-1]})")
+
+
+def _candidates(recipe: Recipe) -> Iterator[tuple[Make, bool]]:
+    if linear_layers(recipe.model) is not None:
+        yield Linears, False
+    if any(isinstance(module, nn.Conv2d) for module in recipe.model.modules()):
+        yield Single, True
+    yield Vmapped, False
+
+
+def difference(make: Make, recipe: Recipe, job: Job, preprocess: nn.Module, *, single: bool) -> str:
+    """How a stepper's steps differ from the device's, in one line; empty when they agree."""
+    least = local.least_batch(recipe.model)
+    settings = replace(
+        recipe.settings, epochs=min(recipe.settings.epochs, 2), batch_size=min(recipe.settings.batch_size, 4)
+    )
+    with torch.no_grad():
+        x = preprocess(torch.from_numpy(np.ascontiguousarray(job.examples.x[:10])))
+    x = x.double() if x.is_floating_point() else x
+    y = torch.from_numpy(job.examples.y[: len(x)])
+    double = replace(recipe, model=copy.deepcopy(recipe.model).double(), settings=settings)
+    start = Layout.of(job.state).flat(job.state, torch.float64)
+    sizes = [len(x)] if single or least > 1 else [len(x), max(len(x) // 2, 1)]
+    seeds = list(range(1, len(sizes) + 1))
+    flat = start.expand(len(sizes), -1).clone()
+    rows = torch.cat([torch.arange(n) for n in sizes])
+    data = Stacked(x[rows], y[rows], torch.tensor(sizes), draws.key(torch.tensor(seeds)))
+    with torch.no_grad():
+        losses = train(make(double), flat, data, settings, least)
+    for i, (n, seed) in enumerate(zip(sizes, seeds, strict=True)):
+        model = copy.deepcopy(double.model)
+        _load(model, recipe.layout, start)
+        result = local.train(model, x[:n], y[:n], settings, seed=seed, proximal_mu=recipe.mu)
+        state = model.state_dict()
+        expected = torch.cat([state[name].reshape(-1) for name in recipe.layout.shapes])
+        far = float((flat[i] - expected).norm() / (expected - start).norm().clamp(min=1e-12))
+        if not far <= TOLERANCE or not abs(float(losses[i]) - result.loss) <= TOLERANCE * max(
+            1.0, result.loss
+        ):
+            return f"its steps differ from a device's by {far:.1e}"
+    return ""
+
+
+def _load(model: nn.Module, layout: Layout, flat: torch.Tensor) -> None:
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, value in layout.views(flat[None]).items():
+            state[name].copy_(value[0])
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

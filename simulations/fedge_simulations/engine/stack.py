@@ -1,0 +1,173 @@
+"""Many clients' models as one tensor, and the batches that they train on together.
+
+Legend: K clients of a stack, k of them active, D values of a model, R examples of a batch, N of a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fedge.config import Train
+from fedge.learning import draws, local
+from fedge.learning.augment import augment
+from fedge.learning.state import NamedArrays
+
+Named = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each entry of a model's state lies in one flat vector of D values."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, state: NamedArrays) -> Layout:
+        """The layout of a state, in its order."""
+        return cls({name: tuple(value.shape) for name, value in state.items()})
+
+    @property
+    def size(self) -> int:
+        """D."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    def views(self, flat: torch.Tensor) -> Named:
+        """The entries of (k, D) as (k, *shape), sharing its memory."""
+        found, start = {}, 0
+        for name, shape in self.shapes.items():
+            stop = start + prod(shape)
+            found[name] = flat[:, start:stop].view(len(flat), *shape)
+            start = stop
+        return found
+
+    def flat(self, state: NamedArrays, dtype: torch.dtype) -> torch.Tensor:
+        """A state as (D,)."""
+        parts = [torch.from_numpy(np.array(state[name])).reshape(-1).to(dtype) for name in self.shapes]
+        return torch.cat(parts)
+
+    def arrays(self, flat: torch.Tensor, like: NamedArrays) -> NamedArrays:
+        """One client's (D,) as named arrays in the dtypes of `like`, sharing its memory where they agree."""
+        return {
+            name: view[0].cpu().numpy().astype(like[name].dtype, copy=False)
+            for name, view in self.views(flat[None]).items()
+        }
+
+
+class Stepper(Protocol):
+    """Trains the models of a stack, a step of all active ones at a time."""
+
+    def begin(self, flat: torch.Tensor) -> None:
+        """Take over (K, D) at the global weights; steps change it in place."""
+
+    def step(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, keys: torch.Tensor
+    ) -> torch.Tensor:
+        """One step of the first k clients, k never growing: the loss of each, (k,).
+
+        Args:
+            x: (k, R, ...) pre-processed and augmented.
+            y: (k, R).
+            weight: (k, R) 1 for an example and 0 for padding; None: there is no padding.
+            keys: (k,) what each client's step draws from.
+        """
+
+    def end(self) -> None:
+        """Leave the trained models in the tensor that `begin` was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """The data of a stack's clients, those with most steps first."""
+
+    x: torch.Tensor  # (sum of N, ...) pre-processed, one client after the other
+    y: torch.Tensor  # (sum of N,)
+    lengths: torch.Tensor  # (K,) N of each
+    keys: torch.Tensor  # (K,) of each client in this round
+
+
+def train(stepper: Stepper, flat: torch.Tensor, data: Stacked, settings: Train, least: int) -> torch.Tensor:
+    """Train all of a stack in place; each client's mean loss over the examples that it saw, (K,).
+
+    Args:
+        stepper: makes the steps.
+        flat: (K, D) global weights, changed in place.
+        data: of the clients.
+        settings: the run's `[train]`.
+        least: smallest batch that may stand at the end of a pass; above 1 only with equal lengths.
+    """
+    starts = data.lengths.cumsum(0) - data.lengths
+    total = torch.zeros(len(flat), dtype=torch.float64)
+    stepper.begin(flat)
+    for step, (positions, valid) in enumerate(schedule(data.lengths, data.keys, settings, least)):
+        k, rows = positions.shape
+        index = (positions + starts[:k, None]).reshape(-1)  # (k * R,)
+        keys = local.step_keys(data.keys[:k], step)
+        x = data.x.index_select(0, index)
+        if settings.augment:
+            x = augment(x, settings.augment, local.example_keys(keys, rows).reshape(-1))
+        y = data.y.index_select(0, index).view(k, rows)
+        weight = None if valid is None else valid.to(flat.dtype)
+        loss = stepper.step(x.view(k, rows, *x.shape[1:]), y, weight, keys)
+        total[:k] += loss.double() * (rows if valid is None else valid.sum(1))
+    stepper.end()
+    return total / (data.lengths * settings.epochs)
+
+
+def schedule(
+    lengths: torch.Tensor, keys: torch.Tensor, settings: Train, least: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The batches of each step: positions (k, R) among each client's examples, and which are none, or None.
+
+    Every client makes its passes at its own pace, so that those still active are the first k and have all
+    made the same number of steps.
+
+    Raises:
+        ValueError: unequal lengths with `least` above 1.
+    """
+    if int(lengths.min()) == int(lengths.max()):
+        n = int(lengths[0])
+        for epoch in range(settings.epochs):
+            order = draws.permutation(local.order_keys(keys, epoch), n)  # (K, N)
+            for part in torch.split(order, local.batch_sizes(n, settings.batch_size, least=least), dim=1):
+                yield part, None
+        return
+    if least > 1:
+        raise ValueError("clients of unequal size cannot be stacked where batches depend on their size")
+    yield from _unequal(lengths, keys, settings)
+
+
+def _unequal(
+    lengths: torch.Tensor, keys: torch.Tensor, settings: Train
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    size, epochs = settings.batch_size, settings.epochs
+    size = min(size, int(lengths.max()))
+    steps = -(-lengths // size)  # (K,) of one pass
+    longest = int(steps.max())
+    positions = torch.zeros(len(lengths), longest * epochs, size, dtype=torch.int64)
+    valid = torch.zeros(len(lengths), longest * epochs, size, dtype=torch.bool)
+    within = torch.arange(longest * size).view(longest, size)
+    for epoch in range(epochs):
+        order = draws.permutation(local.order_keys(keys, epoch), lengths)  # (K, longest N)
+        padded = torch.nn.functional.pad(order, (0, longest * size - order.shape[1]))
+        padded = padded.view(len(lengths), longest, size)
+        for count in torch.unique(steps).tolist():
+            rows = torch.nonzero(steps == count).squeeze(1)
+            here = slice(epoch * count, (epoch + 1) * count)
+            true = within[:count] < lengths[rows, None, None]  # (rows, count, R)
+            positions[rows, here] = torch.where(true, padded[rows, :count], 0)
+            valid[rows, here] = true
+    active = (steps * epochs)[None] > torch.arange(longest * epochs)[:, None]  # (T, K)
+    for step, k in enumerate(active.sum(1).tolist()):
+        yield positions[:k, step], valid[:k, step]
+
+
+def in_order(lengths: Sequence[int], settings: Train) -> list[int]:
+    """Positions of clients, those with most steps first; ties by number of examples, then as they came."""
+    steps = [-(-n // settings.batch_size) for n in lengths]
+    return sorted(range(len(lengths)), key=lambda i: (-steps[i], -lengths[i], i))

@@ -1,0 +1,390 @@
+"""Ways to make one step of many stacked models; each gives what the device's own step gives.
+
+`Vmapped` takes any module that torch.func can batch. `Linears` is for stacks of linear layers: the weight
+gradient and the step are one product (baddbmm), so no gradient is ever written down. `Single` trains one
+client at a time with linear layers that step inside their backward pass, convolutions in channels-last order.
+
+Legend as in `stack`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fedge.config import Train
+from fedge.learning import draws, local
+from fedge_simulations.engine.stack import Layout, Named
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is trained, and how: the same for all clients of a round."""
+
+    model: nn.Module  # in training mode; its own weights are not used
+    layout: Layout
+    settings: Train
+    mu: float = 0.0  # FedProx's
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Names of the parameters that steps change."""
+        return tuple(name for name, p in self.model.named_parameters() if p.requires_grad)
+
+    @property
+    def plain_sgd(self) -> bool:
+        """Whether a step is w <- w - lr * gradient and nothing else."""
+        settings = self.settings
+        return (settings.optimizer, settings.momentum, settings.weight_decay, self.mu) == ("sgd", 0, 0, 0)
+
+
+class Optimised:
+    """The run's torch optimiser over the first k of the stacked parameters, with its state as k shrinks."""
+
+    def __init__(self, recipe: Recipe, flat: torch.Tensor) -> None:
+        self._recipe, self._flat = recipe, flat
+        self.views: Named = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+        self.active(len(flat))
+
+    def active(self, k: int) -> Named:
+        """All state of the first k clients, as (k, *shape)."""
+        if self.views and len(next(iter(self.views.values()))) == k:
+            return self.views
+        before, old = self._optimizer, [self.views[n] for n in self._recipe.trainable] if self.views else []
+        self.views = self._recipe.layout.views(self._flat[:k])
+        fresh = [self.views[name] for name in self._recipe.trainable]
+        self._optimizer = local.optimizer(fresh, self._recipe.settings)
+        if before is not None:
+            for gone, here in zip(old, fresh, strict=True):
+                if gone in before.state:
+                    self._optimizer.state[here] = {
+                        key: value[:k] if isinstance(value, torch.Tensor) and value.dim() else value
+                        for key, value in before.state[gone].items()
+                    }
+        return self.views
+
+    def step(self, gradients: Named) -> None:
+        """One step of the active clients."""
+        assert self._optimizer is not None  # noqa: S101 - `active` has made it
+        if self._recipe.plain_sgd:  # the same values, without the optimiser's own bookkeeping
+            torch._foreach_add_(
+                [self.views[name] for name in gradients],
+                list(gradients.values()),
+                alpha=-self._recipe.settings.learning_rate,
+            )
+            return
+        for name, value in gradients.items():
+            self.views[name].grad = value
+        self._optimizer.step()
+
+
+class Vmapped:
+    """Any module, through torch.func's vmap over grad."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._loss = local.losses(recipe.settings)
+        self._buffers = tuple(name for name in recipe.layout.shapes if name not in recipe.trainable)
+        self._counters = {
+            name: value for name, value in recipe.model.named_buffers() if not value.is_floating_point()
+        }
+        self._plain = self._batched(padded=False)
+        self._padded = self._batched(padded=True)
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in recipe.model.modules())
+        self._optimised: Optimised | None = None
+        self._anchors: Named = {}
+        self._counts: Named = {}
+
+    def _batched(self, *, padded: bool) -> Any:
+        dims = (0, 0, 0, 0, 0, 0 if padded else None, 0)
+        return vmap(grad(self._objective, has_aux=True), in_dims=dims, randomness="error")
+
+    def _objective(
+        self,
+        trainable: Named,
+        others: Named,
+        anchors: Named,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        weight: torch.Tensor | None,
+        keys: torch.Tensor,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, Named]]:
+        with draws.keyed_dropout(self._recipe.model, keys):
+            logits = functional_call(self._recipe.model, {**trainable, **others}, (x,))
+        each = self._loss(logits, y)  # (R,)
+        loss = each.mean() if weight is None else (each * weight).sum() / weight.sum()
+        total = loss
+        for name, anchor in anchors.items():
+            total = total + self._recipe.mu / 2 * (trainable[name] - anchor).square().sum()
+        return total, (loss, others)
+
+    @contextmanager
+    def _kernels(self) -> Iterator[None]:
+        """OneDNN's recurrent layers have no batching rule; without it torch takes its own, which have."""
+        if not self._recurrent:
+            yield
+            return
+        before = torch._C._get_mkldnn_enabled()
+        # Not `torch.backends.mkldnn.flags`, which sets TF32 too and warns where there is none.
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(before)
+
+    def begin(self, flat: torch.Tensor) -> None:
+        """Take over a stack."""
+        self._optimised = Optimised(self._recipe, flat)
+        views = self._optimised.views
+        self._anchors = {n: views[n].clone() for n in self._recipe.trainable} if self._recipe.mu else {}
+        self._counts = {n: v.expand(len(flat), *v.shape).clone() for n, v in self._counters.items()}
+
+    def step(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, keys: torch.Tensor
+    ) -> torch.Tensor:
+        """One step of the first k clients."""
+        assert self._optimised is not None  # noqa: S101 - `begin` has made it
+        k = len(x)
+        views = self._optimised.active(k)
+        others = {name: views[name] for name in self._buffers}
+        counts = {name: value[:k] for name, value in self._counts.items()}
+        call = self._plain if weight is None else self._padded
+        with self._kernels():
+            gradients, (loss, changed) = call(
+                {name: views[name] for name in self._recipe.trainable},
+                {name: value.clone() for name, value in {**others, **counts}.items()},
+                {name: value[:k] for name, value in self._anchors.items()},
+                x,
+                y,
+                weight,
+                keys,
+            )
+        self._optimised.step(gradients)
+        for name, value in {**others, **counts}.items():
+            value.copy_(changed[name])
+        found: torch.Tensor = loss.detach()
+        return found
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+        self._optimised = None
+
+
+class Linears:
+    """Linear layers with ReLU between them, their backward pass written out."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._loss = local.losses(recipe.settings)
+        layers = linear_layers(recipe.model)
+        assert layers is not None  # noqa: S101 - the caller has asked
+        self._layers = layers
+        self._optimised: Optimised | None = None
+        self._anchors: Named = {}
+
+    def begin(self, flat: torch.Tensor) -> None:
+        """Take over a stack."""
+        self._optimised = Optimised(self._recipe, flat)
+        views = self._optimised.views
+        self._anchors = {n: v.clone() for n, v in views.items()} if self._recipe.mu else {}
+
+    def step(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, keys: torch.Tensor
+    ) -> torch.Tensor:
+        """One step of the first k clients."""
+        assert self._optimised is not None  # noqa: S101 - `begin` has made it
+        views = self._optimised.active(len(x))
+        inputs, h = [], x.flatten(2)  # (k, R, F)
+        for i, (name, bias, relu) in enumerate(self._layers):
+            inputs.append(h)
+            w = views[name]  # (k, out, in)
+            h = torch.baddbmm(views[bias][:, None], h, w.mT) if bias else torch.bmm(h, w.mT)
+            if relu and i < len(self._layers):
+                h = h.relu_()
+        loss, error = self._output_error(h, y, weight)
+        gradients: Named = {}
+        for i in range(len(self._layers) - 1, -1, -1):
+            name, bias, _ = self._layers[i]
+            below = torch.bmm(error, views[name]) if i else None
+            self._change(gradients, views, name, bias, error, inputs[i])
+            if below is not None:
+                error = below.mul_(inputs[i] > 0) if self._layers[i - 1][2] else below
+        if gradients:
+            self._optimised.step({name: gradients[name] for name in self._recipe.trainable})
+        return loss
+
+    def _change(
+        self, gradients: Named, views: Named, name: str, bias: str, error: torch.Tensor, x: torch.Tensor
+    ) -> None:
+        """Step this layer at once where a step is plain; else write its gradient down."""
+        if self._recipe.plain_sgd:
+            lr = self._recipe.settings.learning_rate
+            views[name].baddbmm_(error.mT, x, alpha=-lr)
+            if bias:
+                views[bias].add_(error.sum(1), alpha=-lr)
+            return
+        gradients[name] = torch.bmm(error.mT, x)
+        if bias:
+            gradients[bias] = error.sum(1)
+        for own in (name, bias):
+            if own and self._anchors:
+                away = views[own] - self._anchors[own][: len(views[own])]
+                gradients[own].add_(away, alpha=self._recipe.mu)
+
+    def _output_error(
+        self, logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss (k,) and its derivative by the logits (k, R, C)."""
+        k, rows, classes = logits.shape
+        share = (
+            torch.full((1, 1), 1 / rows, dtype=logits.dtype, device=logits.device)
+            if weight is None
+            else weight / weight.sum(1, keepdim=True)
+        )  # (k or 1, R or 1)
+        settings = self._recipe.settings
+        if settings.loss == "cross_entropy" and settings.label_smoothing == 0:
+            log_p = F.log_softmax(logits, dim=2)
+            chosen = log_p.gather(2, y[:, :, None]).squeeze(2)  # (k, R)
+            error = log_p.exp_()
+            error.scatter_add_(2, y[:, :, None], error.new_full((1, 1, 1), -1.0).expand(k, rows, 1))
+            return -(chosen * share).sum(1), error.mul_(share[:, :, None])
+        leaf = logits.detach().reshape(-1, classes).requires_grad_()
+        with torch.enable_grad():
+            each = self._loss(leaf, y.reshape(-1)).view(k, rows)
+            loss = (each * share).sum(1)
+            (error,) = torch.autograd.grad(loss.sum(), leaf)
+        return loss.detach(), error.view(k, rows, classes)
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+        self._optimised = None
+
+
+def linear_layers(model: nn.Module) -> list[tuple[str, str, bool]] | None:
+    """(weight, bias or "", followed by ReLU) of each layer of a flat stack of them; None: it is none."""
+    if type(model) is not nn.Sequential or not all(p.requires_grad for p in model.parameters()):
+        return None
+    found: list[tuple[str, str, bool]] = []
+    for name, module in model.named_children():
+        if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1) and not found:
+            continue
+        if type(module) is nn.Linear:
+            found.append((f"{name}.weight", f"{name}.bias" if module.bias is not None else "", False))
+        elif type(module) is nn.ReLU and found and not found[-1][2]:
+            found[-1] = (*found[-1][:2], True)
+        else:
+            return None
+    return found if found and not found[-1][2] else None
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer that makes its own step of plain SGD in its backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, lr: float
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.w, ctx.b, ctx.lr = w, b, lr
+        return F.linear(x, w, b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        (x,), (g,) = ctx.saved_tensors, grads
+        below = g @ ctx.w if ctx.needs_input_grad[0] else None
+        with torch.no_grad():
+            ctx.w.addmm_(g.t(), x, alpha=-ctx.lr)
+            if ctx.b is not None:
+                ctx.b.add_(g.sum(0), alpha=-ctx.lr)
+        return below, None, None, None
+
+
+class _Stepping(TorchFunctionMode):
+    """Lets linear layers over these weights step by themselves; each weight is used once in a pass."""
+
+    def __init__(self, weights: set[int], lr: float) -> None:
+        super().__init__()
+        self._weights, self._lr = weights, lr
+        self.used: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and len(args) >= 2 and id(args[1]) in self._weights and args[0].dim() == 2:
+            self.used.append(id(args[1]))
+            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+            return _Linear.apply(args[0], args[1], bias, self._lr)  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class Single:
+    """One client at a time, for models whose convolutions already fill the processor."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._loss = local.losses(recipe.settings)
+        self._model = copy.deepcopy(recipe.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._flat: torch.Tensor | None = None
+        modules = [m for m in self._model.modules() if type(m) is nn.Linear] if recipe.plain_sgd else []
+        self._stepping = {id(m.weight) for m in modules}
+        own = {id(p) for m in modules for p in m.parameters()}
+        self._parameters = [p for p in self._model.parameters() if p.requires_grad and id(p) not in own]
+        for module in modules:
+            module.requires_grad_(False)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._anchors: list[torch.Tensor] = []
+
+    def begin(self, flat: torch.Tensor) -> None:
+        """Take over a stack of one."""
+        self._flat = flat
+        with torch.no_grad():
+            state = self._model.state_dict()
+            for name, value in self._recipe.layout.views(flat).items():
+                state[name].copy_(value[0])
+        if not self._recipe.plain_sgd:
+            self._optimizer = local.optimizer(self._parameters, self._recipe.settings)
+        self._anchors = [p.detach().clone() for p in self._parameters] if self._recipe.mu else []
+
+    def step(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, keys: torch.Tensor
+    ) -> torch.Tensor:
+        """One step of the one client."""
+        inputs, labels = x[0], y[0]
+        if weight is not None:
+            inputs, labels = inputs[weight[0] > 0], labels[weight[0] > 0]
+        if inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        stepping = _Stepping(self._stepping, self._recipe.settings.learning_rate)
+        with torch.enable_grad(), draws.keyed_dropout(self._model, keys[0]), stepping:
+            loss = self._loss(self._model(inputs), labels).mean()
+            objective = loss
+            for p, anchor in zip(self._parameters, self._anchors, strict=False):
+                objective = objective + self._recipe.mu / 2 * (p - anchor).square().sum()
+        if sorted(stepping.used) != sorted(self._stepping):
+            raise NotImplementedError("a linear layer is used twice, or not as a layer of rows")
+        gradients = torch.autograd.grad(objective, self._parameters)
+        with torch.no_grad():
+            if self._optimizer is None:
+                lr = self._recipe.settings.learning_rate
+                torch._foreach_add_(self._parameters, list(gradients), alpha=-lr)
+            else:
+                for p, value in zip(self._parameters, gradients, strict=True):
+                    p.grad = value
+                self._optimizer.step()
+        return loss.detach()[None]
+
+    def end(self) -> None:
+        """Put the trained model back into the stack."""
+        assert self._flat is not None  # noqa: S101 - `begin` has set it
+        with torch.no_grad():
+            state = self._model.state_dict()
+            for name, value in self._recipe.layout.views(self._flat).items():
+                value[0].copy_(state[name])

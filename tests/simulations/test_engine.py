@@ -1,0 +1,226 @@
+"""The vector engine against the device's own local training, step for step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedge.config import Simulation, Train
+from fedge.dataset import Examples
+from fedge.learning import local, models
+from fedge.learning.local import Job
+from fedge.learning.messages import Instructions
+from fedge.learning.state import arrays_of
+from fedge.spec import Spec
+from fedge.task import Task
+from fedge_simulations.engine import Engine
+from fedge_simulations.engine.choice import difference
+from fedge_simulations.engine.stack import Layout
+from fedge_simulations.engine.steppers import Linears, Recipe, Single, Vmapped, linear_layers
+from fedge_simulations.trainers import Client
+
+SPEC = Spec("image", (8, 8), "float32", ("a", "b", "c"))
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
+
+
+class WithEverything(nn.Module):
+    """Embedding, a recurrent layer, dropout and batch normalisation."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 6)
+        self.gru = nn.GRU(6, 7, batch_first=True)
+        self.lstm = nn.LSTM(7, 4, batch_first=True)
+        self.norm = nn.BatchNorm1d(4)
+        self.dropout = nn.Dropout(0.3)
+        self.out = nn.Linear(4, spec.classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes = (x.flatten(1)[:, :6].abs() * 3).long().clamp(max=4)
+        h, _ = self.gru(self.embedding(codes))
+        h, _ = self.lstm(h)
+        return self.out(self.dropout(self.norm(h[:, -1])))
+
+
+class WithDropout(nn.Module):
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.channels = nn.Dropout2d(0.5)
+        self.values = nn.Dropout(0.2)
+        self.out = nn.Linear(4 * 36, spec.classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.values(self.channels(self.conv(x)).flatten(1)))
+
+
+class Peeking(nn.Module):
+    """Asks for a value while it computes, which nothing can batch."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.out = nn.Linear(64, spec.classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.out(x.flatten(1))
+        return z if z.sum().item() > 1e9 else z * 2
+
+
+BUILT_IN: dict[str, Callable[[Spec], nn.Module]] = {
+    "logistic": models.logistic,
+    "mlp": models.mlp(12, 9),
+    "cnn": models.cnn,
+    "small_cnn": models.small_cnn(4, 8),
+}
+OWN: dict[str, Callable[[Spec], nn.Module]] = {
+    "everything": WithEverything,
+    "dropout": WithDropout,
+    "peeking": Peeking,
+}
+TASK = Task(
+    name="engine",
+    read=lambda source: None,
+    models={**BUILT_IN, **OWN},
+    default_model="mlp",
+    students={},  # type: ignore[arg-type, return-value]
+)
+
+
+def examples(n: int, seed: int = 0) -> Examples:
+    rng = np.random.default_rng(seed)
+    return Examples(rng.normal(size=(n, 8, 8)).astype(np.float32), rng.integers(0, 3, n))
+
+
+def job(model: str, own: Examples | None = None, seed: int = 1, **changes: Any) -> Job:
+    mu = changes.pop("mu", 0.0)
+    train = Train(**{"epochs": 2, "batch_size": 4, "learning_rate": 0.05, "momentum": 0.0, **changes})
+    instructions = Instructions(
+        task="engine", spec=SPEC, model=model, noise_filter="none", moments=None, train=train, seed=0,
+        update="weights", round=1, proximal_mu=mu,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    state = arrays_of(TASK.models[model](SPEC))
+    return Job(TASK, instructions, state, own or examples(10), seed)
+
+
+def found(make: Any, asked: Job, *, single: bool = False) -> str:
+    instructions = asked.instructions
+    model = TASK.models[instructions.model](SPEC).train()
+    recipe = Recipe(model, Layout.of(asked.state), instructions.train, instructions.proximal_mu)
+    preprocess = TASK.preprocess(SPEC, None, "none")
+    return difference(make, recipe, asked, preprocess, single=single)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("model", BUILT_IN)
+def test_every_step_of_a_built_in_model_is_the_devices_in_float64(model: str, optimizer: str) -> None:
+    asked = job(model, optimizer=optimizer, momentum=0.9, weight_decay=0.01)
+    assert found(Vmapped, asked) == ""
+    if model in ("logistic", "mlp"):
+        assert found(Linears, asked) == ""
+    else:
+        assert found(Single, asked, single=True) == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"momentum": 0.9},
+        {"mu": 0.1},
+        {"loss": "focal"},
+        {"loss": "multi_margin"},
+        {"label_smoothing": 0.1},
+        {"weight_decay": 0.1},
+        {"augment": ("flip", "shift:1", "noise:0.1", "mask:0.2")},
+    ],
+)
+def test_every_setting_of_a_step_is_the_devices_too(changes: dict[str, Any]) -> None:
+    assert found(Vmapped, job("mlp", **changes)) == ""
+    assert found(Linears, job("mlp", **changes)) == ""
+    assert found(Single, job("small_cnn", **changes), single=True) == ""
+
+
+@pytest.mark.parametrize("model", ["everything", "dropout"])
+def test_recurrent_layers_embeddings_dropout_and_batch_normalisation_are_batched(model: str) -> None:
+    assert found(Vmapped, job(model, optimizer="adam")) == ""
+
+
+def test_a_module_that_cannot_be_batched_is_trained_one_by_one_and_named_once() -> None:
+    said: list[str] = []
+    engine = Engine(Simulation(), examples(10), say=said.append)
+    asked = job("peeking")
+    (first,), (again,) = engine.train([asked]), engine.train([asked])
+    expected = local.fit(asked)
+    for trained in (first, again):
+        assert not isinstance(trained, Exception)
+        assert all(np.array_equal(trained.arrays[name], expected.arrays[name]) for name in expected.arrays)
+    assert len(said) == 1
+    assert "peeking" in said[0]
+    assert "item()" in said[0]
+
+
+@pytest.mark.parametrize("model", ["mlp", "small_cnn", "everything"])
+def test_clients_of_unequal_size_get_what_each_would_get_alone(model: str) -> None:
+    sizes = [3, 11, 7, 8, 2, 11]
+    jobs = [job(model, examples(n, seed=i), seed=100 + i) for i, n in enumerate(sizes)]
+    done = Engine(Simulation(), examples(10)).train(jobs)
+    for asked, trained in zip(jobs, done, strict=True):
+        expected = local.fit(asked)
+        assert not isinstance(trained, Exception)
+        assert (trained.examples, trained.steps) == (expected.examples, expected.steps)
+        assert trained.loss == pytest.approx(expected.loss, rel=1e-5)
+        for name, value in expected.arrays.items():
+            assert trained.arrays[name] == pytest.approx(value, abs=2e-5)
+
+
+def cohort(sizes: list[int]) -> tuple[Examples, list[Client]]:
+    data = examples(sum(sizes), seed=9)
+    stops = np.cumsum(sizes)
+    return data, [
+        Client(i, np.arange(stop - n, stop), 7 * i)
+        for i, (n, stop) in enumerate(zip(sizes, stops, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("model", ["mlp", "small_cnn", "peeking"])
+def test_the_sum_is_the_mean_of_single_updates_weighted_by_examples(model: str) -> None:
+    data, clients = cohort([4, 9, 5, 12])
+    asked = job(model)
+    total = Engine(Simulation(), data).sum(asked, clients)
+    single = [local.fit(replace(asked, examples=data.take(c.indices), seed=c.seed)) for c in clients]
+    assert (total.examples, total.clients, total.failed) == (30, 4, {})
+    assert total.loss == pytest.approx(sum(s.loss * s.examples for s in single) / 30, rel=1e-5)
+    for name in asked.state:
+        mean = sum(s.arrays[name].astype(float) * s.examples for s in single) / 30
+        assert total.mean[name] == pytest.approx(mean, abs=2e-5)
+        assert total.mean[name].dtype == asked.state[name].dtype
+
+
+def test_how_many_are_batched_together_does_not_change_the_sum() -> None:
+    data, clients = cohort([5, 9, 5, 12, 9, 1])
+    sums = [Engine(Simulation(clients_at_once=k), data).sum(job("mlp"), clients) for k in (1, 2, 6)]
+    for other in sums[1:]:
+        for name, value in sums[0].mean.items():
+            assert other.mean[name] == pytest.approx(value, abs=1e-6)  # float32: some roundings of one step
+
+
+def test_a_client_that_diverges_is_left_out_of_the_sum_with_the_reason() -> None:
+    data, clients = cohort([4, 4])
+    data.x[:4] = 1e30
+    total = Engine(Simulation(), data).sum(job("mlp", learning_rate=10.0), clients)
+    assert total.clients == 1
+    assert list(total.failed) == [0]
+    assert "not finite" in total.failed[0]
+
+
+def test_only_a_flat_stack_of_linear_layers_is_taken_for_one() -> None:
+    assert linear_layers(models.mlp(4)(SPEC)) == [("1.weight", "1.bias", True), ("3.weight", "3.bias", False)]
+    assert linear_layers(models.cnn(SPEC)) is None
+    assert linear_layers(nn.Sequential(nn.Linear(3, 3), nn.Tanh())) is None
