@@ -27,19 +27,26 @@ class Options:
     json: Path
     only: tuple[str, ...] = ()  # parts to measure; none: all
     cache: Path = Path()  # where environments of other systems are kept
+    data: Path = Path()  # where data sets lie
     started: float = field(default_factory=time.perf_counter)
 
 
 def options(
-    description: str, argv: Sequence[str] | None = None, parts: Sequence[str] = (), *, cache: bool = False
+    description: str,
+    argv: Sequence[str] | None = None,
+    parts: Sequence[str] = (),
+    *,
+    cache: bool = False,
+    data: bool = False,
 ) -> Options:
-    """Read `[--quick] [--only PART]... [--cache DIR] --json FILE`.
+    """Read `[--quick] [--only PART]... [--cache DIR] [--data-dir DIR] --json FILE`.
 
     Args:
         description: the script's docstring.
         argv: instead of the command line.
         parts: that can be measured by themselves; none: there is no --only.
         cache: other systems are installed: there is a --cache.
+        data: it needs data sets that are not part of the project: there is a --data-dir.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,12 +65,17 @@ def options(
             metavar="DIR",
             help="where the environments of other systems are kept; made at first use",
         )
+    if data:
+        parser.add_argument(
+            "--data-dir", type=Path, required=True, metavar="DIR", help="the folder with the data sets"
+        )
     found = parser.parse_args(argv)
     return Options(
         found.quick,
         found.json,
         tuple(found.only) if parts else (),
         found.cache.absolute() if cache else Path(),
+        found.data_dir.absolute() if data else Path(),
     )
 
 

@@ -102,7 +102,7 @@ class Model:
 
     name: str = ""  # a model of the task; empty: the task's default
     standardise: bool = True  # by mean and deviation computed federated
-    filter: FilterName = "none"  # noise filter: images median or gaussian (3x3), tables clip (5 deviations)
+    filter: FilterName = "none"  # noise filter: images median or gaussian (3x3), tables, signals clip (5 std)
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -284,7 +284,7 @@ class Tier:
 class Config:
     """A whole run. Build it with `load`, `from_mapping` or keyword arguments; it is checked either way."""
 
-    task: str = "digits"  # digits, images, tables, or package.module:TASK
+    task: str = "digits"  # digits, images, tables, signals, characters, or package.module:TASK
     data: str | None = None  # file or folder; digits needs none
     data_label: str = "y"  # tables: the column that holds the label
     data_client: str | None = None  # tables: the column that holds the natural client

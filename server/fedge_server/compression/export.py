@@ -20,7 +20,16 @@ from fedge.errors import CompressionError, FormatError
 from fedge.inference import INPUT, PROBABILITIES, CompactModel
 from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
-from fedge_server.compression.onnx_graph import LAYERS, OPSET, RAW, copied, dump, stripped, with_labels
+from fedge_server.compression.onnx_graph import (
+    LAYERS,
+    OPSET,
+    RAW,
+    copied,
+    dump,
+    folded,
+    stripped,
+    with_labels,
+)
 
 TOLERANCE = 1e-4  # largest difference of a probability between onnxruntime and torch, on random input
 
@@ -45,7 +54,7 @@ def export(model: WholeModel, spec: Spec) -> bytes:
     if answer != (2, spec.classes):
         raise CompressionError(f"export: to two examples the model answers {answer}, not {(2, spec.classes)}")
     graph = _exported(probabilities, example)
-    data = dump(stripped(with_labels(_marked(graph), spec.labels)))
+    data = dump(stripped(with_labels(folded(_marked(graph)), spec.labels)))
     difference = largest_difference(probabilities, data, spec)
     if not difference <= TOLERANCE:
         raise CompressionError(

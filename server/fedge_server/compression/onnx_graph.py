@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from fedge.errors import CompressionError
 from fedge.inference import INPUT, LABEL, PROBABILITIES
@@ -14,9 +16,11 @@ from fedge.inference import INPUT, LABEL, PROBABILITIES
 OPSET = 18  # the exporter's native one; onnxruntime 1.20, the oldest a device may have, reads up to 21
 IR_VERSION = 10
 
-LAYERS = ("Conv", "Gemm", "MatMul")  # the operators that hold a network's weights
+LAYERS = ("Conv", "Gemm", "MatMul")  # the operators that hold a network's weights and compute in eight bits
+RECURRENT = ("GRU", "LSTM")  # those that compute in float only
 RAW = "raw:"  # begins the name of a node of the pre-processing that would otherwise be taken for a layer
 
+_REARRANGING = ("Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Reshape")
 _LABELS, _INDEX = "labels", "index"
 _KEPT = {INPUT, LABEL, PROBABILITIES, ""}
 
@@ -67,6 +71,36 @@ def with_labels(model: onnx.ModelProto, labels: Sequence[str]) -> onnx.ModelProt
     del graph.output[:]
     graph.output.extend([label, probabilities])
     return result
+
+
+def folded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which what rearranges constants is done: recurrent weights come as slices of one another."""
+    result = copied(model)
+    graph = result.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    kept = []
+    for node in graph.node:
+        if node.op_type in _REARRANGING and node.input and set(node.input) <= constants | {""}:
+            graph.initializer.extend(_computed(node, graph.initializer))
+            constants.update(node.output)
+        else:
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)
+    used = used_initializers(graph)
+    del graph.initializer[:]
+    graph.initializer.extend(used)
+    return result
+
+
+def _computed(node: onnx.NodeProto, constants: Sequence[onnx.TensorProto]) -> list[onnx.TensorProto]:
+    """What a node gives whose inputs are all constants."""
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in constants if tensor.name in node.input}
+    outputs = ReferenceEvaluator(node).run(None, values)
+    return [
+        numpy_helper.from_array(np.ascontiguousarray(value), name)
+        for value, name in zip(outputs, node.output, strict=True)
+    ]
 
 
 def stripped(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -2,7 +2,8 @@
 
 "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018;
 QDQ form by onnxruntime. Weights use 7 of the 8 bits, so that no processor can saturate: those without VNNI
-add two products in 16 bits, and the gate's evidence must hold on them too.
+add two products in 16 bits, and the gate's evidence must hold on them too. Recurrent layers and embeddings
+keep their weights in 8 bits and compute in float: onnxruntime has no integer form of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from fedge.errors import CompressionError
@@ -22,6 +24,7 @@ from fedge.inference import INPUT
 from fedge_server.compression.onnx_graph import (
     LAYERS,
     RAW,
+    RECURRENT,
     copied,
     dump,
     load,
@@ -33,11 +36,14 @@ from fedge_server.compression.onnx_graph import (
 MAX_CALIBRATION = 256  # examples that are used at most; 32 suffice where they are in the domain
 _FOLDED = ("Relu", "Clip")  # where one follows such an operator it becomes the lower end of its range
 _CHUNK = 32
+_SMALL = 256  # constants of fewer values gain nothing
 _PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")  # the exporter has folded what there is to fold
 
 
 def quantise(onnx_bytes: bytes, calibration: npt.NDArray[Any]) -> bytes:
     """The same graph with `LAYERS` in int8; pre-processing, logits and softmax stay float.
+
+    Of recurrent layers and embeddings the weights alone are in int8, per unit or row.
 
     Args:
         onnx_bytes: what `export` returned.
@@ -53,7 +59,7 @@ def quantise(onnx_bytes: bytes, calibration: npt.NDArray[Any]) -> bytes:
     if not _chosen(model.graph):
         raise CompressionError(f"quantise: the network has none of {', '.join(LAYERS)}")
     quantised = _quantised(model, calibration[:MAX_CALIBRATION])
-    return dump(stripped(_with_float_logits(quantised)))
+    return dump(stripped(_with_small_weights(_with_float_logits(quantised))))
 
 
 def _quantised(model: onnx.ModelProto, calibration: npt.NDArray[Any]) -> onnx.ModelProto:
@@ -115,6 +121,40 @@ def _with_float_logits(model: onnx.ModelProto) -> onnx.ModelProto:
             softmax.input[0] = narrow.input[0]
     _drop_unused(graph)
     return result
+
+
+def _with_small_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose recurrent weights and embeddings are int8 that a node before the layer widens again."""
+    result = copied(model)
+    graph = result.graph
+    axes = {name: 1 for node in graph.node if node.op_type in RECURRENT for name in node.input[1:3]}
+    axes |= {node.input[0]: 0 for node in graph.node if node.op_type == "Gather"}
+    for tensor in list(graph.initializer):
+        values = numpy_helper.to_array(tensor)
+        if tensor.name not in axes or values.dtype != np.float32 or values.size < _SMALL:
+            continue
+        graph.initializer.remove(tensor)
+        widened, constants = _in_eight_bits(tensor.name, values, axes[tensor.name])
+        graph.initializer.extend(constants)
+        graph.node.insert(0, widened)
+    return result
+
+
+def _in_eight_bits(
+    name: str, values: npt.NDArray[np.float32], axis: int
+) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
+    """The node that gives these values again, rounded to 255 steps along the axis, and its constants."""
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    scale = np.abs(values).max(axis=others, keepdims=True) / np.float32(127)
+    scale = np.where(scale > 0, scale, np.float32(1))
+    small = np.rint(values / scale).astype(np.int8)
+    stored = {
+        f"{name}_int8": small,
+        f"{name}_scale": scale.reshape(-1),
+        f"{name}_zero": np.zeros(scale.size, np.int8),
+    }
+    node = onnx.helper.make_node("DequantizeLinear", list(stored), [name], axis=axis)
+    return node, [numpy_helper.from_array(array, key) for key, array in stored.items()]
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:
