@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Before gRPC is imported: some tests fork a child to kill it. It makes no call, and gRPC's handlers around a
+# fork may leave the parent's own connections standing still.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from fedge import signing
 from fedge.artefact import pack

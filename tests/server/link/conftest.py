@@ -55,6 +55,7 @@ class SmallHub(RunsServicer):
     def stop(self) -> None:
         """Break all calls, as a killed hub does."""
         self.server.stop(None).wait()
+        self.server = grpc.server(futures.ThreadPoolExecutor(1))  # the old one's connections end with it
 
     def _check(self, request: Any, context: grpc.ServicerContext) -> None:
         if request.session != str(self.sessions):
