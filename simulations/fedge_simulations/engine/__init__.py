@@ -29,8 +29,8 @@ from fedge_simulations.trainers import Client, Sum
 Say = Callable[[str], None]
 _LOG = logging.getLogger("fedge.simulation")
 
-STACK_BYTES = 32 * 1024**2  # of the models that are batched together, at most
-ROWS_BYTES = 64 * 1024**2  # of their data
+STACK_BYTES = 16 * 1024**2  # of the models that are batched together, at most
+ROWS_BYTES = 32 * 1024**2  # of their data
 MOST_AT_ONCE = 512  # clients; above it nothing is gained (benchmarks/simulation.py)
 
 
@@ -164,8 +164,8 @@ class Engine:
             flat = buffer[: len(part)].copy_(start)
             indices = np.concatenate([client.indices for client in part])
             own = [len(client.indices) for client in part]
-            x, y = self._data.x[indices], self._data.y[indices]
-            losses = self._train(prepared, flat, x, y, own, [client.seed for client in part])
+            seeds = [client.seed for client in part]
+            losses = self._train(prepared, flat, self._data.x[indices], self._data.y[indices], own, seeds)
             for row, client in enumerate(part):
                 adding.add(client.node_id, flat[row], own[row], losses[row])
 
@@ -180,8 +180,10 @@ class Engine:
     ) -> list[float]:
         assert prepared.way.stepper is not None  # noqa: S101 - the callers have asked
         with torch.no_grad(), _one_thread():
+            inputs = prepared.preprocess(torch.from_numpy(np.ascontiguousarray(x)))
+            del x  # the raw values are not needed beside the others
             data = Stacked(
-                prepared.preprocess(torch.from_numpy(np.ascontiguousarray(x))),
+                inputs,
                 torch.from_numpy(y),
                 torch.tensor(lengths),
                 draws.key(torch.tensor(seeds, dtype=torch.int64)),
