@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -20,6 +19,7 @@ from fedge.learning.local import Job
 from fedge.learning.messages import CLIENTS, METRICS
 from fedge.wire.arrays import records_of
 from fedge_server.rounds.closing import payload_bytes
+from fedge_server.rounds.grids import OwnGrid
 from fedge_simulations.course import Course, Fate, Labels, Steady
 from fedge_simulations.states import States
 from fedge_simulations.summing import Holders, failure, sum_of, sum_of_moments
@@ -53,7 +53,7 @@ class _Working:
     turn: Turn
 
 
-class VectorGrid(Grid):
+class VectorGrid(OwnGrid):
     """Clients of one process; neither app can tell that it is no network.
 
     A client works when its reply is due on the simulated clock, so one that is cut off by quorum or deadline
@@ -130,17 +130,6 @@ class VectorGrid(Grid):
     def online(self, node_ids: Sequence[int]) -> list[int]:
         """Those that are there now."""
         return self._course.online(node_ids, self.elapsed_s)
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A message from the server to a node."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send; each reply arrives when the clients' course says, on the simulated clock."""

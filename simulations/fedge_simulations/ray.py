@@ -28,6 +28,7 @@ from flwr.supercore.run import Run
 from fedge.config import Config
 from fedge.errors import ConfigError, FedgeError
 from fedge_client import app as client_app
+from fedge_server.rounds.grids import OwnGrid
 from fedge_simulations.grid import RUN_ID, SERVER_NODE, UserConfig
 from fedge_simulations.scenario import plain
 from fedge_simulations.world import World, prepare
@@ -134,7 +135,7 @@ def _once(settings: str) -> tuple[ClientApp, int]:
     return client_app.build(world.share_of), len(world.clients)
 
 
-class NumberedGrid(Grid):
+class NumberedGrid(OwnGrid):
     """Clients 1 to N over the SuperNodes of Flower's grid, and replies as they come."""
 
     def __init__(self, grid: Grid, clients: int, over: threading.Event) -> None:
@@ -156,17 +157,6 @@ class NumberedGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         """The clients' numbers; all are online."""
         return range(1, len(self._nodes) + 1)
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A message from the server to a client."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send each to the node that plays the client, with the client's number in it."""

@@ -64,7 +64,7 @@ class OneByOne:
 
     def train(self, jobs: Sequence[Job]) -> Sequence[Trained | Exception]:
         """The results in order."""
-        return [_attempt(job) for job in jobs]
+        return [attempt(job) for job in jobs]
 
     def at_once(self, job: Job) -> int:
         """One: nothing is gained by waiting for a second."""
@@ -75,7 +75,8 @@ class OneByOne:
         raise NotImplementedError
 
 
-def _attempt(job: Job) -> Trained | Exception:
+def attempt(job: Job) -> Trained | Exception:
+    """A job done as a device does it: its result, or what it raised."""
     try:
         return local.fit(job)
     except Exception as error:  # noqa: BLE001 - a client's failure is its result, whatever it was

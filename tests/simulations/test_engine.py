@@ -72,6 +72,17 @@ class Peeking(nn.Module):
         return z if z.sum().item() > 1e9 else z * 2
 
 
+class Looking(nn.Module):
+    """Looks values up in a table that has no row for large ones."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, spec.classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.table(x.flatten(1).abs().long()).mean(1)
+
+
 BUILT_IN: dict[str, Callable[[Spec], nn.Module]] = {
     "logistic": models.logistic,
     "mlp": models.mlp(12, 9),
@@ -82,6 +93,7 @@ OWN: dict[str, Callable[[Spec], nn.Module]] = {
     "everything": WithEverything,
     "dropout": WithDropout,
     "peeking": Peeking,
+    "looking": Looking,
 }
 TASK = Task(
     name="engine",
@@ -224,3 +236,23 @@ def test_only_a_flat_stack_of_linear_layers_is_taken_for_one() -> None:
     assert linear_layers(models.mlp(4)(SPEC)) == [("1.weight", "1.bias", True), ("3.weight", "3.bias", False)]
     assert linear_layers(models.cnn(SPEC)) is None
     assert linear_layers(nn.Sequential(nn.Linear(3, 3), nn.Tanh())) is None
+
+
+def test_a_client_whose_data_cannot_be_trained_on_spoils_no_other() -> None:
+    data, clients = cohort([4, 4, 6])
+    data.x[:4] = 99
+    asked = job("looking")
+    said: list[str] = []
+    engine = Engine(Simulation(), Examples(data.x[4:], data.y[4:]), say=said.append)
+    bad, good = replace(asked, examples=data.take(clients[0].indices)), replace(asked, examples=examples(5))
+    failed, done = engine.train([bad, good])
+    assert isinstance(failed, IndexError)
+    assert not isinstance(done, Exception)
+    moved = Examples(
+        np.roll(data.x, -4, axis=0), data.y
+    )  # the bad one last: the first are what models are tried with
+    places = [Client(c.node_id, (c.indices - 4) % len(data), c.seed) for c in clients]
+    total = Engine(Simulation(), moved, say=said.append).sum(asked, places)
+    assert said == []
+    assert (total.clients, total.examples) == (2, 10)
+    assert "IndexError" in total.failed[0]

@@ -66,9 +66,14 @@ def derive(keys: torch.Tensor, word: int | torch.Tensor) -> torch.Tensor:
     return _mix(_mix(keys + _GAMMA) + step * _GAMMA)
 
 
+def numbered(keys: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Number `index`, counted from 0, of each stream: int64 over its whole range; both are broadcast."""
+    return _mix(keys + (index + 1) * _GAMMA)
+
+
 def bits(keys: torch.Tensor, count: int) -> torch.Tensor:
     """The first numbers of each stream: (..., count) int64 over its whole range."""
-    return _mix(keys[..., None] + torch.arange(1, count + 1, device=keys.device) * _GAMMA)
+    return numbered(keys[..., None], torch.arange(count, device=keys.device))
 
 
 def uniform(keys: torch.Tensor, count: int) -> torch.Tensor:

@@ -19,9 +19,16 @@ WORTH_THREADS = 10_000_000  # parameters times examples of a step from which mor
 @contextmanager
 def fitted(model: nn.Module, batch: int) -> Iterator[None]:
     """Torch's thread count fitted to steps of `batch` examples; put back afterwards."""
-    before = torch.get_num_threads()
     work = sum(parameter.numel() for parameter in model.parameters()) * batch
-    torch.set_num_threads(before if work >= WORTH_THREADS else 1)
+    with limited(torch.get_num_threads() if work >= WORTH_THREADS else 1):
+        yield
+
+
+@contextmanager
+def limited(count: int) -> Iterator[None]:
+    """So many threads; put back afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -11,7 +11,6 @@ from typing import Final
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
@@ -23,6 +22,7 @@ from fedge.wire.v1 import admin_pb2 as admin
 from fedge.wire.v1.records_pb2 import Content, Object, Result
 from fedge_server.hub.home import Home
 from fedge_server.link.calls import PATIENCE_S, Calls
+from fedge_server.rounds.grids import OwnGrid
 
 _log = logging.getLogger("fedge.worker")
 
@@ -34,7 +34,7 @@ ROUND: Final = "server-round"  # the key in which Flower's strategies name the r
 PULL_S: Final = 0.2  # `pull_messages` takes what arrives in this time
 
 
-class LinkGrid(Grid):
+class LinkGrid(OwnGrid):
     """Messages to devices through the hub's unix socket.
 
     Tensors going down are written once, however many devices they are for; those that came up stay in the
@@ -84,17 +84,6 @@ class LinkGrid(Grid):
         while len(nodes := self._calls.nodes(self._selection, at_least=count, timeout_s=WAIT_S)) < count:
             _log.warning("waiting for devices: %d of %d are online", len(nodes), count)
         return nodes
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A message from the server to a device."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Queue messages for their devices and return their ids."""

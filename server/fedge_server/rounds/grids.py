@@ -7,11 +7,26 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Final, Protocol, runtime_checkable
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 _log = logging.getLogger("fedge.rounds")
 POLL_S: Final = 1.0
+
+
+class OwnGrid(Grid):
+    """What our Grids have in common: a message is Flower's own."""
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message from the server to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
 
 @runtime_checkable

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedge.config import Rounds
 from fedge.errors import RoundError
-from fedge_server.rounds.grids import Simulated
+from fedge_server.rounds.grids import OwnGrid, Simulated
 
 MANY: Final = 1000  # clients that moments and evaluation ask at most: beyond, a sample says as much
 TRIES: Final = 100  # clients looked at for each that is wanted, before a round takes those that are online
@@ -68,7 +68,7 @@ def _online(grid: Simulated, nodes: Sequence[int], wanted: int, key: int) -> lis
         looked = min(4 * looked, limit)
 
 
-class Cohort(Grid):
+class Cohort(OwnGrid):
     """What a strategy sees of the Grid while it makes its messages: the clients of this round alone."""
 
     def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
@@ -86,17 +86,6 @@ class Cohort(Grid):
     def run(self) -> Run:
         """The Grid's."""
         return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """As the Grid does."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """As the Grid does."""

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import numpy as np
 import torch
@@ -20,17 +21,21 @@ from fedge.config import Simulation, Train
 from fedge.dataset import Array, Examples
 from fedge.learning import draws, local
 from fedge.learning.local import Job, Trained
+from fedge.learning.messages import Instructions
 from fedge.learning.state import cast_like
+from fedge.learning.threads import limited
+from fedge.statistics import Moments
 from fedge_simulations.engine.choice import Way, choose
 from fedge_simulations.engine.stack import Layout, Stacked, in_order, train
 from fedge_simulations.engine.steppers import Recipe
-from fedge_simulations.trainers import Client, Sum
+from fedge_simulations.trainers import Client, Sum, attempt
 
 Say = Callable[[str], None]
 _LOG = logging.getLogger("fedge.simulation")
 
 STACK_BYTES = 16 * 1024**2  # of the models that are batched together, at most
 ROWS_BYTES = 32 * 1024**2  # of their data
+TRIED = 10  # examples that a model is put to the proof with
 MOST_AT_ONCE = 512  # clients; above it nothing is gained (benchmarks/simulation.py)
 
 
@@ -78,7 +83,7 @@ class Engine:
             say: hears once of each model that cannot be batched, and why.
         """
         self._settings, self._data, self._say = settings, data, say
-        self._prepared: dict[str, _Prepared] = {}
+        self._prepared: dict[tuple[Instructions, bytes], _Prepared] = {}
 
     def train(self, jobs: Sequence[Job]) -> list[Trained | Exception]:
         """Each job's result in their order; they share instructions, but neither state nor examples."""
@@ -86,36 +91,40 @@ class Engine:
             return []
         prepared = self._prepare(jobs[0])
         if prepared.way.stepper is None or jobs[0].instructions.update == "gradient":
-            return [_tried(job) for job in jobs]
-        found: list[Trained | Exception] = [_NOT_TRAINED] * len(jobs)
-        settings = jobs[0].instructions.train
-        order = in_order([len(job.examples) for job in jobs], settings)
-        k = self.at_once(jobs[0])
-        for chosen in _chunks(order, [len(jobs[i].examples) for i in order], k, prepared.least):
-            part = [jobs[i] for i in chosen]
-            layout = prepared.recipe.layout
-            flat = torch.stack([layout.flat(job.state, torch.float32) for job in part])
-            x = np.concatenate([job.examples.x for job in part])
-            y = np.concatenate([job.examples.y for job in part])
-            lengths = [len(job.examples) for job in part]
-            losses = self._train(prepared, flat, x, y, lengths, [job.seed for job in part])
-            steps = [_steps(n, settings, prepared.least) for n in lengths]
-            for row, i in enumerate(chosen):
-                arrays = layout.arrays(flat[row], jobs[i].state)
-                found[i] = Trained(arrays, losses[row], lengths[row], steps[row])
-        return found
+            return [attempt(job) for job in jobs]
+        found: dict[int, Trained | Exception] = {}
+        sizes = [len(job.examples) for job in jobs]
+        order = in_order(sizes, prepared.recipe.settings)
+        k = self._at_once(prepared, sizes[order[0]])
+        for chosen in _chunks(order, [sizes[i] for i in order], k, prepared.least):
+            found |= zip(chosen, self._train_stack(prepared, [jobs[i] for i in chosen]), strict=True)
+        return [found[i] for i in range(len(jobs))]
+
+    def _train_stack(self, prepared: _Prepared, jobs: Sequence[Job]) -> list[Trained | Exception]:
+        layout, settings = prepared.recipe.layout, prepared.recipe.settings
+        flat = torch.stack([layout.flat(job.state, torch.float32) for job in jobs])
+        x = np.concatenate([job.examples.x for job in jobs])
+        y = np.concatenate([job.examples.y for job in jobs])
+        lengths = [len(job.examples) for job in jobs]
+        losses = self._train(prepared, flat, x, y, lengths, [job.seed for job in jobs])
+        if losses is None:
+            return [attempt(job) for job in jobs]
+        return [
+            Trained(layout.arrays(row, job.state), loss, n, _steps(n, settings, prepared.least))
+            for row, job, loss, n in zip(flat, jobs, losses, lengths, strict=True)
+        ]
 
     def at_once(self, job: Job) -> int:
         """How many clients like this one are worth batching together."""
-        prepared = self._prepare(job)
-        if prepared.way.stepper is None:
-            return 1
-        if prepared.way.single:
+        return self._at_once(self._prepare(job), len(job.examples))
+
+    def _at_once(self, prepared: _Prepared, examples: int) -> int:
+        if prepared.way.stepper is None or prepared.way.single:
             return 1
         if self._settings.clients_at_once:
             return self._settings.clients_at_once
-        rows = len(job.examples) * int(np.prod(job.examples.x.shape[1:])) * 4
-        bound = min(STACK_BYTES // (4 * prepared.recipe.layout.size), ROWS_BYTES // max(rows, 1))
+        rows = examples * prod(self._data.x.shape[1:]) * 4
+        bound = min(STACK_BYTES // (4 * prepared.recipe.layout.size), ROWS_BYTES // rows)
         return max(1, min(MOST_AT_ONCE, bound))
 
     def sum(self, job: Job, clients: Sequence[Client]) -> Sum:
@@ -125,14 +134,15 @@ class Engine:
             job: what they have in common; its examples and seed are not used.
             clients: at least one.
         """
-        prepared = self._prepare(replace(job, examples=self._data.take(clients[0].indices)))
-        order = in_order([len(client.indices) for client in clients], job.instructions.train)
-        layout = Layout.of(job.state)
+        prepared = self._prepare(job)
+        layout = prepared.recipe.layout
+        order = in_order([len(client.indices) for client in clients], prepared.recipe.settings)
+        ordered = [clients[i] for i in order]
         adding = _Adding(torch.zeros(layout.size, dtype=torch.float64))
         if prepared.way.stepper is None or job.instructions.update == "gradient":
-            self._sum_one_by_one(job, [clients[i] for i in order], layout, adding)
+            self._add_one_by_one(job, ordered, layout, adding)
         else:
-            self._sum_stacked(job, [clients[i] for i in order], prepared, adding)
+            self._add_stacked(job, ordered, prepared, adding)
         if not adding.examples:
             return Sum({}, 0, 0.0, 0, adding.failed)
         mean = adding.values / adding.examples
@@ -145,29 +155,31 @@ class Engine:
             adding.failed,
         )
 
-    def _sum_one_by_one(self, job: Job, clients: Sequence[Client], layout: Layout, adding: _Adding) -> None:
+    def _add_one_by_one(self, job: Job, clients: Sequence[Client], layout: Layout, adding: _Adding) -> None:
         for client in clients:
-            done = _tried(replace(job, examples=self._data.take(client.indices), seed=client.seed))
+            done = attempt(replace(job, examples=self._data.take(client.indices), seed=client.seed))
             if isinstance(done, Exception):
                 adding.failed[client.node_id] = f"{type(done).__name__}: {done}"
                 continue
             adding.add(client.node_id, layout.flat(done.arrays, torch.float32), done.examples, done.loss)
 
-    def _sum_stacked(self, job: Job, clients: Sequence[Client], prepared: _Prepared, adding: _Adding) -> None:
-        largest = replace(job, examples=self._data.take(clients[0].indices))
-        k = min(self.at_once(largest), len(clients))
+    def _add_stacked(self, job: Job, clients: Sequence[Client], prepared: _Prepared, adding: _Adding) -> None:
+        lengths = [len(client.indices) for client in clients]
+        k = min(self._at_once(prepared, lengths[0]), len(clients))
         start = prepared.recipe.layout.flat(job.state, torch.float32)
         buffer = torch.empty(k, len(start))
-        lengths = [len(client.indices) for client in clients]
         for chosen in _chunks(range(len(clients)), lengths, k, prepared.least):
             part = [clients[i] for i in chosen]
             flat = buffer[: len(part)].copy_(start)
             indices = np.concatenate([client.indices for client in part])
-            own = [len(client.indices) for client in part]
+            own = [lengths[i] for i in chosen]
             seeds = [client.seed for client in part]
             losses = self._train(prepared, flat, self._data.x[indices], self._data.y[indices], own, seeds)
-            for row, client in enumerate(part):
-                adding.add(client.node_id, flat[row], own[row], losses[row])
+            if losses is None:
+                self._add_one_by_one(job, part, prepared.recipe.layout, adding)
+                continue
+            for row, client, n, loss in zip(flat, part, own, losses, strict=True):
+                adding.add(client.node_id, row, n, loss)
 
     def _train(
         self,
@@ -177,47 +189,48 @@ class Engine:
         y: Array,
         lengths: Sequence[int],
         seeds: Sequence[int],
-    ) -> list[float]:
+    ) -> list[float] | None:
+        """Train a stack in place; its losses, or None when one of its clients spoilt it for all."""
         assert prepared.way.stepper is not None  # noqa: S101 - the callers have asked
-        with torch.no_grad(), _one_thread():
-            inputs = prepared.preprocess(torch.from_numpy(np.ascontiguousarray(x)))
-            del x  # the raw values are not needed beside the others
-            data = Stacked(
-                inputs,
-                torch.from_numpy(y),
-                torch.tensor(lengths),
-                draws.key(torch.tensor(seeds, dtype=torch.int64)),
-            )
-            return train(prepared.way.stepper, flat, data, prepared.recipe.settings, prepared.least).tolist()
+        try:
+            with torch.no_grad(), limited(1):
+                inputs = prepared.preprocess(torch.from_numpy(np.ascontiguousarray(x)))
+                del x  # the raw values are not needed beside the others
+                data = Stacked(
+                    inputs,
+                    torch.from_numpy(y),
+                    torch.tensor(lengths),
+                    draws.key(torch.tensor(seeds, dtype=torch.int64)),
+                )
+                return train(
+                    prepared.way.stepper, flat, data, prepared.recipe.settings, prepared.least
+                ).tolist()
+        except Exception:  # noqa: BLE001 - a user's module may raise anything; whose fault it was shows one by one
+            return None
 
     def _prepare(self, job: Job) -> _Prepared:
         instructions = job.instructions
-        named = replace(instructions, round=0, seed=0, moments=None)
-        moments = instructions.moments
-        values = () if moments is None else tuple(moments.total.tolist() + moments.squares.tolist())
-        found = self._prepared.get(key := f"{named}{values}")
+        key = (replace(instructions, round=0, seed=0, moments=None), _bytes_of(instructions.moments))
+        found = self._prepared.get(key)
         if found is None:
             model = local.blank(job.task, instructions.model, instructions.spec).train()
             preprocess = job.task.preprocess(
                 instructions.spec, instructions.moments, instructions.noise_filter
             )
             recipe = Recipe(model, Layout.of(job.state), instructions.train, instructions.proximal_mu)
-            with _one_thread():
-                way = choose(recipe, job, preprocess, self._settings)
+            some = self._data.take(np.arange(min(len(self._data), TRIED)))
+            with limited(1):
+                way = choose(recipe, replace(job, examples=some), preprocess)
             if way.why:
                 self._say(f"model {instructions.model}: {way.why}; its clients are trained one by one")
             found = self._prepared[key] = _Prepared(recipe, preprocess, way, local.least_batch(model))
         return found
 
 
-_NOT_TRAINED = RuntimeError("not trained")
-
-
-def _tried(job: Job) -> Trained | Exception:
-    try:
-        return local.fit(job)
-    except Exception as error:  # noqa: BLE001 - a client's failure is its answer
-        return error
+def _bytes_of(moments: Moments | None) -> bytes:
+    if moments is None:
+        return b""
+    return moments.count.tobytes() + moments.total.tobytes() + moments.squares.tobytes()
 
 
 def _steps(n: int, settings: Train, least: int) -> int:
@@ -236,14 +249,3 @@ def _chunks(order: Sequence[int], lengths: Sequence[int], k: int, least: int) ->
         before = n
     if part:
         yield part
-
-
-class _one_thread:  # noqa: N801 - used as a function is
-    """One thread of torch: stacked steps are short, and a number of threads would enter into the rounding."""
-
-    def __enter__(self) -> None:
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._before)

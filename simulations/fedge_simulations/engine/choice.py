@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedge.config import Simulation
 from fedge.learning import draws, local
 from fedge.learning.local import Job
 from fedge_simulations.engine.stack import Layout, Stacked, Stepper, train
@@ -30,20 +29,18 @@ class Way:
     why: str = ""  # nothing batches this model: what it was
 
 
-def choose(recipe: Recipe, job: Job, preprocess: nn.Module, settings: Simulation) -> Way:
+def choose(recipe: Recipe, job: Job, preprocess: nn.Module) -> Way:
     """The fastest stepper whose steps agree with the device's.
 
-    Two small clients of unequal size take all the steps of a pass in float64, once by the stepper and once
-    by `fedge.learning.local.train`; a stepper that differs or raises is not used.
+    Two small clients, of unequal size where such are stacked, take the steps of up to two passes in
+    float64, once by the stepper and once by `fedge.learning.local.train`; a stepper that differs or raises
+    is not used.
 
     Args:
         recipe: what is trained.
         job: gives the state, and examples to try with.
         preprocess: raw input to the model's.
-        settings: `engine = "sequential"` asks for no stepper.
     """
-    if settings.engine == "sequential":
-        return Way(None)
     if len(list(recipe.model.parameters())) != sum(
         1 for _ in recipe.model.named_parameters(remove_duplicate=False)
     ):
@@ -75,12 +72,12 @@ def difference(make: Make, recipe: Recipe, job: Job, preprocess: nn.Module, *, s
         recipe.settings, epochs=min(recipe.settings.epochs, 2), batch_size=min(recipe.settings.batch_size, 4)
     )
     with torch.no_grad():
-        x = preprocess(torch.from_numpy(np.ascontiguousarray(job.examples.x[:10])))
+        x = preprocess(torch.from_numpy(np.ascontiguousarray(job.examples.x)))
     x = x.double() if x.is_floating_point() else x
-    y = torch.from_numpy(job.examples.y[: len(x)])
+    y = torch.from_numpy(job.examples.y)
     double = replace(recipe, model=copy.deepcopy(recipe.model).double(), settings=settings)
     start = Layout.of(job.state).flat(job.state, torch.float64)
-    sizes = [len(x)] if single or least > 1 else [len(x), max(len(x) // 2, 1)]
+    sizes = [len(x)] if single else [len(x), len(x) if least > 1 else max(len(x) // 2, 1)]
     seeds = list(range(1, len(sizes) + 1))
     flat = start.expand(len(sizes), -1).clone()
     rows = torch.cat([torch.arange(n) for n in sizes])

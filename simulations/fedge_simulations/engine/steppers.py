@@ -62,6 +62,8 @@ class Optimised:
             return self.views
         before, old = self._optimizer, [self.views[n] for n in self._recipe.trainable] if self.views else []
         self.views = self._recipe.layout.views(self._flat[:k])
+        if self._recipe.plain_sgd:  # `step` needs no optimiser
+            return self.views
         fresh = [self.views[name] for name in self._recipe.trainable]
         self._optimizer = local.optimizer(fresh, self._recipe.settings)
         if before is not None:
@@ -75,7 +77,6 @@ class Optimised:
 
     def step(self, gradients: Named) -> None:
         """One step of the active clients."""
-        assert self._optimizer is not None  # noqa: S101 - `active` has made it
         if self._recipe.plain_sgd:  # the same values, without the optimiser's own bookkeeping
             torch._foreach_add_(
                 [self.views[name] for name in gradients],
@@ -83,6 +84,7 @@ class Optimised:
                 alpha=-self._recipe.settings.learning_rate,
             )
             return
+        assert self._optimizer is not None  # noqa: S101 - `active` has made it
         for name, value in gradients.items():
             self.views[name].grad = value
         self._optimizer.step()
@@ -205,11 +207,11 @@ class Linears:
         assert self._optimised is not None  # noqa: S101 - `begin` has made it
         views = self._optimised.active(len(x))
         inputs, h = [], x.flatten(2)  # (k, R, F)
-        for i, (name, bias, relu) in enumerate(self._layers):
+        for name, bias, relu in self._layers:
             inputs.append(h)
             w = views[name]  # (k, out, in)
             h = torch.baddbmm(views[bias][:, None], h, w.mT) if bias else torch.bmm(h, w.mT)
-            if relu and i < len(self._layers):
+            if relu:
                 h = h.relu_()
         loss, error = self._output_error(h, y, weight)
         gradients: Named = {}
