@@ -19,7 +19,8 @@ from typing import IO
 
 from _superlink import memory_mb
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+PACKAGES = [HERE.parent / name for name in ("common", "server", "client", "simulations")]  # of this checkout
 MARK = "FEDGE_BENCHMARK"  # in the environment of all processes of a contestant
 STOP_S = 20.0
 
@@ -113,7 +114,7 @@ class Contestant:
         variables = {
             **os.environ,
             MARK: mark,
-            "PYTHONPATH": str(HERE),
+            "PYTHONPATH": os.pathsep.join(map(str, (HERE, *PACKAGES))),
             "OMP_NUM_THREADS": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",

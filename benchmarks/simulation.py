@@ -40,6 +40,7 @@ from _sim_turns import Absent, Contestant, environment, median, ratio, started, 
 
 PFL = "pfl==0.6.*"
 RAY = f"flwr[simulation]=={version('flwr')}"
+WARM_UP_S = 8.0
 CLIENTS = {"tiny": (1000, 1000), "mlp": (32, 16), "cnn": (8, 4)}  # of a round; with --quick
 MESSAGES = {"strategy": {"name": "dp-client-fixed", "clipping_norm": 1e6, "noise_multiplier": 1e-9}}
 OWN_MODULE = {"model": {"name": "own"}}
@@ -235,6 +236,7 @@ def measure_workers(bench: Bench) -> Figures:
             bench.fedge("two workers", work, clients, {"simulation": {"workers": 2}}, cores=2),
         ]
         with started(*making) as (one, two):
+            two.turn(WARM_UP_S)  # its second process loads torch and proves the model beside the first rounds
             take_turns([one, two], bench.count, bench.seconds)
             times = ratio(two, one, "per_s")
             for contestant in (one, two):

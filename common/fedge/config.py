@@ -175,7 +175,8 @@ class Simulation:
     # vector: clients batched; sequential: one by one by the device's own code; ray: Flower's simulation
     engine: Literal["vector", "sequential", "ray"] = "vector"
     clients_at_once: WholeOrNone = 0  # batched together; 0: measured for the model and the machine
-    workers: WholeOrNone = 0  # actors of engine "ray"; 0: one for each core. The others use one process
+    # processes of "vector", this one included, and actors of "ray"; 0: one for each core, where it pays
+    workers: WholeOrNone = 0
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)

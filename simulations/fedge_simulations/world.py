@@ -79,7 +79,9 @@ class World:
     def trainers(self) -> Trainers:
         """Who does the clients' jobs, as the configuration says."""
         settings = self.config.simulation
-        return Engine(settings, self.dataset.examples) if settings.engine == "vector" else OneByOne()
+        if settings.engine != "vector":
+            return OneByOne()
+        return Engine(settings, self.dataset.examples, rounds=self.config.rounds.count)
 
     def node_configs(self) -> Sequence[UserConfig]:
         """What Flower's own simulation tells each of its nodes."""

@@ -85,13 +85,19 @@ class Instructions:
             ConfigError: the train settings are out of range.
         """
         try:
-            return cls._known(records_of(message.content, ConfigRecord)[CONFIG])
+            return cls.of_config(records_of(message.content, ConfigRecord)[CONFIG])
         except (KeyError, ValueError, RecursionError) as error:
             raise FormatError(f"message: config is malformed ({type(error).__name__}: {error})") from error
 
     @classmethod
-    def _known(cls, config: ConfigRecord) -> Instructions:
-        """Those read last, where the record says the same: thousands of simulated clients get one record."""
+    def of_config(cls, config: ConfigRecord) -> Instructions:
+        """Read a record that `to_config` made.
+
+        Those read last are given where the record says the same: thousands of simulated clients get one.
+
+        Raises:
+            KeyError, ValueError: it is none; from outside, use `of`.
+        """
         last = _LAST.get(cls)
         said = {  # copies of lists: a record may be changed in place; types: True is equal to 1
             key: (type(value), list(value) if isinstance(value, list) else value)

@@ -2,16 +2,16 @@
 
 `train` gives every client's result (for full messages); `sum` gives one weighted mean of them (for
 strategies that are linear in the updates), and keeps no client's model. Each step is the device's own up to
-rounding. Sums are formed in float64, client after client in one fixed order, so the number of clients that
-are batched together does not enter into them.
+rounding. Sums are formed in float64 in one fixed order (`lanes`), so that neither the number of clients that
+are batched together nor the number of processes (`workers`) enters into them.
 """
 
 from __future__ import annotations
 
 import logging
-import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -26,8 +26,10 @@ from fedge.learning.state import cast_like
 from fedge.learning.threads import limited
 from fedge.statistics import Moments
 from fedge_simulations.engine.choice import Way, choose
+from fedge_simulations.engine.lanes import Part, Sums, cut
 from fedge_simulations.engine.stack import Layout, Stacked, in_order, train
 from fedge_simulations.engine.steppers import Recipe
+from fedge_simulations.engine.workers import Workers
 from fedge_simulations.trainers import Client, Sum, attempt
 
 Say = Callable[[str], None]
@@ -49,40 +51,24 @@ class _Prepared:
     least: int
 
 
-@dataclass(slots=True)
-class _Adding:
-    """A running weighted sum in float64."""
-
-    values: torch.Tensor  # (D,)
-    examples: int = 0
-    loss: float = 0.0
-    clients: int = 0
-    failed: dict[int, str] = field(default_factory=dict)
-
-    def add(self, node_id: int, flat: torch.Tensor, examples: int, loss: float) -> None:
-        """One client's (D,)."""
-        if not math.isfinite(loss) or not math.isfinite(float(torch.dot(flat, flat))):
-            self.failed[node_id] = "its training diverged: values that are not finite"
-            return
-        self.values.add_(flat, alpha=examples)
-        self.examples, self.clients = self.examples + examples, self.clients + 1
-        self.loss += loss * examples
-
-
 class Engine:
     """Does the jobs of simulated clients; each model is checked against the device's code at first use."""
 
     can_sum = True
 
-    def __init__(self, settings: Simulation, data: Examples, *, say: Say = _LOG.warning) -> None:
+    def __init__(
+        self, settings: Simulation, data: Examples, *, rounds: int = 1, say: Say = _LOG.warning
+    ) -> None:
         """Keep what all clients' data are views of.
 
         Args:
             settings: the run's `[simulation]`.
             data: the whole data set, which clients index.
+            rounds: of the run; says whether work enough lies ahead for further processes.
             say: hears once of each model that cannot be batched, and why.
         """
-        self._settings, self._data, self._say = settings, data, say
+        self._settings, self.data, self._say, self._rounds = settings, data, say, rounds
+        self.workers = Workers(settings, data, say)
         self._prepared: dict[tuple[Instructions, bytes], _Prepared] = {}
 
     def train(self, jobs: Sequence[Job]) -> list[Trained | Exception]:
@@ -123,7 +109,7 @@ class Engine:
             return 1
         if self._settings.clients_at_once:
             return self._settings.clients_at_once
-        rows = examples * prod(self._data.x.shape[1:]) * 4
+        rows = examples * prod(self.data.x.shape[1:]) * 4
         bound = min(STACK_BYTES // (4 * prepared.recipe.layout.size), ROWS_BYTES // rows)
         return max(1, min(MOST_AT_ONCE, bound))
 
@@ -138,48 +124,65 @@ class Engine:
         layout = prepared.recipe.layout
         order = in_order([len(client.indices) for client in clients], prepared.recipe.settings)
         ordered = [clients[i] for i in order]
-        adding = _Adding(torch.zeros(layout.size, dtype=torch.float64))
+        at_once = self._at_once(prepared, len(ordered[0].indices))
+        parts = cut(ordered, at_once=at_once, processes=self.workers.processes)
+        total = Sums.zero(1, layout.size)
+        began, processes = time.perf_counter(), self.workers.processes
+        self.workers.run(job, parts, lambda part: self.sums(job, part, at_once), at_once, total.take)
+        spent = (time.perf_counter() - began) * processes
+        self.workers.consider(job, spent * (self._rounds - job.instructions.round))
+        return _result(total, layout, job)
+
+    def prove(self, job: Job) -> None:
+        """Choose how clients of such a job are trained, and prove it, before there are any."""
+        self._prepare(job)
+
+    def sums(self, job: Job, part: Part, at_once: int) -> Sums:
+        """The sums of a part's lanes, by this process.
+
+        Args:
+            job: as in `sum`.
+            part: of a round's clients.
+            at_once: clients that are batched together, at most.
+        """
+        prepared = self._prepare(job)
+        layout = prepared.recipe.layout
+        found = Sums.zero(part.lanes, layout.size)
         if prepared.way.stepper is None or job.instructions.update == "gradient":
-            self._add_one_by_one(job, ordered, layout, adding)
+            self._add_one_by_one(job, part, range(len(part.clients)), layout, found)
         else:
-            self._add_stacked(job, ordered, prepared, adding)
-        if not adding.examples:
-            return Sum({}, 0, 0.0, 0, adding.failed)
-        mean = adding.values / adding.examples
-        arrays = {name: view[0].numpy() for name, view in layout.views(mean[None]).items()}
-        return Sum(
-            cast_like(arrays, job.state),
-            adding.examples,
-            adding.loss / adding.examples,
-            adding.clients,
-            adding.failed,
-        )
+            self._add_stacked(job, part, prepared, at_once, found)
+        return found
 
-    def _add_one_by_one(self, job: Job, clients: Sequence[Client], layout: Layout, adding: _Adding) -> None:
-        for client in clients:
-            done = attempt(replace(job, examples=self._data.take(client.indices), seed=client.seed))
+    def _add_one_by_one(
+        self, job: Job, part: Part, chosen: Sequence[int], layout: Layout, found: Sums
+    ) -> None:
+        for i in chosen:
+            client = part.clients[i]
+            done = attempt(replace(job, examples=self.data.take(client.indices), seed=client.seed))
             if isinstance(done, Exception):
-                adding.failed[client.node_id] = f"{type(done).__name__}: {done}"
+                found.failed[client.node_id] = f"{type(done).__name__}: {done}"
                 continue
-            adding.add(client.node_id, layout.flat(done.arrays, torch.float32), done.examples, done.loss)
+            row = layout.flat(done.arrays, torch.float32)[None]
+            found.add(row, [client], [part.lane_of[i]], [done.loss])
 
-    def _add_stacked(self, job: Job, clients: Sequence[Client], prepared: _Prepared, adding: _Adding) -> None:
-        lengths = [len(client.indices) for client in clients]
-        k = min(self._at_once(prepared, lengths[0]), len(clients))
+    def _add_stacked(self, job: Job, part: Part, prepared: _Prepared, at_once: int, found: Sums) -> None:
+        lengths = [len(client.indices) for client in part.clients]
+        stacks = -(-len(lengths) // at_once)
+        k = -(-len(lengths) // stacks)  # stacks of equal size rather than a small one at the end
         start = prepared.recipe.layout.flat(job.state, torch.float32)
         buffer = torch.empty(k, len(start))
-        for chosen in _chunks(range(len(clients)), lengths, k, prepared.least):
-            part = [clients[i] for i in chosen]
-            flat = buffer[: len(part)].copy_(start)
-            indices = np.concatenate([client.indices for client in part])
-            own = [lengths[i] for i in chosen]
-            seeds = [client.seed for client in part]
-            losses = self._train(prepared, flat, self._data.x[indices], self._data.y[indices], own, seeds)
+        for chosen in _chunks(range(len(lengths)), lengths, k, prepared.least):
+            own = [part.clients[i] for i in chosen]
+            flat = buffer[: len(own)].copy_(start)
+            indices = np.concatenate([client.indices for client in own])
+            sizes = [lengths[i] for i in chosen]
+            seeds = [client.seed for client in own]
+            losses = self._train(prepared, flat, self.data.x[indices], self.data.y[indices], sizes, seeds)
             if losses is None:
-                self._add_one_by_one(job, part, prepared.recipe.layout, adding)
-                continue
-            for row, client, n, loss in zip(flat, part, own, losses, strict=True):
-                adding.add(client.node_id, row, n, loss)
+                self._add_one_by_one(job, part, chosen, prepared.recipe.layout, found)
+            else:
+                found.add(flat, own, [part.lane_of[i] for i in chosen], losses)
 
     def _train(
         self,
@@ -218,13 +221,23 @@ class Engine:
                 instructions.spec, instructions.moments, instructions.noise_filter
             )
             recipe = Recipe(model, Layout.of(job.state), instructions.train, instructions.proximal_mu)
-            some = self._data.take(np.arange(min(len(self._data), TRIED)))
+            some = self.data.take(np.arange(min(len(self.data), TRIED)))
             with limited(1):
                 way = choose(recipe, replace(job, examples=some), preprocess)
             if way.why:
                 self._say(f"model {instructions.model}: {way.why}; its clients are trained one by one")
             found = self._prepared[key] = _Prepared(recipe, preprocess, way, local.least_batch(model))
         return found
+
+
+def _result(total: Sums, layout: Layout, job: Job) -> Sum:
+    examples, clients = int(total.examples[0]), int(total.clients[0])
+    if not clients:
+        return Sum({}, 0, 0.0, 0, total.failed)
+    mean = total.values / examples
+    arrays = {name: view[0].numpy() for name, view in layout.views(mean).items()}
+    loss = float(total.losses[0]) / examples
+    return Sum(cast_like(arrays, job.state), examples, loss, clients, total.failed)
 
 
 def _bytes_of(moments: Moments | None) -> bytes:
