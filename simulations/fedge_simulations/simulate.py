@@ -28,6 +28,7 @@ from fedge_server.rounds.record import Metric, RoundRecord
 from fedge_server.rounds.stopping import why_stop
 from fedge_simulations import ray
 from fedge_simulations.devices import DEVICES, DeviceHome, DeviceResult, deliver
+from fedge_simulations.engine.measured import PLAN
 from fedge_simulations.grid import RUN_ID, SERVER_NODE
 from fedge_simulations.runs import LOCK, run_id_of
 from fedge_simulations.scenario import EVENTS
@@ -196,7 +197,7 @@ def _claim(folder: Path, config: Config, *, overwrite: bool) -> bool:
 
 def _remove_run(folder: Path) -> None:
     """Delete what a run writes, and nothing that somebody else put beside it."""
-    for name in (SUMMARY, HISTORY, MODEL, REPORT, EVENTS):
+    for name in (SUMMARY, HISTORY, MODEL, REPORT, EVENTS, PLAN):
         (folder / name).unlink(missing_ok=True)
     for name in ("store", PUBLISHED, KEYS, DEVICES, FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)

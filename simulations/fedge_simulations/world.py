@@ -68,7 +68,7 @@ class World:
             app if around is None else around(app),
             self.node_configs(),
             run_config,
-            trainers=trainers or self.trainers(),
+            trainers=trainers or self.trainers(home),
             course=course,
             holders=Holders(self.task, self.dataset.examples, self.clients, course),
             sums=around is None,
@@ -76,12 +76,12 @@ class World:
         )
         return grid
 
-    def trainers(self) -> Trainers:
-        """Who does the clients' jobs, as the configuration says."""
+    def trainers(self, home: Path | None = None) -> Trainers:
+        """Who does the clients' jobs, as the configuration says; what it measures is kept in that folder."""
         settings = self.config.simulation
         if settings.engine != "vector":
             return OneByOne()
-        return Engine(settings, self.dataset.examples, rounds=self.config.rounds.count)
+        return Engine(settings, self.dataset.examples, rounds=self.config.rounds.count, folder=home)
 
     def node_configs(self) -> Sequence[UserConfig]:
         """What Flower's own simulation tells each of its nodes."""

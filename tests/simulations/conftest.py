@@ -7,15 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from flwr.app import Context, Message, RecordDict
 
 from fedge.config import Config
+from fedge.dataset import Examples
+from fedge.learning.local import Job
+from fedge.learning.messages import Instructions
+from fedge.learning.state import arrays_of
 from fedge_server import app as server_app
 from fedge_server.rounds.loop import Learned
 from fedge_server.rounds.record import RoundRecord
 from fedge_simulations.grid import RUN_ID, SERVER_NODE, ClientCall
-from fedge_simulations.trainers import Trainers
+from fedge_simulations.trainers import Client, Trainers
 from fedge_simulations.world import prepare
 
 Tamper = Callable[[Message, Message], Message]
@@ -88,3 +94,36 @@ def tampering(tamper: dict[int, Tamper]) -> Callable[[ClientCall], ClientCall]:
         return call
 
     return around
+
+
+SIZES = [7, 9, 12, 5, 8, 7, 11, 6, 10, 7, 7, 9, 6, 8, 12, 5, 9, 9, 10, 6, 8]
+
+
+@pytest.fixture
+def digits_job():
+    """The digits, a job over all of them in round 1, and clients of SIZES examples."""
+
+    def make(task: str = "digits") -> tuple[Examples, Job, list[Client]]:
+        world = prepare(Config.from_mapping({"clients": {"count": 3}}))
+        torch.manual_seed(0)
+        state = arrays_of(world.task.model("")(world.dataset.spec))
+        instructions = Instructions(
+            task=task,
+            spec=world.dataset.spec,
+            model=world.task.default_model,
+            noise_filter="none",
+            moments=None,
+            train=world.config.train,
+            seed=0,
+            update="weights",
+            round=1,
+            proximal_mu=0.5,
+        )
+        data = world.dataset.examples
+        starts = np.cumsum([0, *SIZES[:-1]])
+        own = [
+            Client(i + 1, np.arange(a, a + n), i) for i, (a, n) in enumerate(zip(starts, SIZES, strict=True))
+        ]
+        return data, Job(world.task, instructions, state, data, 0), own
+
+    return make

@@ -12,17 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedge.config import Config, Simulation
-from fedge.dataset import Examples
-from fedge.learning.local import Job
-from fedge.learning.messages import Instructions
-from fedge.learning.state import arrays_of
+from fedge.config import Simulation
 from fedge_simulations.engine import Engine, frames
 from fedge_simulations.engine.lanes import LANES, Sums, cut
 from fedge_simulations.trainers import Client
-from fedge_simulations.world import prepare
-
-SIZES = [7, 9, 12, 5, 8, 7, 11, 6, 10, 7, 7, 9, 6, 8, 12, 5, 9, 9, 10, 6, 8]
 
 
 def clients(count: int, size: int = 3) -> list[Client]:
@@ -95,20 +88,6 @@ def test_parts_and_sums_travel_whole():
         frames.read(pipe)
 
 
-def job_and_clients(task: str = "digits") -> tuple[Examples, Job, list[Client]]:
-    world = prepare(Config.from_mapping({"clients": {"count": 3}}))
-    torch.manual_seed(0)
-    state = arrays_of(world.task.model("")(world.dataset.spec))
-    instructions = Instructions(
-        task=task, spec=world.dataset.spec, model=world.task.default_model, noise_filter="none", moments=None,
-        train=world.config.train, seed=0, update="weights", round=1, proximal_mu=0.5,
-    )  # fmt: skip
-    data = world.dataset.examples
-    starts = np.cumsum([0, *SIZES[:-1]])
-    own = [Client(i + 1, np.arange(a, a + n), i) for i, (a, n) in enumerate(zip(starts, SIZES, strict=True))]
-    return data, Job(world.task, instructions, state, data, 0), own
-
-
 def until(engine: Engine, processes: int) -> None:
     end = time.monotonic() + 60
     while engine.workers.processes != processes:
@@ -117,8 +96,8 @@ def until(engine: Engine, processes: int) -> None:
 
 
 @pytest.mark.slow
-def test_workers_give_the_same_sum_to_the_last_bit_and_one_that_is_killed_loses_nothing():
-    data, job, own = job_and_clients()
+def test_workers_give_the_same_sum_to_the_last_bit_and_one_that_is_killed_loses_nothing(digits_job):
+    data, job, own = digits_job()
     alone = Engine(Simulation(workers=1), data).sum(job, own)
     said: list[str] = []
     engine = Engine(Simulation(workers=3), data, say=said.append)
@@ -141,8 +120,8 @@ def _after_a_kill(engine, pid, job, own):
 
 
 @pytest.mark.slow
-def test_a_task_that_workers_cannot_load_is_trained_without_them():
-    data, job, own = job_and_clients(task="no_such_module:TASK")
+def test_a_task_that_workers_cannot_load_is_trained_without_them(digits_job):
+    data, job, own = digits_job(task="no_such_module:TASK")
     said: list[str] = []
     engine = Engine(Simulation(workers=2), data, say=said.append)
     before = engine.sum(job, own)
@@ -154,8 +133,8 @@ def test_a_task_that_workers_cannot_load_is_trained_without_them():
     assert np.array_equal(next(iter(engine.sum(job, own).mean.values())), next(iter(before.mean.values())))
 
 
-def test_no_process_is_started_for_little_work_or_when_one_is_asked_for():
-    data, job, own = job_and_clients()
+def test_no_process_is_started_for_little_work_or_when_one_is_asked_for(digits_job):
+    data, job, own = digits_job()
     for settings in (Simulation(), Simulation(workers=1)):
         engine = Engine(settings, data, rounds=1_000_000 if settings.workers else 2)
         engine.sum(job, own)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,15 +28,16 @@ from fedge.learning.threads import limited
 from fedge.statistics import Moments
 from fedge_simulations.engine.choice import Way, choose
 from fedge_simulations.engine.lanes import Part, Sums, cut
-from fedge_simulations.engine.stack import Layout, Stacked, in_order, train
+from fedge_simulations.engine.measured import Plan, fastest
+from fedge_simulations.engine.stack import Layout, Stacked, in_order, rows_of, train
 from fedge_simulations.engine.steppers import Recipe
-from fedge_simulations.engine.workers import Workers
+from fedge_simulations.engine.workers import PAYS_S, Workers
 from fedge_simulations.trainers import Client, Sum, attempt
 
 Say = Callable[[str], None]
 _LOG = logging.getLogger("fedge.simulation")
 
-STACK_BYTES = 16 * 1024**2  # of the models that are batched together, at most
+STACK_BYTES = 13 * 2**19  # of the models that are batched together, until it is measured
 ROWS_BYTES = 32 * 1024**2  # of their data
 TRIED = 10  # examples that a model is put to the proof with
 MOST_AT_ONCE = 512  # clients; above it nothing is gained (benchmarks/simulation.py)
@@ -57,18 +59,25 @@ class Engine:
     can_sum = True
 
     def __init__(
-        self, settings: Simulation, data: Examples, *, rounds: int = 1, say: Say = _LOG.warning
+        self,
+        settings: Simulation,
+        data: Examples,
+        *,
+        rounds: int = 1,
+        folder: Path | None = None,
+        say: Say = _LOG.warning,
     ) -> None:
         """Keep what all clients' data are views of.
 
         Args:
             settings: the run's `[simulation]`.
             data: the whole data set, which clients index.
-            rounds: of the run; says whether work enough lies ahead for further processes.
+            rounds: of the run; says whether work enough lies ahead to measure, and for further processes.
+            folder: the run's, where what was measured is kept; None: nowhere.
             say: hears once of each model that cannot be batched, and why.
         """
         self._settings, self.data, self._say, self._rounds = settings, data, say, rounds
-        self.workers = Workers(settings, data, say)
+        self.workers, self._plan = Workers(settings, data, say), Plan.of(folder)
         self._prepared: dict[tuple[Instructions, bytes], _Prepared] = {}
 
     def train(self, jobs: Sequence[Job]) -> list[Trained | Exception]:
@@ -81,14 +90,16 @@ class Engine:
         found: dict[int, Trained | Exception] = {}
         sizes = [len(job.examples) for job in jobs]
         order = in_order(sizes, prepared.recipe.settings)
-        k = self._at_once(prepared, sizes[order[0]])
+        k = self._at_once(prepared, jobs[0], sizes[order[0]])
         for chosen in _chunks(order, [sizes[i] for i in order], k, prepared.least):
             found |= zip(chosen, self._train_stack(prepared, [jobs[i] for i in chosen]), strict=True)
         return [found[i] for i in range(len(jobs))]
 
     def _train_stack(self, prepared: _Prepared, jobs: Sequence[Job]) -> list[Trained | Exception]:
         layout, settings = prepared.recipe.layout, prepared.recipe.settings
-        flat = torch.stack([layout.flat(job.state, torch.float32) for job in jobs])
+        flat = rows_of(len(jobs), layout.size)
+        for row, job in zip(flat, jobs, strict=True):
+            row.copy_(layout.flat(job.state, torch.float32))
         x = np.concatenate([job.examples.x for job in jobs])
         y = np.concatenate([job.examples.y for job in jobs])
         lengths = [len(job.examples) for job in jobs]
@@ -102,16 +113,42 @@ class Engine:
 
     def at_once(self, job: Job) -> int:
         """How many clients like this one are worth batching together."""
-        return self._at_once(self._prepare(job), len(job.examples))
+        return self._at_once(self._prepare(job), job, len(job.examples))
 
-    def _at_once(self, prepared: _Prepared, examples: int) -> int:
+    def _at_once(self, prepared: _Prepared, job: Job, examples: int) -> int:
         if prepared.way.stepper is None or prepared.way.single:
             return 1
         if self._settings.clients_at_once:
             return self._settings.clients_at_once
-        rows = examples * prod(self.data.x.shape[1:]) * 4
-        bound = min(STACK_BYTES // (4 * prepared.recipe.layout.size), ROWS_BYTES // rows)
-        return max(1, min(MOST_AT_ONCE, bound))
+        measured = self._plan.at_once(job.instructions)
+        models = STACK_BYTES // (4 * prepared.recipe.layout.size)
+        return max(1, min(measured or min(models, MOST_AT_ONCE), self._rows_for(examples)))
+
+    def _rows_for(self, examples: int) -> int:
+        """Clients whose data are not too much to be held beside one another."""
+        return int(ROWS_BYTES // (examples * prod(self.data.x.shape[1:]) * 4))
+
+    def _look_ahead(self, prepared: _Prepared, job: Job, clients: Sequence[Client], ahead_s: float) -> None:
+        """Measure, and start further processes, where so much is to come that it pays.
+
+        Args:
+            prepared: of the job.
+            job: of the round that is over.
+            clients: of that round, those with most steps first.
+            ahead_s: seconds that this process would take alone for the rounds to come.
+        """
+        self.workers.consider(job, ahead_s)
+        way = prepared.way
+        if ahead_s < PAYS_S or self._settings.clients_at_once or way.stepper is None or way.single:
+            return
+        if self._plan.at_once(job.instructions, ever=True):
+            return
+        middle = len(clients[len(clients) // 2].indices)
+        most = min(MOST_AT_ONCE, len(clients), self._rows_for(middle))
+        some = replace(job, examples=self.data.take(clients[len(clients) // 2].indices))
+        recipe = prepared.recipe
+        found = fastest(recipe.layout, recipe.settings, way.stepper, prepared.preprocess, some, most=most)
+        self._plan.keep(job.instructions, found)
 
     def sum(self, job: Job, clients: Sequence[Client]) -> Sum:
         """The weighted mean of what these clients' jobs give.
@@ -124,13 +161,13 @@ class Engine:
         layout = prepared.recipe.layout
         order = in_order([len(client.indices) for client in clients], prepared.recipe.settings)
         ordered = [clients[i] for i in order]
-        at_once = self._at_once(prepared, len(ordered[0].indices))
+        at_once = self._at_once(prepared, job, len(ordered[0].indices))
         parts = cut(ordered, at_once=at_once, processes=self.workers.processes)
         total = Sums.zero(1, layout.size)
         began, processes = time.perf_counter(), self.workers.processes
         self.workers.run(job, parts, lambda part: self.sums(job, part, at_once), at_once, total.take)
         spent = (time.perf_counter() - began) * processes
-        self.workers.consider(job, spent * (self._rounds - job.instructions.round))
+        self._look_ahead(prepared, job, ordered, spent * (self._rounds - job.instructions.round))
         return _result(total, layout, job)
 
     def prove(self, job: Job) -> None:
@@ -171,7 +208,7 @@ class Engine:
         stacks = -(-len(lengths) // at_once)
         k = -(-len(lengths) // stacks)  # stacks of equal size rather than a small one at the end
         start = prepared.recipe.layout.flat(job.state, torch.float32)
-        buffer = torch.empty(k, len(start))
+        buffer = rows_of(k, len(start))
         for chosen in _chunks(range(len(lengths)), lengths, k, prepared.least):
             own = [part.clients[i] for i in chosen]
             flat = buffer[: len(own)].copy_(start)

@@ -59,6 +59,15 @@ class Layout:
         }
 
 
+def rows_of(k: int, size: int) -> torch.Tensor:
+    """Room for k models, (k, D) float32, of which each begins at a multiple of 64 bytes.
+
+    Matrix products round otherwise where their operands lie otherwise: so that a client's result does not
+    depend on its place in a stack, every row lies alike.
+    """
+    return torch.empty(k, -(-size // 16) * 16)[:, :size]
+
+
 class Stepper(Protocol):
     """Trains the models of a stack, a step of all active ones at a time."""
 
