@@ -12,9 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
 
 from fedge.dataset import Dataset, Examples
 from fedge.errors import ConfigError, DataError
@@ -25,13 +24,12 @@ from fedge.learning.metrics import evaluate as evaluate_metrics
 from fedge.statistics import Moments
 from fedge.task import Source, Task, resolve
 from fedge.task_digest import task_digest
-from fedge.wire.arrays import records_of
+from fedge_client.clipping import clip_when_asked
 
 Share = Callable[[Context, Instructions], tuple[Task, Examples]]
 """The task that this client offers and its own examples for it; raises ConfigError when it offers none of
 that name, and DataError when there are no usable examples. What a server says is compared, never imported."""
 
-ClientCall = Callable[[Message, Context], Message]
 NodeConfig = Mapping[str, bool | float | int | str]
 
 
@@ -124,7 +122,7 @@ def build(share: Share, trainer: Trainer = local.fit) -> ClientApp:
         _, examples = share(context, instructions)
         return messages.moments_reply(message, Moments.of(examples.x, instructions.spec), len(examples))
 
-    @client.train(mods=[_clip_when_asked])
+    @client.train(mods=[clip_when_asked])
     def train(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
         job = _job(message, instructions, *share(context, instructions), context.node_id)
@@ -154,15 +152,6 @@ def client_seeds(run_seed: int, server_round: int, node_ids: Sequence[int]) -> l
     """The same for many clients, at once."""
     keys = draws.key(run_seed, server_round, torch.tensor(node_ids, dtype=torch.int64)) & (2**63 - 1)
     return [int(key) for key in keys.tolist()]
-
-
-def _clip_when_asked(message: Message, context: Context, call_next: ClientCall) -> Message:
-    """Flower's client-side clipping mods, switched on by the keys their server-side halves send."""
-    config = records_of(message.content, ConfigRecord).get(messages.CONFIG, ConfigRecord())
-    if "clipping_norm" not in config:
-        return call_next(message, context)
-    mod = adaptiveclipping_mod if config.get("clipping") == "adaptive" else fixedclipping_mod
-    return mod(message, context, call_next)
 
 
 def _job(message: Message, instructions: Instructions, task: Task, examples: Examples, node_id: int) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 import time
@@ -142,8 +143,24 @@ def learn(world: World, home: Path, run_id: str, observe: Observer) -> Learned:
     if world.config.simulation.engine == "ray":
         ray.run(app, world, settings)
     else:
-        app(world.grid(settings), Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
+        with _little_to_collect():
+            app(world.grid(settings), Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
     return results[0]
+
+
+@contextmanager
+def _little_to_collect() -> Iterator[None]:
+    """Leave out of garbage collection what was there before.
+
+    A message is dozens of objects that refer to one another, so thousands of them in each round let Python
+    look through everything in memory again and again, which are libraries for the most part.
+    """
+    gc.collect(1)
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _deliver(folder: Path, outcomes: tuple[TierOutcome, ...], world: World) -> tuple[DeviceResult, ...]:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedge.learning.messages import from_record, to_record
-from fedge_server.strategies.fedavg import FedAvg
+from fedge_server.strategies.fedavg import FedAvg, weighted_metrics
 from fedge_server.strategies.fedsgd import FedSgd
 
 
@@ -73,6 +74,20 @@ def test_fedavg_averages_whole_numbers_as_flower_does():
     theirs, _ = flower.FedAvg().aggregate_train(1, replies)
     assert ours["n"].numpy().tobytes() == theirs["n"].numpy().tobytes()
     assert ours["n"].dtype == theirs["n"].dtype
+
+
+def test_metrics_are_averaged_as_flower_does_to_the_bit():
+    rng = np.random.default_rng(1)
+    contents = []
+    for node in range(1, 8):
+        message = reply(node, {"w": [0.0]}, 10 + node)
+        message.content["metrics"] = MetricRecord(
+            {"loss": rng.normal(), "num-examples": 10 + node, "many": rng.normal(size=3).tolist(), "n": node}
+        )
+        contents.append(message.content)
+    ours, theirs = (f(contents, "num-examples") for f in (weighted_metrics, aggregate_metricrecords))
+    assert dict(ours) == dict(theirs)
+    assert "num-examples" not in ours
 
 
 def test_fedsgd_steps_along_the_mean_gradient():

@@ -9,6 +9,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedge.config import Rounds
 from fedge.learning.messages import to_record
+from fedge.wire.arrays import MemoryArray
 from fedge_server.rounds.closing import collect, collect_sums
 from fedge_server.rounds.record import Rejected, RoundRecord
 from fedge_server.rounds.stopping import reached_target_at, why_stop
@@ -172,6 +173,27 @@ def test_order_of_arrival_changes_neither_updates_nor_their_digest():
 
 def test_the_digest_of_updates_does_not_depend_on_who_sent_them():
     assert collected([update(1)], {1}).updates == collected([update(5)], {5}).updates
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_the_digest_of_updates_does_not_depend_on_how_the_arrays_came(order):
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=value.shape).astype(np.float32) for name, value in LIKE.items()}
+    plain = update(arrays=arrays)
+    plain.content["arrays"] = ArrayRecord({n: Array(np.asarray(v, order=order)) for n, v in arrays.items()})
+    by_memory, by_bytes = collected([update(arrays=arrays)], {1}), collected([plain], {1})
+    assert by_memory.updates == by_bytes.updates
+    assert by_bytes.bytes_up == by_memory.bytes_up + 2 * 128  # two headers
+
+
+def test_arrays_that_came_as_bytes_are_decoded_once_and_can_be_written_to():
+    plain = update()
+    plain.content["arrays"] = ArrayRecord({name: Array(value) for name, value in LIKE.items()})
+    (message,) = collected([plain], {1}).valid
+    for array in message.content["arrays"].values():
+        assert isinstance(array, MemoryArray)
+        array.numpy()[...] += 1
+        assert (array.numpy() == 1).all()
 
 
 def test_a_round_does_not_close_before_it_would_count():

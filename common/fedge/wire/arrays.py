@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -20,9 +21,11 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedge.errors import FormatError
+from fedge.wire import npy
 
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 PIECE_BYTES: Final = 4 * 1024**2  # of a large array that is read in pieces
+_LITTLE: Final = "<|=" if sys.byteorder == "little" else "<|"  # of numpy's byte orders
 _NPY: Final = "numpy.ndarray"  # Flower's name for `.npy` bytes
 
 
@@ -66,14 +69,25 @@ class MemoryArray(DirectArray):
 
     def __init__(self, value: npt.NDArray[Any], *, shared: bool = True) -> None:
         """Hold a value; `shared=False` when nobody else uses it, so that `numpy` may hand it out writable."""
-        super().__init__(_name_of(value.dtype), value.shape)
-        self.__dict__.update(value=value, shared=shared)
+        if shared and value.flags.writeable:
+            value = value.view()
+            value.flags.writeable = False
+        self.__dict__.update(
+            dtype=_name_of(value.dtype), shape=value.shape, stype=_NPY, value=value, shared=shared
+        )
 
     def numpy(self) -> npt.NDArray[Any]:
-        """The values, without a copy; not writable when others may hold the same array."""
-        view: npt.NDArray[Any] = self.__dict__["value"].view()
-        view.flags.writeable = view.flags.writeable and not self.__dict__["shared"]
-        return view
+        """The values, without a copy; not writable when others may hold the same array.
+
+        All who ask for a shared array get the same object, so that it can be told that they did.
+        """
+        value: npt.NDArray[Any] = self.__dict__["value"]
+        return value if self.__dict__["shared"] else value.view()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return int(self.__dict__["value"].nbytes)
 
 
 class FileArray(DirectArray):
@@ -131,7 +145,26 @@ def records_of(content: RecordDict, kind: type[R]) -> dict[str, R]:
     and to the whole content: all arrays of the message would stay in memory until the garbage collector comes
     by, one model more in every round.
     """
-    return {name: record for name, record in content.items() if isinstance(record, kind)}
+    # Not `isinstance`, which asks abstract base classes for each record that is of another kind.
+    found: dict[str, Any] = {n: record for n, record in content.items() if kind in type(record).__mro__}
+    return found
+
+
+def put(record: ArrayRecord | MetricRecord | RecordDict, values: Mapping[str, Any]) -> None:
+    """Put values of the right kinds into a record.
+
+    Past Flower's own setter, which looks at each name and value again: a third of what a small reply costs.
+    """
+    record.__dict__["_data"].update(values)
+
+
+def in_memory(array: Array) -> DirectArray:
+    """The array itself where it hands out numpy arrays, else one that holds what its `.npy` bytes say.
+
+    Raises:
+        ValueError: they are no such bytes.
+    """
+    return array if isinstance(array, DirectArray) else MemoryArray(npy.decode(array.data), shared=False)
 
 
 def pieces(array: Array) -> Iterator[tuple[int, npt.NDArray[Any]]]:
@@ -155,5 +188,6 @@ def nbytes_of(array: Array) -> int:
 
 def raw_bytes(value: npt.NDArray[Any]) -> memoryview:
     """The values as contiguous little-endian bytes; no copy is made where they are that already."""
-    little = np.asarray(value, value.dtype.newbyteorder("<"), order="C")
-    return little.reshape(-1).view(np.uint8).data
+    if not (value.flags.c_contiguous and value.dtype.byteorder in _LITTLE):
+        value = np.asarray(value, value.dtype.newbyteorder("<"), order="C")
+    return value.reshape(-1).view(np.uint8).data

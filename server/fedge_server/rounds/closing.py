@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 
@@ -122,6 +123,11 @@ def payload_bytes(message: Message) -> int:
     )
 
 
+@lru_cache(maxsize=4096)
+def _label(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    return f"\0{name}\0{dtype}\0{shape}\0".encode()
+
+
 def _digest(message: Message) -> str:
     """Over examples, a sum's clients, names, dtypes, shapes and values: the same however the arrays came."""
     metrics = records_of(message.content, MetricRecord)[METRICS]
@@ -129,7 +135,7 @@ def _digest(message: Message) -> str:
     sha = hashlib.sha256(f"{metrics[EXAMPLES]}{counted}".encode())
     (record,) = records_of(message.content, ArrayRecord).values()
     for name, array in record.items():
-        sha.update(f"\0{name}\0{array.dtype}\0{tuple(array.shape)}\0".encode())
+        sha.update(_label(name, array.dtype, tuple(array.shape)))
         for _, piece in pieces(array):
             sha.update(raw_bytes(piece))
     return sha.hexdigest()

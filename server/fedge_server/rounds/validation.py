@@ -6,7 +6,6 @@ average, an extra key loses the whole round (each was observed).
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,7 +14,8 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord
 
 from fedge.errors import FedgeError
 from fedge.learning.messages import ARRAYS, CLIENTS, EXAMPLES, MAX_EXAMPLES, METRICS, TRAIN_LOSS
-from fedge.wire.arrays import DirectArray, records_of
+from fedge.wire import npy
+from fedge.wire.arrays import DirectArray, in_memory, put, records_of
 
 MAX_LOSS = 1e6  # of one client; QFedAvg raises it to a power
 
@@ -28,7 +28,8 @@ def fault(
     """Why the update must not be used, or None when it may.
 
     Args:
-        reply: a client's answer to a train message.
+        reply: a client's answer to a train message; arrays that came as `.npy` bytes are decoded here, once,
+            and stay decoded.
         like: the global state; names, shapes and dtypes must be the same.
         further: metrics that a client mod adds.
         clients: None: one client's update. A number: a partial sum was asked for, of so many at most.
@@ -112,13 +113,15 @@ def _arrays_fault(reply: Message, like: Arrays) -> str | None:
             return f"array {name!r} {found}"
     for name, expected in like.items():  # one at a time: an update may be as large as the model
         try:
-            value = record[name].numpy()
+            decoded = in_memory(record[name])
+            value = decoded.numpy()
         except (ValueError, EOFError, OSError, FedgeError) as error:
             return f"arrays cannot be decoded ({error})"
         if value.shape != expected.shape or value.dtype != expected.dtype:
             return f"array {name!r} decodes to {value.dtype} {value.shape}"
         if value.dtype.kind == "f" and not _is_finite(value):
             return f"array {name!r} holds NaN or infinite values"
+        put(record, {name: decoded})
     return None
 
 
@@ -130,8 +133,9 @@ def _declaration_fault(array: Array, expected: npt.NDArray[np.generic]) -> str |
         return None  # it has no second header that could say otherwise
     if len(array.data) > expected.nbytes + 1024:  # Flower's .npy header is 128 bytes
         return f"carries {len(array.data)} bytes for {expected.nbytes}"
-    if (declared := _declared(array.data)) != (expected.shape, expected.dtype):
-        return f"cannot be decoded: its bytes declare {declared}"
+    header = npy.declared(array.data)
+    if header is None or (header.shape, header.dtype) != (expected.shape, expected.dtype):
+        return f"cannot be decoded: its bytes declare {header and (header.shape, header.dtype)}"
     return None
 
 
@@ -141,18 +145,6 @@ def _is_finite(value: npt.NDArray[np.generic]) -> bool:
     if flat.dtype == np.float16:  # its squares would overflow at 256
         flat = flat.astype(np.float32)
     return bool(np.isfinite(np.dot(flat, flat)))
-
-
-def _declared(data: bytes) -> tuple[tuple[int, ...], np.dtype[np.generic]] | None:
-    """Shape and dtype in the header of .npy bytes, read before `np.load` allocates what they claim."""
-    buffer = io.BytesIO(data)
-    try:
-        if np.lib.format.read_magic(buffer) != (1, 0):
-            return None
-        shape, _, dtype = np.lib.format.read_array_header_1_0(buffer)
-    except Exception:  # noqa: BLE001 - numpy's header reader raises many kinds, tokenize errors among them
-        return None
-    return shape, dtype
 
 
 def _last_line(text: str | None) -> str:

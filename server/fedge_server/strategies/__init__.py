@@ -117,6 +117,8 @@ def _plain(config: Config, chosen: StrategyConfig, parameter_names: tuple[str, .
         "min_train_nodes": 1,
         "min_evaluate_nodes": 1,
         "min_available_nodes": 1,
+        "train_metrics_aggr_fn": fedavg.weighted_metrics,
+        "evaluate_metrics_aggr_fn": fedavg.weighted_metrics,
     }
     if chosen.name == "fedsgd":
         _refuse_what_fedsgd_ignores(config.train)

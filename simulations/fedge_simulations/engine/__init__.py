@@ -98,8 +98,7 @@ class Engine:
     def _train_stack(self, prepared: _Prepared, jobs: Sequence[Job]) -> list[Trained | Exception]:
         layout, settings = prepared.recipe.layout, prepared.recipe.settings
         flat = rows_of(len(jobs), layout.size)
-        for row, job in zip(flat, jobs, strict=True):
-            row.copy_(layout.flat(job.state, torch.float32))
+        layout.fill(flat, [job.state for job in jobs])
         x = np.concatenate([job.examples.x for job in jobs])
         y = np.concatenate([job.examples.y for job in jobs])
         lengths = [len(job.examples) for job in jobs]
@@ -108,7 +107,7 @@ class Engine:
             return [attempt(job) for job in jobs]
         return [
             Trained(layout.arrays(row, job.state), loss, n, _steps(n, settings, prepared.least))
-            for row, job, loss, n in zip(flat, jobs, losses, lengths, strict=True)
+            for row, job, loss, n in zip(flat.numpy(), jobs, losses, lengths, strict=True)
         ]
 
     def at_once(self, job: Job) -> int:

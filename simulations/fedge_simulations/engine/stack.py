@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedge.config import Train
@@ -51,12 +52,21 @@ class Layout:
         parts = [torch.from_numpy(np.array(state[name])).reshape(-1).to(dtype) for name in self.shapes]
         return torch.cat(parts)
 
-    def arrays(self, flat: torch.Tensor, like: NamedArrays) -> NamedArrays:
+    def arrays(self, flat: npt.NDArray[Any], like: NamedArrays) -> NamedArrays:
         """One client's (D,) as named arrays in the dtypes of `like`, sharing its memory where they agree."""
-        return {
-            name: view[0].cpu().numpy().astype(like[name].dtype, copy=False)
-            for name, view in self.views(flat[None]).items()
-        }
+        found, start = {}, 0
+        for name, shape in self.shapes.items():
+            stop = start + prod(shape)
+            found[name] = flat[start:stop].reshape(shape).astype(like[name].dtype, copy=False)
+            start = stop
+        return found
+
+    def fill(self, flat: torch.Tensor, states: Sequence[NamedArrays]) -> None:
+        """Put states into (K, D); one that consists of the very arrays of the first is not read again."""
+        flat.copy_(self.flat(states[0], flat.dtype))
+        for row, state in zip(flat[1:], states[1:], strict=True):
+            if any(state[name] is not states[0][name] for name in self.shapes):
+                row.copy_(self.flat(state, flat.dtype))
 
 
 def rows_of(k: int, size: int) -> torch.Tensor:
