@@ -98,6 +98,10 @@ class VectorGrid(OwnGrid):
         # Flower keeps one identity per process; Message() reads it.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
 
+    def close(self) -> None:
+        """Give back what doing the clients' jobs took."""
+        self._trainers.close()
+
     def set_run(self, run: Run) -> None:
         """Nothing to do: there is one run."""
 

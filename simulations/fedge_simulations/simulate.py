@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,8 +143,8 @@ def learn(world: World, home: Path, run_id: str, observe: Observer) -> Learned:
     if world.config.simulation.engine == "ray":
         ray.run(app, world, settings)
     else:
-        with _little_to_collect():
-            app(world.grid(settings), Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
+        with _little_to_collect(), closing(world.grid(settings)) as grid:
+            app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
     return results[0]
 
 

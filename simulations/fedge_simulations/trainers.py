@@ -56,6 +56,10 @@ class Trainers(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give back what was taken for it, such as processes."""
+        ...
+
 
 class OneByOne:
     """Does one job after the other, by the device's own code."""
@@ -73,6 +77,9 @@ class OneByOne:
     def sum(self, job: Job, clients: Sequence[Client]) -> Sum:
         """Never asked for, since `can_sum` says so."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """There is nothing to give back."""
 
 
 def attempt(job: Job) -> Trained | Exception:

@@ -110,7 +110,8 @@ def test_workers_give_the_same_sum_to_the_last_bit_and_one_that_is_killed_loses_
     assert engine.workers.processes == 2
     assert len(said) == 1
     assert "ended with -9" in said[0]
-    del engine
+    engine.close()
+    assert engine.workers.processes == 1
     assert not any(Path(f"/proc/{pid}").exists() for pid in ids)
 
 
@@ -130,6 +131,7 @@ def test_a_task_that_workers_cannot_load_is_trained_without_them(digits_job):
         assert time.monotonic() < end
         time.sleep(0.05)
     assert "no_such_module" in said[0]
+    assert "cannot be loaded" in said[0]
     assert np.array_equal(next(iter(engine.sum(job, own).mean.values())), next(iter(before.mean.values())))
 
 
@@ -139,3 +141,19 @@ def test_no_process_is_started_for_little_work_or_when_one_is_asked_for(digits_j
         engine = Engine(settings, data, rounds=1_000_000 if settings.workers else 2)
         engine.sum(job, own)
         assert engine.workers.hired == []
+
+
+@pytest.mark.slow
+def test_workers_that_are_not_ready_yet_end_without_a_word(digits_job):
+    data, job, own = digits_job()
+    said: list[str] = []
+    engine = Engine(Simulation(workers=2), data, say=said.append)
+    engine.sum(job, own)
+    (hired,) = engine.workers.hired
+    folder = Path(hired.process.args[3])  # type: ignore[index]
+    assert folder.exists()
+    engine.close()
+    assert not folder.exists()
+    assert hired.process.poll() is not None
+    time.sleep(0.2)  # for the thread that waited for it
+    assert said == []

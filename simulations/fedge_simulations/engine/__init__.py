@@ -169,6 +169,10 @@ class Engine:
         self._look_ahead(prepared, job, ordered, spent * (self._rounds - job.instructions.round))
         return _result(total, layout, job)
 
+    def close(self) -> None:
+        """End the worker processes, if any were started."""
+        self.workers.close()
+
     def prove(self, job: Job) -> None:
         """Choose how clients of such a job are trained, and prove it, before there are any."""
         self._prepare(job)

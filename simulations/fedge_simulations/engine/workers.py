@@ -33,7 +33,6 @@ Do = Callable[[Part], Sums]
 
 PAYS_S = 20.0  # of work ahead from which a second process, whose start costs about 4, is started unasked
 X, Y = "x.npy", "y.npy"
-_STOP_S = 10.0
 # One core each. And memory that a stack has used is kept for the next one: handing it back after each costs a
 # worker a quarter of its speed with tiny models.
 _SETTINGS = {
@@ -55,6 +54,13 @@ class Workers:
         self.hired: list[_Hired] = []
         self._started = self._wanted == 1
         self._changed = threading.Condition()
+        self._end: Callable[[], object] = lambda: None
+
+    def close(self) -> None:
+        """End the others; none is started again."""
+        self._started = True
+        self._end()
+        self.hired = []
 
     @property
     def processes(self) -> int:
@@ -81,7 +87,7 @@ class Workers:
             folder.cleanup()
             self._say(f"no worker processes: the data cannot be shared with them ({error})")
             return
-        weakref.finalize(self, _end, self.hired, folder)
+        self._end = weakref.finalize(self, _end, list(self.hired), folder)
         for hired in self.hired:
             threading.Thread(target=hired.prepare, args=(job, self._tell), daemon=True).start()
 
@@ -240,17 +246,13 @@ class _RefusedError(Exception):
 
 
 def _end(hired: Sequence[_Hired], folder: tempfile.TemporaryDirectory[str]) -> None:
-    """Workers end when their input does."""
+    """Workers hold nothing that could be lost, and may still be loading torch."""
     for each in hired:
-        if each.process.stdin is not None:
-            with suppress(OSError):
-                each.process.stdin.close()
-    for each in hired:
-        try:
-            each.process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            each.process.kill()
-            each.process.wait()
-        if each.process.stdout is not None:
-            each.process.stdout.close()
+        each.told = True  # that it ends is no news
+        each.process.kill()
+        each.process.wait()
+        for pipe in (each.process.stdin, each.process.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
     folder.cleanup()
