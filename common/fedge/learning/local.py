@@ -221,18 +221,31 @@ def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 def gradient(
-    model: nn.Module, x: torch.Tensor, y: torch.Tensor, settings: Train, *, seed: int
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    settings: Train,
+    *,
+    seed: int,
+    at_least: int = GRADIENT_BATCH,
 ) -> tuple[dict[str, torch.Tensor], LocalResult]:
     """The gradient of the mean loss over all N examples at the model's weights, which stay as they are.
 
     McMahan et al. 2017, algorithm FedSGD (C = 1, B = infinity, E = 1): computed in batches to bound memory,
-    summed, divided by N. Buffers such as batch statistics move as they would
-    in a step.
+    summed, divided by N. Buffers such as batch statistics move as they would in a step.
+
+    Args:
+        model: a network on pre-processed inputs, at the global weights.
+        x: (N, ...) pre-processed float32.
+        y: (N,) class indices.
+        settings: the run's `[train]`.
+        seed: as in `train`.
+        at_least: examples of a batch, where the settings say fewer.
     """
     loss_of = losses(settings)
     model.zero_grad(set_to_none=True)
     total, client, least = 0.0, draws.key(seed), least_batch(model)
-    size = max(settings.batch_size, GRADIENT_BATCH)
+    size = max(settings.batch_size, at_least)
     order = draws.permutation(order_keys(client, 0), len(y))
     with _seeded(model, seed), fitted(model, size):
         for step, indices in enumerate(torch.split(order, batch_sizes(len(y), size, least=least))):

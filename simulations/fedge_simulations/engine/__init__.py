@@ -26,6 +26,7 @@ from fedge.learning.messages import Instructions
 from fedge.learning.state import cast_like
 from fedge.learning.threads import limited
 from fedge.statistics import Moments
+from fedge_simulations.engine import gradients
 from fedge_simulations.engine.choice import Way, choose
 from fedge_simulations.engine.lanes import Part, Sums, cut
 from fedge_simulations.engine.measured import Plan, fastest
@@ -85,7 +86,7 @@ class Engine:
         if not jobs:
             return []
         prepared = self._prepare(jobs[0])
-        if prepared.way.stepper is None or jobs[0].instructions.update == "gradient":
+        if prepared.way.stepper is None:
             return [attempt(job) for job in jobs]
         found: dict[int, Trained | Exception] = {}
         sizes = [len(job.examples) for job in jobs]
@@ -106,7 +107,7 @@ class Engine:
         if losses is None:
             return [attempt(job) for job in jobs]
         return [
-            Trained(layout.arrays(row, job.state), loss, n, _steps(n, settings, prepared.least))
+            Trained(layout.arrays(row, job.state), loss, n, _steps(job, settings, prepared.least))
             for row, job, loss, n in zip(flat.numpy(), jobs, losses, lengths, strict=True)
         ]
 
@@ -188,7 +189,7 @@ class Engine:
         prepared = self._prepare(job)
         layout = prepared.recipe.layout
         found = Sums.zero(part.lanes, layout.size)
-        if prepared.way.stepper is None or job.instructions.update == "gradient":
+        if prepared.way.stepper is None:
             self._add_one_by_one(job, part, range(len(part.clients)), layout, found)
         else:
             self._add_stacked(job, part, prepared, at_once, found)
@@ -260,10 +261,13 @@ class Engine:
             preprocess = job.task.preprocess(
                 instructions.spec, instructions.moments, instructions.noise_filter
             )
-            recipe = Recipe(model, Layout.of(job.state), instructions.train, instructions.proximal_mu)
+            whole = instructions.update == "gradient"
+            settings = gradients.in_batches(instructions.train) if whole else instructions.train
+            recipe = Recipe(model, Layout.of(job.state), settings, instructions.proximal_mu)
             some = self.data.take(np.arange(min(len(self.data), TRIED)))
             with limited(1):
-                way = choose(recipe, replace(job, examples=some), preprocess)
+                choosing = gradients.choose if whole else choose
+                way = choosing(recipe, replace(job, examples=some), preprocess)
             if way.why:
                 self._say(f"model {instructions.model}: {way.why}; its clients are trained one by one")
             found = self._prepared[key] = _Prepared(recipe, preprocess, way, local.least_batch(model))
@@ -286,8 +290,10 @@ def _bytes_of(moments: Moments | None) -> bytes:
     return moments.count.tobytes() + moments.total.tobytes() + moments.squares.tobytes()
 
 
-def _steps(n: int, settings: Train, least: int) -> int:
-    return len(local.batch_sizes(n, settings.batch_size, least=least)) * settings.epochs
+def _steps(job: Job, settings: Train, least: int) -> int:
+    if job.instructions.update == "gradient":
+        return 0
+    return len(local.batch_sizes(len(job.examples), settings.batch_size, least=least)) * settings.epochs
 
 
 def _chunks(order: Sequence[int], lengths: Sequence[int], k: int, least: int) -> Iterator[list[int]]:
