@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import heapq
 import itertools
 import math
@@ -216,6 +215,7 @@ class VectorGrid(OwnGrid):
         if item.context is not None:
             try:
                 self._states.save(item.context.node_id, item.context.state)
+                item.context = None
             except Exception as error:  # noqa: BLE001 - a client's failure is its reply, whatever it was
                 return _error(item.message, error)
         if item.fate.attack and not item.reply.has_error():
@@ -249,8 +249,8 @@ class VectorGrid(OwnGrid):
         node_id = message.metadata.dst_node_id
         # The same content goes to every client of a round; a copy of the records' table keeps one client's
         # mods from changing what the next one is sent. The arrays are shared, read-only.
-        sent = copy.copy(message)
-        sent.content = message.content.copy()
+        sent = Message.__new__(Message)  # its constructor looks at each of a dozen arguments
+        sent.__dict__.update(message.__dict__, _content=message.content.copy())
         try:
             config = dict(self._nodes[node_id - 1])
             context = Context(RUN_ID, node_id, config, self._states.load(node_id), dict(self._run_config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import shutil
 import tempfile
 import time
@@ -155,6 +156,7 @@ def _little_to_collect() -> Iterator[None]:
     A message is dozens of objects that refer to one another, so thousands of them in each round let Python
     look through everything in memory again and again, which are libraries for the most part.
     """
+    importlib.import_module("torch._dynamo")  # a fifth of all that; torch's optimisers load it at first use
     gc.collect(1)
     gc.freeze()
     try:

@@ -97,7 +97,8 @@ class World:
     ) -> tuple[Task, Examples]:
         """The same, as much of it as the client holds by the Grid's clock, labelled as it believes."""
         own = self.dataset.examples.take(grid.held_by(context.node_id))
-        return self.task, replace(own, y=grid.believed_by(context.node_id, own.y, instructions.spec.classes))
+        believed = grid.believed_by(context.node_id, own.y, instructions.spec.classes)
+        return self.task, own if believed is own.y else replace(own, y=believed)
 
     def course(self, home: Path | None) -> Course:
         """What befalls the clients; it is recorded in that folder, if any."""

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 
-from fedge.learning.messages import CLIENTS, EXAMPLES, METRICS
+from fedge.learning.messages import ARRAYS, CLIENTS, EXAMPLES, METRICS
 from fedge.wire.arrays import nbytes_of, pieces, raw_bytes, records_of
 from fedge_server.rounds.record import Rejected
 from fedge_server.rounds.validation import Arrays, fault
@@ -133,8 +133,7 @@ def _digest(message: Message) -> str:
     metrics = records_of(message.content, MetricRecord)[METRICS]
     counted = f" in {metrics[CLIENTS]} clients" if CLIENTS in metrics else ""
     sha = hashlib.sha256(f"{metrics[EXAMPLES]}{counted}".encode())
-    (record,) = records_of(message.content, ArrayRecord).values()
-    for name, array in record.items():
+    for name, array in records_of(message.content, ArrayRecord)[ARRAYS].items():
         sha.update(_label(name, array.dtype, tuple(array.shape)))
         for _, piece in pieces(array):
             sha.update(raw_bytes(piece))

@@ -66,16 +66,13 @@ def _fault(reply: Message, like: Arrays, further: frozenset[str], clients: int |
         return f"client error: {_last_line(reply.error.reason)}"
     if sorted(reply.content) != sorted((ARRAYS, METRICS)):
         return f"records {sorted(reply.content)} instead of {[ARRAYS, METRICS]}"
-    if (
-        not isinstance(reply.content[ARRAYS], ArrayRecord)
-        or len(records_of(reply.content, MetricRecord)) != 1
-    ):
+    arrays, metrics = reply.content[ARRAYS], reply.content[METRICS]
+    if not isinstance(arrays, ArrayRecord) or not isinstance(metrics, MetricRecord):
         return "records of the wrong kind"
-    return _metrics_fault(reply, further, clients) or _arrays_fault(reply, like)
+    return _metrics_fault(metrics, further, clients) or _arrays_fault(arrays, like)
 
 
-def _metrics_fault(reply: Message, further: frozenset[str], clients: int | None) -> str | None:
-    metrics = records_of(reply.content, MetricRecord)[METRICS]
+def _metrics_fault(metrics: MetricRecord, further: frozenset[str], clients: int | None) -> str | None:
     wanted = {EXAMPLES, TRAIN_LOSS} | further | ({CLIENTS} if clients is not None else set())
     if set(metrics) != wanted:
         return f"metrics {sorted(metrics)} instead of {sorted(wanted)}"
@@ -103,8 +100,7 @@ def _examples_fault(metrics: MetricRecord, clients: int = 1) -> str | None:
     return None
 
 
-def _arrays_fault(reply: Message, like: Arrays) -> str | None:
-    (record,) = records_of(reply.content, ArrayRecord).values()
+def _arrays_fault(record: ArrayRecord, like: Arrays) -> str | None:
     if list(record) != list(like):
         wrong = sorted(set(record) ^ set(like))
         return f"array names differ: {', '.join(wrong[:3]) or 'another order'}"
