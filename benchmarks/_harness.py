@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, str | int | float]
-"""One line of the table: column names with their units, the same ones in every row."""
+"""One line of a table: column names with their units, the same ones in every row of a part."""
 
 _LIBRARIES = ("numpy", "torch", "flwr", "onnxruntime")
 
@@ -38,6 +39,7 @@ def options(
     *,
     cache: bool = False,
     data: bool = False,
+    data_for: str = "",
 ) -> Options:
     """Read `[--quick] [--only PART]... [--cache DIR] [--data-dir DIR] --json FILE`.
 
@@ -47,6 +49,7 @@ def options(
         parts: that can be measured by themselves; none: there is no --only.
         cache: other systems are installed: there is a --cache.
         data: it needs data sets that are not part of the project: there is a --data-dir.
+        data_for: the part that needs them; the others can do without --data-dir.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,15 +70,22 @@ def options(
         )
     if data:
         parser.add_argument(
-            "--data-dir", type=Path, required=True, metavar="DIR", help="the folder with the data sets"
+            "--data-dir",
+            type=Path,
+            required=not data_for,
+            metavar="DIR",
+            help="the folder with the data sets",
         )
     found = parser.parse_args(argv)
+    if data_for and found.data_dir is None and (not found.only or data_for in found.only):
+        others = " ".join(f"--only {part}" for part in parts if part != data_for)
+        parser.error(f"part {data_for} needs --data-dir; without it ask for {others}")
     return Options(
         found.quick,
         found.json,
         tuple(found.only) if parts else (),
         found.cache.absolute() if cache else Path(),
-        found.data_dir.absolute() if data else Path(),
+        found.data_dir.absolute() if data and found.data_dir else Path(),
     )
 
 
@@ -129,9 +139,10 @@ def publish(
         asked: the command line.
         before: `machine()` before the first measurement.
         claims: each number that a document quotes, by its name.
-        rows: the table.
+        rows: the table; where the columns change, another one begins.
     """
-    print(table(rows))
+    for _, alike in groupby(rows, key=tuple):  # parts may have columns of their own
+        print(table(list(alike)))
     for name, value in claims.items():
         print(f"{name} = {value:.3g}")
     seconds = round(time.perf_counter() - asked.started, 1)

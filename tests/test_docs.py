@@ -30,6 +30,7 @@ SLOW = {
     "docs/compression.md",
     "docs/data.md",
     "docs/learning.md",
+    "docs/privacy-attacks.md",
     "docs/simulation.md",
     "docs/tasks.md",
 }  # whose blocks import torch, or train
