@@ -12,7 +12,7 @@ pfl-research keeps it as it is).
 A figure of fedge is that of a run as a user starts it: choosing clients, training, aggregation, evaluation on
 the server's test data and the commit to the database; the others do not evaluate. "built-in" is fedge's own
 network, "own" the same network as a user's nn.Module, in which there is nothing to recognise; "messages"
-means a full message for each client, with a client mod that clips it. All contestants run on one core with
+means a full message for each client, which the server clips. All contestants run on one core with
 one thread, in turns; speeds count the CPU seconds of all processes of a contestant, ratios are medians over
 turns of each turn with its neighbour's. Flower on Ray has all cores, as many actors as cores. "s" is from the
 start of the process until its first round is done. Memory is that of all processes, shared pages counted
@@ -42,7 +42,10 @@ PFL = "pfl==0.6.*"
 RAY = f"flwr[simulation]=={version('flwr')}"
 WARM_UP_S = 8.0
 CLIENTS = {"tiny": (1000, 1000), "mlp": (32, 16), "cnn": (8, 4)}  # of a round; with --quick
-MESSAGES = {"strategy": {"name": "dp-client-fixed", "clipping_norm": 1e6, "noise_multiplier": 1e-9}}
+# Next to no noise, so that the loss can be compared.
+MESSAGES = {
+    "privacy": {"mechanism": "central", "clip_norm": 1e3, "noise_multiplier": 1e-9, "accountant": "rdp"}
+}
 OWN_MODULE = {"model": {"name": "own"}}
 SAME_LOSS = 0.1, 0.05  # share of the loss, and so much: order of examples, and which of them the test has
 

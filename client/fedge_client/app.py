@@ -24,7 +24,6 @@ from fedge.learning.metrics import evaluate as evaluate_metrics
 from fedge.statistics import Moments
 from fedge.task import Source, Task, resolve
 from fedge.task_digest import task_digest
-from fedge_client.clipping import clip_when_asked
 
 Share = Callable[[Context, Instructions], tuple[Task, Examples]]
 """The task that this client offers and its own examples for it; raises ConfigError when it offers none of
@@ -122,7 +121,7 @@ def build(share: Share, trainer: Trainer = local.fit) -> ClientApp:
         _, examples = share(context, instructions)
         return messages.moments_reply(message, Moments.of(examples.x, instructions.spec), len(examples))
 
-    @client.train(mods=[clip_when_asked])
+    @client.train()
     def train(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
         job = _job(message, instructions, *share(context, instructions), context.node_id)

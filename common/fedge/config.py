@@ -31,12 +31,14 @@ Count = Annotated[int, Field(ge=1, lt=2**53, strict=True)]
 WholeOrNone = Annotated[int, Field(ge=0, lt=2**31, strict=True)]  # 0: chosen by fedge
 
 TierName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+LedgerName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
 TagName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 LossName = Literal["cross_entropy", "focal", "multi_margin"]
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 FilterName = Literal["none", "median", "gaussian", "clip"]
 MetricName = Literal["accuracy", "macro_f1", "auc", "recall"]
+AccountantName = Literal["pld", "rdp"]
 
 _AUGMENT = re.compile(r"(flip|shift:[1-9]\d?|noise:(0?\.\d+|\d+(\.\d+)?)|mask:0?\.\d+)")
 _PARTITION = re.compile(
@@ -137,6 +139,8 @@ class Rounds:
     count: Count = 20  # at most this many rounds
     fraction: Fraction = 1.0  # of the clients, drawn anew each round
     cohort: Count | None = None  # so many clients in each round, whatever the population; None: the fraction
+    # fixed: as many each time, without replacement; poisson: each client by itself, with this probability
+    sampling: Literal["fixed", "poisson"] = "fixed"
     quorum: Fraction = 1.0  # of a round's clients: so many valid updates close it early
     min_updates: Count = 1  # fewer valid updates than this: the round does not count
     deadline_s: Positive | None = None  # after this it closes with what has come
@@ -166,6 +170,23 @@ class StrategyConfig:
 
     name: str = "fedavg"
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Privacy:
+    """`[privacy]`: what keeps single clients, or their examples, from showing in what is released."""
+
+    mechanism: Literal["none", "central"] = "none"
+    clip_norm: Positive = 1.0  # L2 norm that a client's change is cut to; with adaptive_clip the first one
+    noise_multiplier: Positive = 1.0  # deviation of the noise on the sum, in clip_norm
+    adaptive_clip: bool = False  # clip_norm follows a quantile of the changes' norms
+    clip_quantile: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.5  # which quantile
+    clip_learning_rate: Positive = 0.2  # how fast: of the step of log clip_norm
+    clip_count_sigma: Positive | None = None  # noise on the count of unclipped; None: a 20th of the clients
+    delta: Annotated[float, Field(gt=0, lt=1, strict=True)] = 1e-5  # at which epsilon is stated
+    max_epsilon: Positive | None = None  # a round that would pass it is not begun; None: no limit
+    accountant: AccountantName = "pld"
+    ledger: LedgerName = "default"  # runs over the same devices share one: their rounds add up
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -296,6 +317,7 @@ class Config:
     rounds: Rounds = Rounds()
     train: Train = Train()
     strategy: StrategyConfig = StrategyConfig()
+    privacy: Privacy = Privacy()
     simulation: Simulation = Simulation()
     scenario: Scenario = Scenario()
     evaluate: Evaluate = Evaluate()

@@ -6,7 +6,8 @@ FedgeError                  the work failed                        exit code 1
 │   └── DataError           a data file, its arrays or its values
 ├── RoundError              a federated round could not be completed
 │   ├── SupersededError     another worker has taken over the run
-│   └── HubAwayError        the hub has been away for too long
+│   ├── HubAwayError        the hub has been away for too long
+│   └── BudgetError         the privacy budget does not reach for another round
 ├── CompressionError        a stage could not produce a variant
 └── TrustError              something from outside was refused
     ├── FormatError         malformed, truncated or larger than it may be
@@ -53,6 +54,10 @@ class SupersededError(RoundError):
 
 class HubAwayError(RoundError):
     """The hub has been away for too long; the run goes on when it is back."""
+
+
+class BudgetError(RoundError):
+    """The privacy budget does not reach for another round; the model of the last one stays."""
 
 
 class CompressionError(FedgeError):

@@ -55,11 +55,29 @@ def summarise(
             "bytes": fp32_bytes(learned.model.network),
             "sha256": learned.model_sha256,
         },
+        "privacy": _privacy(config, learned),
         **further,
         "variants": [_tier(outcome) for outcome in outcomes],
         "seconds": round(seconds, 2),
     }
-    return {key: value for key, value in summary.items() if value not in (None, [])}
+    return {key: value for key, value in summary.items() if value not in (None, [], {})}
+
+
+def _privacy(config: Config, learned: Learned) -> dict[str, Any]:
+    """What was promised to whom, and whether the noise protects: from the seed it can be taken off again."""
+    privacy = config.privacy
+    if privacy.mechanism == "none":
+        return {}
+    said = learned.records[-1].privacy
+    return {
+        "mechanism": privacy.mechanism,
+        "epsilon": said["epsilon"],
+        "delta": said["delta"],
+        "ledger": privacy.ledger,
+        "accountant": privacy.accountant,
+        "noise": said["noise"],
+        "protects": said["noise"] == "secret",
+    }
 
 
 def fp32_bytes(network: nn.Module) -> int:

@@ -22,6 +22,8 @@ from fedge_server import strategies
 from fedge_server.app import HOME
 from fedge_server.compression import check_possible
 from fedge_server.data import ServerData, server_part, source_of, split_of
+from fedge_server.privacy.protection import expected_clients
+from fedge_server.privacy.rules import check_population
 from fedge_server.rounds.sampling import cohort_size
 from fedge_server.rounds.stopping import check_target
 from fedge_simulations.course import Course
@@ -169,8 +171,10 @@ def _check_learnable(world: World) -> None:
     network = world.task.model(config.model.name)(spec)
     names = tuple(name for name, _ in network.named_parameters())
     check_target(config.rounds, config.evaluate.metrics, spec.classes)
-    cohort = cohort_size(len(world.clients), config.rounds)
-    strategies.build(config, cohort=cohort, parameter_names=names)
+    strategies.build(config, parameter_names=names)
+    if config.privacy.mechanism != "none":
+        clients = len(world.clients)
+        check_population(config, expected_clients(config, clients), clients)
     try:
         with torch.no_grad():
             x = preprocess(torch.from_numpy(spec.zeros(2)))

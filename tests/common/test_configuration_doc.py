@@ -14,7 +14,7 @@ import pytest
 
 from fedge import config
 from fedge.config import Config, StrategyConfig, Tier
-from fedge_server.strategies import NAMES, WRAPPERS, options_of
+from fedge_server.strategies import NAMES, options_of
 
 TEXT = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text("utf-8")
 REQUIRED = object()
@@ -69,6 +69,7 @@ CODE = {
     "rounds": config.Rounds,
     "train": config.Train,
     "strategy": StrategyConfig,
+    "privacy": config.Privacy,
     "simulation": config.Simulation,
     "scenario": config.Scenario,
     "evaluate": config.Evaluate,
@@ -110,8 +111,6 @@ def test_every_strategy_stands_in_the_document_with_its_options_and_defaults() -
             for key, parameter in options_of(name).items()
             if "Callable" not in str(parameter.annotation)  # no value of TOML is one
         }
-        if name in WRAPPERS:
-            options["base"] = "fedavg"
         found = {key: default for own, key, default in strategy_rows() if own == name and key}
         if name == "qfedavg":  # required by Flower, set from the configuration by us
             assert (options.pop("client_learning_rate"), found.pop("client_learning_rate")) == (
@@ -139,6 +138,7 @@ def test_named_choices_have_a_row_each(section: str, head: str, names: tuple[str
     [
         ("train", "optimizer", config.OptimizerName),
         ("train", "loss", config.LossName),
+        ("privacy", "accountant", config.AccountantName),
         ("model", "filter", config.FilterName),
     ],
 )

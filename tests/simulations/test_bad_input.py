@@ -98,7 +98,7 @@ def test_more_clients_than_samples(capsys, tmp_path, data):
         ('[strategy]\nname = "fedagv"', "did you mean 'fedavg'?"),
         ('[strategy]\nname = "fedavgm"\nserver_momentun = 0.9', "did you mean 'server_momentum'?"),
         ('[strategy]\nname = "fedavgm"\nserver_momentum = "much"', "strategy.server_momentum = 'much'"),
-        ('[strategy]\nname = "dp-server-fixed"', "needs the key 'strategy.noise_multiplier'"),
+        ('[strategy]\nname = "dp-server-fixed"', "privacy.mechanism = 'central' with privacy.clip_norm"),
         ('[train]\noptimizer = "adma"', "did you mean 'adam'?"),
         ('[model]\nname = "logistic"\nfilter = "clip"', "image inputs take one of none, median, gaussian"),
         ("[rounds]\ncount = ", "not valid TOML"),

@@ -6,7 +6,11 @@ from typing import Final
 
 import sqlalchemy as sa
 
-REVISIONS: Final = ("0001", "0002")  # oldest first; a database at any other was written by a newer fedge
+REVISIONS: Final = (
+    "0001",
+    "0002",
+    "0003",
+)  # oldest first; a database at any other was written by a newer fedge
 HEAD: Final = REVISIONS[-1]
 
 metadata = sa.MetaData()
@@ -112,4 +116,20 @@ messages = sa.Table(
     sa.Column("state", sa.String(16), nullable=False),  # see queue.py
     sa.Column("result", sa.LargeBinary),  # a serialised Result
     sa.Column("spool", sa.String(255), nullable=False),  # file that holds the result's object; empty: none
+)
+privacy = sa.Table(
+    "privacy",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("ledger", sa.String(64), nullable=False, index=True),  # whose data: runs that share it add up
+    sa.Column("run_id", sa.ForeignKey("runs.id"), nullable=False),
+    sa.Column("round", sa.Integer, nullable=False),
+    sa.Column("noise", sa.String(64), nullable=False),  # which draw of noise: each other one is another row
+    sa.Column("mechanism", sa.String(16), nullable=False),
+    sa.Column("unit", sa.String(16), nullable=False),  # client, example
+    sa.Column("sampling", sa.Double, nullable=False),  # probability to take part; 1: no amplification
+    sa.Column("noise_multiplier", sa.Double, nullable=False),
+    sa.Column("steps", sa.Integer, nullable=False),
+    sa.Column("spent", sa.String(32), nullable=False),
+    sa.UniqueConstraint("run_id", "round", "noise", name="uq_privacy"),
 )

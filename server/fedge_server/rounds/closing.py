@@ -34,7 +34,6 @@ def collect(
     asked: set[int],
     quorum: float,
     at_least: int = 1,
-    further_metrics: frozenset[str] = frozenset(),
 ) -> Collected:
     """Take replies until a share `quorum` of those asked has sent a valid update, or there are no more.
 
@@ -47,7 +46,6 @@ def collect(
         asked: node ids that were asked.
         quorum: above 0, at most 1.
         at_least: never close earlier than with so many (the round would not count).
-        further_metrics: what a client mod adds to an update's metrics.
     """
     needed = enough(len(asked), quorum, at_least)
     valid: dict[int, Message] = {}
@@ -60,7 +58,7 @@ def collect(
             rejected.append(Rejected(client, "was not asked"))
         elif client in valid:
             rejected.append(Rejected(client, "answered twice; the first answer counts"))
-        elif (reason := fault(reply, like, further_metrics)) is not None:
+        elif (reason := fault(reply, like)) is not None:
             rejected.append(Rejected(client, reason))
         else:
             valid[client] = reply
@@ -69,7 +67,7 @@ def collect(
     # Sums are not associative in floating point: a fixed order makes the result independent of arrival.
     updates = [valid[client] for client in sorted(valid)]
     # Now, before any strategy: some of Flower's empty or change the messages that they aggregate.
-    return Collected(updates, len(updates), tuple(rejected), received, _set_digest(updates))
+    return Collected(updates, len(updates), tuple(rejected), received, set_digest(updates))
 
 
 def enough(asked: int, quorum: float, at_least: int) -> int:
@@ -104,10 +102,10 @@ def collect_sums(replies: Iterable[Message], *, like: Arrays, asked: set[int], n
         else:
             failed |= {client} if reply.has_error() else set()
             rejected.append(Rejected(client, reason or "unknown error"))
-    return Collected(valid, clients, tuple(rejected), received, _set_digest(valid))
+    return Collected(valid, clients, tuple(rejected), received, set_digest(valid))
 
 
-def _set_digest(updates: list[Message]) -> str:
+def set_digest(updates: list[Message]) -> str:
     """The updates' own digests, sorted, hashed: no client's name and no order goes into it."""
     return hashlib.sha256("".join(sorted(map(_digest, updates))).encode()).hexdigest()
 

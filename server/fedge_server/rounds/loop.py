@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from torch import nn
 
 from fedge.config import Config
 from fedge.dataset import Examples
-from fedge.errors import FedgeError, HubAwayError, RoundError, SupersededError
+from fedge.errors import BudgetError, FedgeError, HubAwayError, RoundError, SupersededError
 from fedge.learning import local, messages
 from fedge.learning.messages import Instructions
 from fedge.learning.metrics import evaluate
@@ -33,12 +33,14 @@ from fedge.task import Task
 from fedge.task_digest import task_digest
 from fedge_server import strategies
 from fedge_server.data import ServerData
+from fedge_server.privacy.protection import Protection
 from fedge_server.registry.database import Registry
+from fedge_server.registry.ledger import Ledger
 from fedge_server.rounds.closing import Collected, collect, collect_sums, enough, payload_bytes
 from fedge_server.rounds.grids import Simulated, Summing, nodes_of
 from fedge_server.rounds.moments import federated_moments, kept_moments, moments_arrays
 from fedge_server.rounds.record import Metric, RoundRecord
-from fedge_server.rounds.sampling import MANY, Cohort, cohort_size, draw
+from fedge_server.rounds.sampling import MANY, Cohort, cohort_size, draw, draw_each
 from fedge_server.rounds.stopping import check_target, why_stop
 from fedge_server.rounds.traffic import Traffic
 from fedge_server.rounds.validation import evaluation_fault
@@ -87,8 +89,7 @@ def learn(
         run = _Run.prepare(grid, config, task, data, registry, run_id)
         for record in run.records[1:]:
             observe(record)
-        while (reason := why_stop(run.records, config.rounds)) is None:
-            observe(run.next_round())
+        reason = _rounds(run, observe)
         if not any(record.counted for record in run.records[1:]):
             raise RoundError(f"no round counted: {run.why_not_counted()}")
     except (SupersededError, HubAwayError):
@@ -98,6 +99,19 @@ def learn(
         raise
     run.load_global()
     return Learned(run.model, run.model_sha256, tuple(run.records[1:]), reason)
+
+
+def _rounds(run: _Run, observe: Observer) -> str:
+    """Do rounds as long as there is no reason to stop, and return it."""
+    while (reason := why_stop(run.records, run.config.rounds)) is None:
+        try:
+            record = run.next_round()
+        except BudgetError as error:
+            if not any(record.counted for record in run.records[1:]):
+                raise
+            return str(error)
+        observe(record)
+    return reason
 
 
 @dataclass(slots=True)
@@ -112,6 +126,7 @@ class _Run:
     instructions: Instructions
     model: WholeModel  # scratch: weights are loaded before each use
     chosen: strategies.Chosen
+    protection: Protection | None
     arrays: NamedArrays  # the global state
     model_sha256: str
     records: list[RoundRecord]
@@ -123,8 +138,15 @@ class _Run:
         """Go on from the last committed round, or ask for moments and commit the initial model as round 0."""
         network = _initialise(task, config, data)
         names = tuple(name for name, _ in network.named_parameters())
-        cohort = cohort_size(len(nodes_of(grid)), config.rounds)
-        chosen = strategies.build(config, cohort=cohort, parameter_names=names)
+        chosen = strategies.build(config, parameter_names=names)
+        protection = Protection.of(
+            config,
+            Ledger(registry.engine, config.privacy.ledger),
+            run_id,
+            population=len(nodes_of(grid)),
+            simulated=isinstance(grid, Simulated),
+            records=registry.records(run_id),
+        )
         ask = Instructions(
             task=config.task,
             spec=data.spec,
@@ -152,9 +174,8 @@ class _Run:
             arrays = {name: last.model[name] for name in names_of(network)}
             restore(chosen.strategy, last.state)
         model = WholeModel(task.preprocess(data.spec, moments, config.model.filter), network)
-        run = cls(
-            grid, config, data, registry, run_id, replace(ask, moments=moments), model, chosen, arrays, "", []
-        )
+        told = replace(ask, moments=moments)
+        run = cls(grid, config, data, registry, run_id, told, model, chosen, protection, arrays, "", [])
         if last is None:
             run.commit(RoundRecord(0, run.evaluate_centrally(), simulated_s=run.simulated_s()))
         else:
@@ -166,11 +187,15 @@ class _Run:
         """One whole round: choose, configure, send, collect, aggregate, evaluate, commit."""
         started, number = time.perf_counter(), self.records[-1].round + 1
         meter = Traffic.of(self.grid)
+        if self.protection is not None:
+            self.protection.afford(number)
         if isinstance(self.grid, Simulated):
             self.grid.begin_round(number)
         nodes = self.draw(number, MessageType.TRAIN)
         collected, bytes_down = self.ask(number, nodes)
         sufficient = collected.clients >= self.config.rounds.min_updates
+        if sufficient and self.protection is not None:
+            collected = self.protection.noised(number, collected, self.reference())
         metrics, counted = self.aggregate(number, collected) if sufficient else (None, False)
         scores = self.evaluate_centrally()
         on_clients = self.evaluate_on_clients(number) if self.config.evaluate.federated else {}
@@ -182,7 +207,7 @@ class _Run:
             clients=collected.clients if counted else 0,
             asked=len(nodes),
             rejected=collected.rejected,
-            train_loss=_scalar(metrics, messages.TRAIN_LOSS),
+            train_loss=None if self.protection else _scalar(metrics, messages.TRAIN_LOSS),
             seconds=time.perf_counter() - started,
             bytes_up=collected.bytes_up if travelled is None else travelled.bytes_up,
             bytes_down=bytes_down if travelled is None else travelled.bytes_down,
@@ -191,6 +216,7 @@ class _Run:
             counted=counted,
             client_metrics=on_clients,
             simulated_s=self.simulated_s(),
+            privacy={} if self.protection is None else self.protection.of_round(),
         )
         self.commit(record)
         self.give_up_when_hopeless()
@@ -202,7 +228,10 @@ class _Run:
         As partial sums where strategy and Grid can do with those, else as an answer from each.
         """
         rounds = self.config.rounds
-        if self.chosen.linear and isinstance(self.grid, Summing) and self.grid.can_sum:
+        if not nodes:  # Poisson sampling may ask nobody
+            return collect((), like=self.arrays, asked=set(), quorum=1.0), 0
+        summed = self.chosen.linear and self.protection is None  # clipping is for each client by itself
+        if summed and isinstance(self.grid, Summing) and self.grid.can_sum:
             (asked,) = self.configure(number, MessageType.TRAIN, nodes[:1])
             needed = enough(len(nodes), rounds.quorum, rounds.min_updates)
             sums = self.grid.sum_updates(asked, nodes, timeout=rounds.deadline_s, enough=needed)
@@ -215,7 +244,6 @@ class _Run:
             asked=set(nodes),
             quorum=rounds.quorum,
             at_least=rounds.min_updates,
-            further_metrics=self.chosen.further_metrics,
         )
         one = payload_bytes(sent[0]) if sent else 0
         same = all(message.content is sent[0].content for message in sent)
@@ -224,7 +252,12 @@ class _Run:
     def draw(self, number: int, kind: str) -> list[int]:
         """The clients that this round asks: its cohort to train, all or MANY of them to evaluate."""
         nodes = nodes_of(self.grid)
+        if kind == MessageType.TRAIN and self.config.rounds.sampling == "poisson":
+            share = self.config.rounds.fraction
+            return draw_each(self.grid, nodes, share, seed=self.config.seed, number=number)
         wanted = cohort_size(len(nodes), self.config.rounds) if kind == MessageType.TRAIN else MANY
+        if kind == MessageType.TRAIN and self.protection is not None:
+            wanted = min(self.protection.expected, len(nodes))
         return draw(self.grid, nodes, wanted, seed=self.config.seed, number=number, purpose=kind)
 
     def configure(self, number: int, kind: str, nodes: Sequence[int]) -> Iterable[Message]:
@@ -232,7 +265,7 @@ class _Run:
         _reseed(self.config.seed, number, kind)
         strategy = self.chosen.strategy
         make = strategy.configure_train if kind == MessageType.TRAIN else strategy.configure_evaluate
-        record = ConfigRecord({**self.instructions.to_config(), **self.chosen.client_config})
+        record = self.instructions.to_config()
         return make(number, messages.to_record(self.arrays), record, Cohort(self.grid, nodes))
 
     def aggregate(self, number: int, collected: Collected) -> tuple[MetricRecord | None, bool]:
@@ -260,6 +293,13 @@ class _Run:
             self.arrays = before
             return None, False
         return metrics, True
+
+    def reference(self) -> NamedArrays:
+        """What a client's change is measured from: the global state, and 0 where it sends gradients."""
+        if self.chosen.update == "weights":
+            return self.arrays
+        gradients = {name for name, _ in self.model.network.named_parameters()}
+        return {n: np.zeros_like(v) if n in gradients else v for n, v in self.arrays.items()}
 
     def is_sound(self) -> bool:
         """Whether the global state and what it answers to the test data are finite."""

@@ -35,6 +35,8 @@ class RoundRecord:
     counted: bool = True  # False: too few updates, so the global model stayed as it was
     client_metrics: Mapping[str, float] = field(default_factory=dict)  # of federated evaluation, if asked for
     simulated_s: float | None = None  # simulated seconds of the run until the round closed; None: real time
+    # With a mechanism: epsilon of its ledger after this round, delta, clip_norm, noise, next_clip_norm.
+    privacy: Mapping[str, float | str] = field(default_factory=dict)
 
     @property
     def failures(self) -> int:
@@ -58,6 +60,7 @@ class RoundRecord:
             "updates": self.updates,
             "counted": self.counted,
             **({"client_metrics": dict(self.client_metrics)} if self.client_metrics else {}),
+            **({"privacy": dict(self.privacy)} if self.privacy else {}),
             **({"simulated_s": self.simulated_s} if self.simulated_s is not None else {}),
         }
 

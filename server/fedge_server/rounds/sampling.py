@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import secrets
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -46,8 +47,7 @@ def draw(grid: Grid, nodes: Sequence[int], wanted: int, *, seed: int, number: in
     """
     if not nodes:
         raise RoundError(f"round {number}: there are no clients")
-    words = np.random.SeedSequence([seed, number, *purpose.encode()]).generate_state(4)
-    key = int.from_bytes(words.tobytes(), "little")
+    key = _key(seed, number, purpose)
     if not isinstance(grid, Simulated):
         return random.Random(key).sample(nodes, min(wanted, len(nodes)))  # noqa: S311 - a simulation's choice
     for _ in range(MAX_WAITS):
@@ -55,6 +55,35 @@ def draw(grid: Grid, nodes: Sequence[int], wanted: int, *, seed: int, number: in
             return found
         grid.elapsed_s += WAIT_S
     raise RoundError(f"round {number}: no client is online, and none came in two simulated weeks")
+
+
+def draw_each(grid: Grid, nodes: Sequence[int], share: float, *, seed: int, number: int) -> list[int]:
+    """Each client by itself with this probability, of those that are online; there may be none.
+
+    A mechanism is stronger as long as nobody knows who was drawn. In a simulation the seed decides; devices
+    know the seed, so that among them a secret does.
+
+    Args:
+        grid: knows who is online, if it is simulated.
+        nodes: the population.
+        share: the probability, above 0, at most 1.
+        seed: of the run.
+        number: of the round.
+
+    Raises:
+        RoundError: nobody is there, or comes online in two weeks.
+    """
+    simulated = isinstance(grid, Simulated)
+    draw(grid, nodes, 1, seed=seed, number=number, purpose="anybody")  # time goes on until somebody is there
+    key = _key(seed, number, "each") if simulated else secrets.randbits(128)
+    count = int(np.random.default_rng(key).binomial(len(nodes), share))
+    found = random.Random(key).sample(nodes, count)  # noqa: S311 - its key is secret where it must be
+    return grid.online(found) if isinstance(grid, Simulated) else found
+
+
+def _key(seed: int, number: int, purpose: str) -> int:
+    words = np.random.SeedSequence([seed, number, *purpose.encode()]).generate_state(4)
+    return int.from_bytes(words.tobytes(), "little")
 
 
 def _online(grid: Simulated, nodes: Sequence[int], wanted: int, key: int) -> list[int]:

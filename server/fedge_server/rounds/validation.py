@@ -22,20 +22,17 @@ MAX_LOSS = 1e6  # of one client; QFedAvg raises it to a power
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 
-def fault(
-    reply: Message, like: Arrays, further: frozenset[str] = frozenset(), *, clients: int | None = None
-) -> str | None:
+def fault(reply: Message, like: Arrays, *, clients: int | None = None) -> str | None:
     """Why the update must not be used, or None when it may.
 
     Args:
         reply: a client's answer to a train message; arrays that came as `.npy` bytes are decoded here, once,
             and stay decoded.
         like: the global state; names, shapes and dtypes must be the same.
-        further: metrics that a client mod adds.
         clients: None: one client's update. A number: a partial sum was asked for, of so many at most.
     """
     try:
-        found = _fault(reply, like, further, clients)
+        found = _fault(reply, like, clients)
     except Exception as error:  # noqa: BLE001 - it rejects the client, not the round
         found = f"cannot be read ({type(error).__name__}: {error})"
     return None if found is None else _short(found)
@@ -61,7 +58,7 @@ def evaluation_fault(reply: Message) -> str | None:
         return _short(f"cannot be read ({type(error).__name__}: {error})")
 
 
-def _fault(reply: Message, like: Arrays, further: frozenset[str], clients: int | None) -> str | None:
+def _fault(reply: Message, like: Arrays, clients: int | None) -> str | None:
     if reply.has_error():
         return f"client error: {_last_line(reply.error.reason)}"
     if sorted(reply.content) != sorted((ARRAYS, METRICS)):
@@ -69,11 +66,11 @@ def _fault(reply: Message, like: Arrays, further: frozenset[str], clients: int |
     arrays, metrics = reply.content[ARRAYS], reply.content[METRICS]
     if not isinstance(arrays, ArrayRecord) or not isinstance(metrics, MetricRecord):
         return "records of the wrong kind"
-    return _metrics_fault(metrics, further, clients) or _arrays_fault(arrays, like)
+    return _metrics_fault(metrics, clients) or _arrays_fault(arrays, like)
 
 
-def _metrics_fault(metrics: MetricRecord, further: frozenset[str], clients: int | None) -> str | None:
-    wanted = {EXAMPLES, TRAIN_LOSS} | further | ({CLIENTS} if clients is not None else set())
+def _metrics_fault(metrics: MetricRecord, clients: int | None) -> str | None:
+    wanted = {EXAMPLES, TRAIN_LOSS} | ({CLIENTS} if clients is not None else set())
     if set(metrics) != wanted:
         return f"metrics {sorted(metrics)} instead of {sorted(wanted)}"
     count = 1

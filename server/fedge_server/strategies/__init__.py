@@ -2,9 +2,8 @@
 
 Those that are a weighted mean, or start from one, have it computed tensor by tensor (`fedavg`).
 
-FedXgb* are left out: they aggregate trees. The differential-privacy wrappers go around a base strategy
-(`base = "fedavg"`); they are for experiments, not for protection: the noise comes from the run's seed, so
-that a run can be repeated and resumed, and whoever knows the seed can take it out again.
+FedXgb* are left out: they aggregate trees. So are Flower's wrappers for differential privacy, whose noise
+shrinks with every missing reply: `[privacy]` works with every strategy that is linear, and keeps count.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from fedge.config import Config, StrategyConfig, Train, suggestion
 from fedge.errors import ConfigError
 from fedge.learning.messages import TRAIN_LOSS, Update
+from fedge_server.privacy.rules import check as check_privacy
 from fedge_server.strategies import fedavg
 from fedge_server.strategies.fedsgd import FedSgd
 
@@ -42,13 +42,6 @@ PLAIN: Mapping[str, type[FedAvg]] = {
     },
     "fedsgd": FedSgd,
 }
-WRAPPERS: Mapping[str, type[Strategy]] = {
-    "dp-server-fixed": flower.DifferentialPrivacyServerSideFixedClipping,
-    "dp-server-adaptive": flower.DifferentialPrivacyServerSideAdaptiveClipping,
-    "dp-client-fixed": flower.DifferentialPrivacyClientSideFixedClipping,
-    "dp-client-adaptive": flower.DifferentialPrivacyClientSideAdaptiveClipping,
-}
-DP_BASES = ("fedavg", "fedprox")
 # Those that use no more of the updates than their weighted mean: one reply may stand for many clients. The
 # classes themselves and not their subclasses, which may look at single updates.
 LINEAR: frozenset[type[Strategy]] = frozenset(
@@ -62,52 +55,54 @@ LINEAR: frozenset[type[Strategy]] = frozenset(
         FedSgd,
     )
 )
-NAMES = tuple(sorted([*PLAIN, *WRAPPERS]))
+NAMES = tuple(sorted(PLAIN))
 
 # Set by fedge from the rest of the configuration, so not a user's option.
 _OURS = {
     "self", "fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes",
     "min_available_nodes", "weighted_by_key", "arrayrecord_key", "configrecord_key", "train_loss_key",
-    "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "strategy", "num_sampled_clients", "accountant",
-    "parameter_names", "selection_rule", "kwargs", "args",
+    "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "parameter_names", "selection_rule", "kwargs",
+    "args",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A strategy ready to run, and what clients must be told besides."""
+    """A strategy ready to run, and what clients send to it."""
 
     strategy: Strategy
     update: Update  # what clients send
-    client_config: Mapping[str, str]  # further keys of the train messages
-    further_metrics: frozenset[str] = frozenset()  # what a client mod adds to an update's metrics
 
     @property
     def linear(self) -> bool:
-        """Whether it takes partial sums: it uses only the weighted mean, and no client mod is switched on."""
-        return type(self.strategy) in LINEAR and not self.client_config
+        """Whether it takes partial sums: it uses only the weighted mean."""
+        return type(self.strategy) in LINEAR
 
 
-def build(config: Config, *, cohort: int, parameter_names: tuple[str, ...]) -> Chosen:
+def build(config: Config, *, parameter_names: tuple[str, ...]) -> Chosen:
     """The strategy that `[strategy]` names, with its own options.
 
     It asks whoever its Grid lists: which clients those are is decided in `rounds.sampling`.
 
     Args:
         config: the run's configuration.
-        cohort: clients that a round asks; the differential-privacy wrappers scale their noise by it.
         parameter_names: trainable entries of the model's state; the others are buffers.
 
     Raises:
-        ConfigError: unknown name or option (the line names the nearest), or a value the strategy refuses.
+        ConfigError: unknown name or option (the line names the nearest), a value the strategy refuses, or a
+            strategy that does not go with `[privacy]`.
     """
     chosen = config.strategy
-    if chosen.name in WRAPPERS:
-        return _wrapped(config, cohort, parameter_names)
+    if chosen.name.startswith("dp-"):
+        raise ConfigError(
+            f"strategy.name = {chosen.name!r}: is gone; give a plain strategy, such as 'fedavg', and "
+            "privacy.mechanism = 'central' with privacy.clip_norm and privacy.noise_multiplier"
+        )
     if chosen.name not in PLAIN:
         raise ConfigError(f"strategy.name = {chosen.name!r}: {suggestion(chosen.name, NAMES)}")
+    check_privacy(config, linear=PLAIN[chosen.name] in LINEAR)
     made, update = _plain(config, chosen, parameter_names)
-    return Chosen(made, update, {})
+    return Chosen(made, update)
 
 
 def _plain(config: Config, chosen: StrategyConfig, parameter_names: tuple[str, ...]) -> tuple[FedAvg, Update]:
@@ -141,29 +136,9 @@ def _refuse_what_fedsgd_ignores(train: Train) -> None:
             )
 
 
-def _wrapped(config: Config, cohort: int, parameter_names: tuple[str, ...]) -> Chosen:
-    options = dict(config.strategy.options)
-    base_name = str(options.pop("base", "fedavg"))
-    if base_name not in DP_BASES:
-        hint = suggestion(base_name, DP_BASES)
-        raise ConfigError(f"strategy.base = {base_name!r}: the noise fits a mean of updates only; {hint}")
-    if config.rounds.quorum < 1 or config.rounds.deadline_s is not None:
-        raise ConfigError(
-            f"strategy {config.strategy.name!r}: its noise is for all clients of a round; with "
-            "rounds.quorum or rounds.deadline_s a round could close with fewer and too little noise"
-        )
-    base, update = _plain(config, StrategyConfig(name=base_name), parameter_names)
-    ours = {"strategy": base, "num_sampled_clients": cohort}
-    outer = StrategyConfig(name=config.strategy.name, options=options)
-    made = _construct(WRAPPERS[outer.name], outer, ours)
-    told = {"clipping": "adaptive"} if outer.name == "dp-client-adaptive" else {}
-    return Chosen(made, update, told, frozenset({"norm_bit"} if told else ()))
-
-
 def options_of(name: str) -> dict[str, inspect.Parameter]:
     """The options that a strategy of this name takes in the configuration."""
-    found = PLAIN.get(name) or WRAPPERS[name]
-    parameters = inspect.signature(found.__init__).parameters
+    parameters = inspect.signature(PLAIN[name].__init__).parameters
     return {key: parameter for key, parameter in parameters.items() if key not in _OURS}
 
 
@@ -171,8 +146,7 @@ def _construct(found: Any, chosen: StrategyConfig, ours: Mapping[str, Any]) -> A
     valid = options_of(chosen.name)
     for key in chosen.options:
         if key not in valid:
-            names = [*valid, "base"] if chosen.name in WRAPPERS else list(valid)
-            hint = suggestion(key, names) if names else "it takes none"
+            hint = suggestion(key, list(valid)) if valid else "it takes none"
             raise ConfigError(f"unknown key 'strategy.{key}' for strategy {chosen.name!r}: {hint}")
     for key, parameter in valid.items():
         if parameter.default is inspect.Parameter.empty and key not in chosen.options:

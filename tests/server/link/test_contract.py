@@ -24,10 +24,6 @@ from fedge_simulations.simulate import learn
 from fedge_simulations.world import prepare
 
 OPTIONS = {
-    "dp-server-fixed": {"noise_multiplier": 0.01, "clipping_norm": 5.0},
-    "dp-client-fixed": {"noise_multiplier": 0.01, "clipping_norm": 5.0},
-    "dp-server-adaptive": {"noise_multiplier": 0.01},
-    "dp-client-adaptive": {"noise_multiplier": 0.01},
     "fedprox": {"proximal_mu": 0.1},
     "fedavgm": {"server_momentum": 0.5},
     "fedsgd": {"momentum": 0.9},

@@ -1,0 +1,1 @@
+"""Differential privacy: what is added to a round, what it costs, and the ledger that keeps count."""

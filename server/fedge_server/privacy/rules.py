@@ -1,0 +1,100 @@
+"""What may stand together with a privacy mechanism, decided before anything runs."""
+
+from __future__ import annotations
+
+from fedge.config import Config
+from fedge.errors import ConfigError
+from fedge_server.privacy.central import Settings
+
+
+def check(config: Config, *, linear: bool) -> None:
+    """Refuse what would make the stated epsilon a wrong one.
+
+    Args:
+        config: of the run.
+        linear: whether the strategy uses nothing but the mean of the updates.
+
+    Raises:
+        ConfigError: the line names the key, why it does not fit, and what would.
+    """
+    if config.privacy.mechanism == "none":
+        if config.rounds.sampling == "poisson" and config.rounds.cohort is not None:
+            raise ConfigError(_POISSON_COHORT)
+        return
+    for wrong, message in (
+        (config.model.standardise, _STANDARDISE),
+        (config.evaluate.federated, _FEDERATED),
+        (config.evaluate.leave_one_client_out, _LEFT_OUT),
+        (config.rounds.sampling == "poisson" and config.rounds.cohort is not None, _POISSON_COHORT),
+    ):
+        if wrong:
+            raise ConfigError(message)
+    if config.privacy.mechanism == "central":
+        _check_central(config, linear=linear)
+
+
+def _check_central(config: Config, *, linear: bool) -> None:
+    if not linear:
+        raise ConfigError(
+            f"strategy.name = {config.strategy.name!r}: privacy.mechanism = 'central' adds noise to a sum, "
+            "and this strategy looks at single updates, whose influence the noise does not cover; take one "
+            "that averages, such as 'fedavg'"
+        )
+    if config.rounds.quorum < 1:
+        raise ConfigError(
+            f"rounds.quorum = {config.rounds.quorum}: where the first so many close a round, one client more "
+            "pushes another out and moves the sum by twice privacy.clip_norm; leave it 1 and set "
+            "rounds.deadline_s"
+        )
+
+
+def check_population(config: Config, expected: int, population: int) -> None:
+    """Refuse what only shows once the number of clients is known.
+
+    Args:
+        config: of the run.
+        expected: clients that a round counts on.
+        population: clients that there are.
+
+    Raises:
+        ConfigError: delta is so large that it promises nothing, or the count's noise is too small.
+    """
+    if config.privacy.delta * population >= 1:
+        raise ConfigError(
+            f"privacy.delta = {config.privacy.delta:g}: with {population} clients it must be below "
+            f"{1 / population:g}: at 1 / clients, publishing all data of one of them would pass"
+        )
+    try:
+        _ = settings_of(config, config.privacy.clip_norm, expected).change_multiplier
+    except ValueError as error:
+        raise ConfigError(
+            f"privacy.noise_multiplier = {config.privacy.noise_multiplier:g} with adaptive_clip: {error}; "
+            "raise privacy.clip_count_sigma, lower the noise, or ask more clients"
+        ) from error
+
+
+def settings_of(config: Config, clip_norm: float, expected: int) -> Settings:
+    """How a round with this clipping norm is protected."""
+    privacy = config.privacy
+    count_sigma = None
+    if privacy.adaptive_clip:
+        count_sigma = privacy.clip_count_sigma or expected / 20  # as in Andrew et al. 2021
+    return Settings(clip_norm, privacy.noise_multiplier, expected, count_sigma)
+
+
+_STANDARDISE = (
+    "model.standardise = true: clients' means and deviations would go into the model without noise, which no "
+    "epsilon covers; set model.standardise = false with a privacy.mechanism"
+)
+_FEDERATED = (
+    "evaluate.federated = true: clients' losses and accuracies would be sent without noise; leave it out "
+    "with a privacy.mechanism"
+)
+_LEFT_OUT = (
+    "evaluate.leave_one_client_out = true: each further training would spend the same clients' budget again; "
+    "leave it out with a privacy.mechanism"
+)
+_POISSON_COHORT = (
+    "rounds.cohort: with rounds.sampling = 'poisson' each client is asked with the probability "
+    "rounds.fraction, so the number is not fixed; leave rounds.cohort out"
+)
