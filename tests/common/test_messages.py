@@ -280,3 +280,14 @@ def test_replies_carry_the_metrics_under_flowers_names(
     made = make(sent(RecordDict({messages.CONFIG: ConfigRecord()})))
     assert dict(sent(made.content).content.metric_records[messages.METRICS]) == metrics
     assert made.metadata.dst_node_id == 9
+
+
+def test_all_who_read_a_shared_record_get_the_same_arrays_and_none_can_write_to_them() -> None:
+    record = messages.to_record({"w": np.zeros(3, np.float32)})
+    one, two = messages.from_record(record)["w"], messages.from_record(record)["w"]
+    assert one is two
+    with pytest.raises(ValueError, match="read-only"):
+        one[0] = 1
+    own = messages.to_record({"w": np.zeros(3, np.float32)}, shared=False)
+    messages.from_record(own)["w"][0] = 1
+    assert messages.from_record(own)["w"].tolist() == [1, 0, 0]

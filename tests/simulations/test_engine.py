@@ -256,3 +256,15 @@ def test_a_client_whose_data_cannot_be_trained_on_spoils_no_other() -> None:
     assert said == []
     assert (total.clients, total.examples) == (2, 10)
     assert "IndexError" in total.failed[0]
+
+
+def test_clients_with_states_of_their_own_start_from_those() -> None:
+    asked = job("mlp")
+    same = replace(asked, state=dict(asked.state))  # the same arrays
+    other = replace(asked, state={name: value + 1 for name, value in asked.state.items()})
+    done = Engine(Simulation(), examples(10)).train([asked, same, other])
+    for own, trained in zip((asked, same, other), done, strict=True):
+        assert not isinstance(trained, Exception)
+        expected = local.fit(own)
+        for name, value in expected.arrays.items():
+            assert trained.arrays[name] == pytest.approx(value, abs=2e-5)
