@@ -10,6 +10,7 @@ import math
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from _harness import Row
 
@@ -17,6 +18,9 @@ from fedge.config import Config
 from fedge_server.page import draw
 from fedge_server.privacy.accounting import Spend, epsilon
 from fedge_simulations import run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CLIENTS = 100
 DELTA = 1e-3  # a tenth of 1 / clients
@@ -35,9 +39,7 @@ def accuracy(data: Path, plot: Path, *, quick: bool) -> tuple[dict[str, float], 
     rounds = 10 if quick else 20
     seeds = (0,) if quick else (0, 1, 2)
     rows: list[Row] = [
-        _row(data, target, rounds, seed)
-        for target in (TARGETS[::2] if quick else TARGETS)
-        for seed in seeds
+        _row(data, target, rounds, seed) for target in (TARGETS[::2] if quick else TARGETS) for seed in seeds
     ]
     _plot(plot, rows)
     mean = {target: _mean(rows, target) for target in (1.0, math.inf)}
@@ -110,7 +112,7 @@ def _mean(rows: list[Row], target: float) -> float:
 def _plot(path: Path, rows: list[Row]) -> None:
     finite = sorted({float(row["epsilon wanted"]) for row in rows} - {math.inf})
 
-    def paint(axes) -> None:  # type: ignore[no-untyped-def]
+    def paint(axes: Axes) -> None:
         axes.plot(finite, [_mean(rows, target) for target in finite], "o-", label="with noise")
         axes.axhline(_mean(rows, math.inf), color="grey", linestyle="--", label="without (epsilon infinite)")
         axes.set_xscale("log", base=2)

@@ -1,9 +1,9 @@
 """What privacy costs and what it is worth: attacks on updates, accuracy for epsilon, secure aggregation.
 
-    inversion  digits out of updates of fedge's real client, by formula and by optimisation, against what the
-               server sees: plain, compressed, clipped and noised, summed, masked; controls beside
-    accuracy   Fashion-MNIST, 100 clients, at epsilon 1 to 8 and without noise, on data of your own copy
-               (`--data-dir DIR` with `fashion_mnist.npz`); the picture lies beside the JSON file, as .svg
+inversion  digits out of updates of fedge's real client, by formula and by optimisation, against what the
+           server sees: plain, compressed, clipped and noised, summed, masked; controls beside
+accuracy   Fashion-MNIST, 100 clients, at epsilon 1 to 8 and without noise, on data of your own copy
+           (`--data-dir DIR` with `fashion_mnist.npz`); the picture lies beside the JSON file, as .svg
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a run's rounds to its results: compress, gate, publish, and write down; the same in every world.
 
-`history.jsonl` grows with the rounds; `model.safetensors`, `report.html` and, last of all, `summary.json`
-are written when the run is whole.
+`history.jsonl` grows with the rounds; `model.safetensors`, `report.html`, `privacy.json` and, last of all,
+`summary.json` are written when the run is whole.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from fedge.task import Task
 from fedge_server.compression import TierOutcome, compress
 from fedge_server.data import ServerData
 from fedge_server.plots import Holdings
+from fedge_server.privacy import accounting
+from fedge_server.privacy.report import PrivacyReport, privacy_report
 from fedge_server.registry.database import Registry
+from fedge_server.registry.ledger import Ledger
 from fedge_server.release import publish_outcomes
 from fedge_server.report import Report, write_report
 from fedge_server.rounds.loop import Learned, Observer
@@ -28,6 +31,7 @@ from fedge_server.rounds.record import RoundRecord
 from fedge_server.summary import summarise
 
 SUMMARY, HISTORY, MODEL, REPORT = "summary.json", "history.jsonl", "model.safetensors", "report.html"
+PRIVACY = "privacy.json"
 
 Say = Callable[[str], None]
 """Takes one line of progress."""
@@ -111,7 +115,7 @@ def conclude(
     holdings: Holdings | None = None,
     further: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write report and summary; the summary says that the run is whole.
+    """Write both reports and the summary; the summary says that the run is whole.
 
     Args:
         place: of the run.
@@ -121,15 +125,37 @@ def conclude(
         holdings: who holds what; None where only the clients know.
         further: parts of the summary that only some worlds have.
     """
+    privacy = _privacy(place, learned.records)
     summary = summarise(
         place.config,
         learned,
         outcomes,
         clients=clients,
         seconds=time.perf_counter() - place.started,
+        privacy=privacy,
         further=further or {},
     )
-    report = Report.of(place.config, place.server.spec, learned, outcomes, summary, holdings)
+    report = Report.of(place.config, place.server.spec, learned, outcomes, summary, privacy, holdings)
     write_report(place.folder / REPORT, report)
+    write_atomically(place.folder / PRIVACY, json.dumps(privacy.to_json(), indent=2).encode())
     write_atomically(place.folder / SUMMARY, json.dumps(summary, indent=2).encode())
     return summary
+
+
+def _privacy(place: Place, records: Sequence[RoundRecord]) -> PrivacyReport:
+    config, epsilon = place.config, None
+    if config.privacy.mechanism != "none":
+        entries = Ledger(place.registry.engine, config.privacy.ledger).entries()
+        epsilon = accounting.epsilon(
+            [entry.spend for entry in entries],
+            config.privacy.delta,
+            unit="client",
+            accountant=config.privacy.accountant,
+        )
+    return privacy_report(
+        config,
+        records,
+        epsilon=epsilon,
+        moments=config.model.standardise and place.server.spec.numeric,
+        simulated=records[-1].simulated_s is not None,
+    )

@@ -15,6 +15,7 @@ from fedge_server import plots
 from fedge_server.compression import TierOutcome
 from fedge_server.page import Plot, flat, write_page
 from fedge_server.plots import Holdings
+from fedge_server.privacy.report import PrivacyReport
 from fedge_server.rounds.loop import Learned
 from fedge_server.rounds.record import RoundRecord
 
@@ -41,6 +42,7 @@ class Report:
     outcomes: Sequence[TierOutcome]
     plots: tuple[Plot, ...]
     failures: tuple[Failure, ...]
+    privacy: PrivacyReport
 
     @classmethod
     def of(
@@ -50,6 +52,7 @@ class Report:
         learned: Learned,
         outcomes: Sequence[TierOutcome],
         summary: dict[str, Any],
+        privacy: PrivacyReport,
         holdings: Holdings | None = None,
     ) -> Self:
         """Draw the plots of a run."""
@@ -65,7 +68,7 @@ class Report:
             drawn.append(plots.answers(records))
         if any(trial.accuracy is not None for outcome in outcomes for trial in outcome.tried):
             drawn.append(plots.candidates(outcomes, summary["global_model"]["bytes"]))
-        return cls(config, summary, records, outcomes, tuple(drawn), failures)
+        return cls(config, summary, records, outcomes, tuple(drawn), failures, privacy)
 
 
 def write_report(path: Path, report: Report) -> None:

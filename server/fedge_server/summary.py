@@ -12,6 +12,7 @@ from fedge.config import Config
 from fedge.learning.models import parameters
 from fedge.learning.state import names_of
 from fedge_server.compression import TierOutcome
+from fedge_server.privacy.report import PrivacyReport
 from fedge_server.rounds.loop import Learned
 from fedge_server.rounds.stopping import reached_target_at
 
@@ -23,6 +24,7 @@ def summarise(
     *,
     clients: int,
     seconds: float,
+    privacy: PrivacyReport,
     further: dict[str, Any],
 ) -> dict[str, Any]:
     """What `summary.json` holds; absent parts are left out.
@@ -33,6 +35,7 @@ def summarise(
         outcomes: one per tier.
         clients: how many there were.
         seconds: wall time of the whole run.
+        privacy: who could see what.
         further: parts that only some worlds have, such as devices.
     """
     last = learned.records[-1]
@@ -55,29 +58,12 @@ def summarise(
             "bytes": fp32_bytes(learned.model.network),
             "sha256": learned.model_sha256,
         },
-        "privacy": _privacy(config, learned),
+        "privacy": privacy.to_json(),
         **further,
         "variants": [_tier(outcome) for outcome in outcomes],
         "seconds": round(seconds, 2),
     }
     return {key: value for key, value in summary.items() if value not in (None, [], {})}
-
-
-def _privacy(config: Config, learned: Learned) -> dict[str, Any]:
-    """What was promised to whom, and whether the noise protects: from the seed it can be taken off again."""
-    privacy = config.privacy
-    if privacy.mechanism == "none":
-        return {}
-    said = learned.records[-1].privacy
-    return {
-        "mechanism": privacy.mechanism,
-        "epsilon": said["epsilon"],
-        "delta": said["delta"],
-        "ledger": privacy.ledger,
-        "accountant": privacy.accountant,
-        "noise": said["noise"],
-        "protects": said["noise"] == "secret",
-    }
 
 
 def fp32_bytes(network: nn.Module) -> int:

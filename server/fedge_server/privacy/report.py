@@ -1,0 +1,172 @@
+"""Who could see what of a run, and what protected its clients: said plainly, from what is known anyway.
+
+A pure function of configuration, records and epsilon: the same for a run in progress, one that is over, and
+one of years ago. It publishes nothing that the run's noise does not cover, but for counts of clients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedge.config import Config
+from fedge_server.rounds.record import RoundRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """One party, and what it could see of the clients' data in this run."""
+
+    who: str
+    sees: str
+    single_updates: bool  # sees the update of a single client as it is
+    bounded: bool  # what it sees is covered by epsilon
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyReport:
+    """What a run gave away, and to whom."""
+
+    mechanism: str
+    protects: (
+        bool  # whether noise protects anybody: without a mechanism, or with noise from a seed, it does not
+    )
+    statements: tuple[str, ...]  # in the order of their weight
+    viewers: tuple[Viewer, ...]
+    epsilon: float | None  # of a client, over all rounds of the ledger; None: no bound
+    delta: float | None
+    ledger: str | None
+    accountant: str | None
+    noise: str | None  # 'secret', or 'seed' where it can be made again
+    clip_norm: float | None  # of the last round
+    clipped_share: float | None  # noised, of the last round; None: not counted, for nothing would cover it
+    threshold: int  # valid updates below which a round changes nothing
+    smallest_round: int | None  # fewest updates that went into one aggregate; None: no round counted
+    asked: int  # in all rounds together
+    dropouts: int  # of these without a usable update: failed, late or rejected
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values; `single_updates_seen_by` names those whom its clients must trust."""
+        facts = {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name not in ("viewers", "statements")
+        }
+        return {
+            **{name: value for name, value in facts.items() if value is not None},
+            "single_updates_seen_by": [viewer.who for viewer in self.viewers if viewer.single_updates],
+            "statements": list(self.statements),
+            "viewers": [
+                {name: getattr(viewer, name) for name in Viewer.__dataclass_fields__}
+                for viewer in self.viewers
+            ],
+        }
+
+
+def privacy_report(
+    config: Config,
+    records: Sequence[RoundRecord],
+    *,
+    epsilon: float | None,
+    moments: bool,
+    simulated: bool,
+) -> PrivacyReport:
+    """What this run's clients gave away.
+
+    Args:
+        config: of the run.
+        records: of its rounds, the initial model's first.
+        epsilon: that the ledger holds for a client now; None without a mechanism.
+        moments: clients were asked for those of their raw values.
+        simulated: its clients were made up, and so are their devices.
+    """
+    privacy, rounds = config.privacy, [record for record in records if record.round > 0]
+    protected = privacy.mechanism != "none"
+    said = rounds[-1].privacy if rounds and protected else {}
+    noise = str(said["noise"]) if "noise" in said else None
+    shown = epsilon if epsilon is not None and math.isfinite(epsilon) else None
+    counted = [record.clients for record in rounds if record.counted]
+    return PrivacyReport(
+        mechanism=privacy.mechanism,
+        protects=protected and noise == "secret" and shown is not None,
+        statements=_statements(config, noise, shown, moments=moments, simulated=simulated),
+        viewers=_viewers(config, bounded=shown is not None, moments=moments),
+        epsilon=shown if protected else None,
+        delta=privacy.delta if protected else None,
+        ledger=privacy.ledger if protected else None,
+        accountant=privacy.accountant if protected else None,
+        noise=noise,
+        clip_norm=float(said["clip_norm"]) if "clip_norm" in said else None,
+        clipped_share=_clipped(config, said),
+        threshold=config.rounds.min_updates,
+        smallest_round=min(counted, default=None),
+        asked=sum(record.asked for record in rounds),
+        dropouts=sum(record.failures for record in rounds),
+    )
+
+
+def _clipped(config: Config, said: Mapping[str, float | str]) -> float | None:
+    """The noised share of clipped clients, read off the clipping norm's step (Andrew et al. 2021).
+
+    Within 0..1, although the noise may have carried it beyond.
+    """
+    if "next_clip_norm" not in said:
+        return None
+    privacy = config.privacy
+    step = math.log(float(said["next_clip_norm"]) / float(said["clip_norm"]))
+    unclipped = privacy.clip_quantile - step / privacy.clip_learning_rate
+    return round(min(max(1 - unclipped, 0.0), 1.0), 4)
+
+
+def _statements(
+    config: Config, noise: str | None, epsilon: float | None, *, moments: bool, simulated: bool
+) -> tuple[str, ...]:
+    privacy, found = config.privacy, []
+    if privacy.mechanism == "none":
+        found.append(
+            "Nothing protects the updates: hub, worker and operator can see each single one, and an update "
+            "gives training data back."
+        )
+        found.append("No epsilon bounds what the global model and its variants show about a client.")
+    elif epsilon is None:
+        found.append("No epsilon can be stated: the ledger promises nothing to a client.")
+    else:
+        found.append(
+            f"Whatever the models show about a client is bounded by epsilon {epsilon:.3g} at delta "
+            f"{privacy.delta:g}, over all rounds of all runs in ledger {privacy.ledger!r}."
+        )
+        found.append(
+            "That holds towards whoever sees models, not towards hub, worker and operator: they can see each "
+            "single update before the noise, and an update gives training data back."
+        )
+        if noise == "seed":
+            found.append(
+                "The noise comes from the seed and can be taken off again: it protects nobody, and shows "
+                "what such noise costs."
+            )
+    if moments:
+        found.append("Each client also sends sums of its raw values (moments), which nothing protects.")
+    if config.evaluate.federated:
+        found.append("Clients also send their own loss and accuracy, which nothing protects.")
+    if simulated:
+        found.append("This run is a simulation: its clients and their devices are made up.")
+    return tuple(found)
+
+
+def _viewers(config: Config, *, bounded: bool, moments: bool) -> tuple[Viewer, ...]:
+    sent = ["single update", "number of examples", "training loss"]
+    sent += ["moments of its raw values"] if moments else []
+    sent += ["own evaluation"] if config.evaluate.federated else []
+    each = f"of every client that answers: {', '.join(sent)}"
+    models = "the noised global model" if config.privacy.mechanism != "none" else "the global model"
+    return (
+        Viewer("device", f"its own data; {models} of every round that asks it", False, bounded),
+        Viewer("other clients", f"{models} of the rounds that ask them, nothing of a single client", False,
+               bounded),
+        Viewer("hub", f"{each}; who takes part, when, from which address", True, False),
+        Viewer("worker", f"{each}; by number, not by name", True, False),
+        Viewer("operator", "what hub and worker see, their files, and the database", True, False),
+        Viewer("whoever has a release", f"variants made from {models}", False, bounded),
+    )  # fmt: skip
