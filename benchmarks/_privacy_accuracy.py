@@ -50,7 +50,7 @@ def accuracy(data: Path, plot: Path, *, quick: bool) -> tuple[dict[str, float], 
 
 
 def noise_for(target: float, rounds: int) -> float:
-    """The smallest noise multiplier, to three digits, whose epsilon over so many rounds is at most the target."""
+    """The smallest noise multiplier, to three digits, whose epsilon over so many rounds keeps the target."""
 
     def spent(multiplier: float) -> float:
         return epsilon([Spend("client", 1.0, multiplier, rounds)], DELTA, unit="client", accountant="pld")

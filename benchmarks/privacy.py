@@ -4,15 +4,38 @@ inversion  digits out of updates of fedge's real client, by formula and by optim
            server sees: plain, compressed, clipped and noised, summed, masked; controls beside
 accuracy   Fashion-MNIST, 100 clients, at epsilon 1 to 8 and without noise, on data of your own copy
            (`--data-dir DIR` with `fashion_mnist.npz`); the picture lies beside the JSON file, as .svg
+secagg     traffic and time of secure aggregation, where `_privacy_secagg.py` lies beside this file
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 
 from _harness import Options, Row, machine, options, publish
 from _privacy_accuracy import accuracy
 from _privacy_inversion import inversion
 
-PARTS = ("inversion", "accuracy")
+Figures = tuple[dict[str, float], list[Row]]
+
+
+def _inversion(asked: Options) -> Figures:
+    return inversion(quick=asked.quick)
+
+
+def _accuracy(asked: Options) -> Figures:
+    return accuracy(asked.data / "fashion_mnist.npz", asked.json.with_suffix(".svg"), quick=asked.quick)
+
+
+def _secagg(asked: Options) -> Figures:
+    found: Figures = import_module("_privacy_secagg").secagg(quick=asked.quick)
+    return found
+
+
+PARTS: dict[str, Callable[[Options], Figures]] = {"inversion": _inversion, "accuracy": _accuracy}
+if find_spec("_privacy_secagg") is not None:
+    PARTS["secagg"] = _secagg
 
 
 def main(asked: Options) -> None:
@@ -21,15 +44,11 @@ def main(asked: Options) -> None:
     claims: dict[str, float] = {}
     rows: list[Row] = []
     for part in asked.only or PARTS:
-        if part == "inversion":
-            found, table = inversion(quick=asked.quick)
-        else:
-            data, plot = asked.data / "fashion_mnist.npz", asked.json.with_suffix(".svg")
-            found, table = accuracy(data, plot, quick=asked.quick)
+        found, table = PARTS[part](asked)
         claims |= found
         rows += table
     publish(asked, before, claims, rows)
 
 
 if __name__ == "__main__":
-    main(options(__doc__ or "", parts=PARTS, data=True, data_for="accuracy"))
+    main(options(__doc__ or "", parts=tuple(PARTS), data=True, data_for="accuracy"))

@@ -21,7 +21,18 @@ from fedge.files import is_held, sole_holder
 from fedge.learning.whole import WholeModel
 from fedge_server import app as server_app
 from fedge_server.compression import TierOutcome
-from fedge_server.pipeline import HISTORY, MODEL, REPORT, SUMMARY, Place, Say, conclude, observer, release
+from fedge_server.pipeline import (
+    HISTORY,
+    MODEL,
+    PRIVACY,
+    REPORT,
+    SUMMARY,
+    Place,
+    Say,
+    conclude,
+    observer,
+    release,
+)
 from fedge_server.plots import Holdings
 from fedge_server.registry.database import Registry
 from fedge_server.release import KEYS, PUBLISHED
@@ -216,7 +227,7 @@ def _claim(folder: Path, config: Config, *, overwrite: bool) -> bool:
 
 def _remove_run(folder: Path) -> None:
     """Delete what a run writes, and nothing that somebody else put beside it."""
-    for name in (SUMMARY, HISTORY, MODEL, REPORT, EVENTS, PLAN):
+    for name in (SUMMARY, HISTORY, MODEL, REPORT, PRIVACY, EVENTS, PLAN):
         (folder / name).unlink(missing_ok=True)
     for name in ("store", PUBLISHED, KEYS, DEVICES, FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)

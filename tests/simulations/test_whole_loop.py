@@ -48,6 +48,8 @@ def test_without_tiers_a_run_leaves_model_history_report_and_summary(tmp_path):
     assert history[-1]["accuracy"] == summary["global_model"]["accuracy"]
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 5
+    assert json.loads((out / "privacy.json").read_text()) == summary["privacy"]
+    assert "Nothing protects the updates: hub, worker and operator can see each single one" in page
     assert summary["bytes_up"] == sum(row["bytes_up"] for row in history)
     assert summary["clients_per_second"] > 0
     assert "http" not in page.split("<svg")[0]  # nothing is fetched from elsewhere
