@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from fedge.learning.state import arrays_of
 from fedge.spec import Spec
 from fedge.task import Task
 from fedge_simulations.engine import Engine
-from fedge_simulations.engine.choice import difference
+from fedge_simulations.engine.choice import Way, choose, difference
 from fedge_simulations.engine.stack import Layout
 from fedge_simulations.engine.steppers import Linears, Recipe, Single, Vmapped, linear_layers
 from fedge_simulations.trainers import Client
@@ -94,7 +95,11 @@ OWN: dict[str, Callable[[Spec], nn.Module]] = {
     "dropout": WithDropout,
     "peeking": Peeking,
     "looking": Looking,
+    "twice": lambda spec: Sharing(spec, twice=True),
+    "weight too": lambda spec: Sharing(spec, twice=False),
+    "over time": lambda spec: OverTime(spec),
 }
+FUSED = partial(Vmapped, fused=True)
 TASK = Task(
     name="engine",
     read=lambda source: None,
@@ -127,6 +132,12 @@ def found(make: Any, asked: Job, *, single: bool = False) -> str:
     recipe = Recipe(model, Layout.of(asked.state), instructions.train, instructions.proximal_mu)
     preprocess = TASK.preprocess(SPEC, None, "none")
     return difference(make, recipe, asked, preprocess, single=single)
+
+
+def chosen(asked: Job) -> Way:
+    instructions = asked.instructions
+    recipe = Recipe(TASK.models[instructions.model](SPEC).train(), Layout.of(asked.state), instructions.train)
+    return choose(recipe, asked, TASK.preprocess(SPEC, None, "none"))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -162,6 +173,55 @@ def test_every_setting_of_a_step_is_the_devices_too(changes: dict[str, Any]) -> 
 @pytest.mark.parametrize("model", ["everything", "dropout"])
 def test_recurrent_layers_embeddings_dropout_and_batch_normalisation_are_batched(model: str) -> None:
     assert found(Vmapped, job(model, optimizer="adam")) == ""
+
+
+class Sharing(nn.Module):
+    """Uses a linear layer twice, or its weight by itself too."""
+
+    def __init__(self, spec: Spec, *, twice: bool) -> None:
+        super().__init__()
+        self.twice = twice
+        self.first, self.out = nn.Linear(64, 64), nn.Linear(64, spec.classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x.flatten(1)).tanh()
+        return self.out(self.first(h) if self.twice else h * self.first.weight.sum(0))
+
+
+class OverTime(nn.Module):
+    """A linear layer over each row of an image, one without bias, and weights that are no layer's."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((8,), 0.5))
+        self.each, self.out = nn.Linear(8, 5, bias=False), nn.Linear(40, spec.classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.each(x.squeeze(1) * self.scale).tanh().flatten(1))
+
+
+def test_layers_that_step_inside_the_backward_pass_give_the_devices_steps() -> None:
+    assert found(FUSED, job("over time")) == ""
+    assert found(FUSED, job("dropout")) == ""
+    assert found(FUSED, job("small_cnn")) == ""
+    assert found(FUSED, job("mlp", loss="focal")) == ""
+
+
+def test_a_layer_that_cannot_step_by_itself_is_batched_without() -> None:
+    with pytest.raises(NotImplementedError, match="used twice"):
+        found(FUSED, job("twice"))
+    assert "differ" in found(FUSED, job("weight too"))
+    for model in ("twice", "weight too"):
+        assert found(Vmapped, job(model)) == ""
+        way = chosen(job(model))
+        assert isinstance(way.stepper, Vmapped)
+        assert way.why == ""
+
+
+def test_nothing_steps_by_itself_where_a_step_is_more_than_plain_descent() -> None:
+    for changes in ({"momentum": 0.9}, {"optimizer": "adam"}, {"mu": 0.1}, {"weight_decay": 0.1}):
+        with pytest.raises(NotImplementedError, match="no linear layer"):
+            found(FUSED, job("mlp", **changes))
 
 
 def test_a_module_that_cannot_be_batched_is_trained_one_by_one_and_named_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[Make, bool]]:
         yield Linears, False
     if any(isinstance(module, nn.Conv2d) for module in recipe.model.modules()):
         yield Single, True
+    yield partial(Vmapped, fused=True), False
     yield Vmapped, False
 
 

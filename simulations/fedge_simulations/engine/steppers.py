@@ -10,14 +10,16 @@ Legend as in `stack`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -91,44 +93,76 @@ class Optimised:
 
 
 class Vmapped:
-    """Any module, through torch.func's vmap over grad."""
+    """Any module: its forward pass through torch.func's vmap, its backward pass by autograd over the stack."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, fused: bool = False) -> None:
+        """Prepare a model's steps.
+
+        Args:
+            recipe: what is trained.
+            fused: linear layers step inside the backward pass; for plain SGD, and layers that are used once.
+
+        Raises:
+            NotImplementedError: there is nothing to be fused.
+        """
         self._recipe = recipe
         self._loss = local.losses(recipe.settings)
+        self._linear = _linear_parameters(recipe) if fused else {}
+        if fused and not self._linear:
+            raise NotImplementedError("no linear layer that could step by itself")
+        own = {name for pair in self._linear.items() for name in pair if name}
+        self._trainable = tuple(name for name in recipe.trainable if name not in own)
         self._buffers = tuple(name for name in recipe.layout.shapes if name not in recipe.trainable)
         self._counters = {
             name: value for name, value in recipe.model.named_buffers() if not value.is_floating_point()
         }
-        self._plain = self._batched(padded=False)
-        self._padded = self._batched(padded=True)
+        self._trigger = torch.zeros((), requires_grad=True)  # else a first layer would have no backward pass
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in recipe.model.modules())
+        forward = self._decomposed if self._recurrent else self._logits
+        self._forward = vmap(forward, in_dims=(0, 0, 0, 0), randomness="error")
         self._optimised: Optimised | None = None
         self._anchors: Named = {}
         self._counts: Named = {}
+        self._clients = 0  # of the step that is being made
 
-    def _batched(self, *, padded: bool) -> Any:
-        dims = (0, 0, 0, 0, 0, 0 if padded else None, 0)
-        return vmap(grad(self._objective, has_aux=True), in_dims=dims, randomness="error")
+    def _logits(
+        self, parameters: Named, others: Named, x: torch.Tensor, keys: torch.Tensor
+    ) -> tuple[torch.Tensor, Named]:
+        stepping = _Stepping(
+            {id(parameters[w]): id(parameters[b]) if b else 0 for w, b in self._linear.items()},
+            self._layer,
+        )
+        with draws.keyed_dropout(self._recipe.model, keys), stepping if self._linear else nullcontext():
+            logits = functional_call(self._recipe.model, {**parameters, **others}, (x,))
+        stepping.check()
+        return logits, others
 
-    def _objective(
-        self,
-        trainable: Named,
-        others: Named,
-        anchors: Named,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        weight: torch.Tensor | None,
-        keys: torch.Tensor,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, Named]]:
-        with draws.keyed_dropout(self._recipe.model, keys):
-            logits = functional_call(self._recipe.model, {**trainable, **others}, (x,))
-        each = self._loss(logits, y)  # (R,)
-        loss = each.mean() if weight is None else (each * weight).sum() / weight.sum()
-        total = loss
-        for name, anchor in anchors.items():
-            total = total + self._recipe.mu / 2 * (trainable[name] - anchor).square().sum()
-        return total, (loss, others)
+    def _decomposed(
+        self, parameters: Named, others: Named, x: torch.Tensor, keys: torch.Tensor
+    ) -> tuple[torch.Tensor, Named]:
+        """The same; under a transform with gradients torch takes a recurrent layer apart, as vmap needs it."""
+
+        def forward(parameters: Named) -> tuple[torch.Tensor, Named]:
+            own = {name: value.clone() for name, value in others.items()}  # what is changed in place
+            return self._logits(parameters, own, x, keys)
+
+        logits, _, changed = vjp(forward, parameters, has_aux=True)
+        return logits, changed
+
+    def _layer(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        """A layer of all clients, from within vmap: an autograd function there costs more than its products."""
+        level = functorch.maybe_current_level()
+        k = self._clients
+        rows = _stacked(x, k)  # (k, ..., F)
+        weight, bias = _stacked(w, k), None if b is None else _stacked(b, k)
+        with temporarily_clear_interpreter_stack():
+            lr = self._recipe.settings.learning_rate
+            found = _StackedLinear.apply(  # type: ignore[no-untyped-call]
+                rows.flatten(1, -2), weight, bias, lr, self._trigger
+            )
+            found = found.view(*rows.shape[:-1], weight.shape[1])
+        made: torch.Tensor = functorch._add_batch_dim(found, 0, level)
+        return made
 
     @contextmanager
     def _kernels(self) -> Iterator[None]:
@@ -156,30 +190,81 @@ class Vmapped:
     ) -> torch.Tensor:
         """One step of the first k clients."""
         assert self._optimised is not None  # noqa: S101 - `begin` has made it
-        k = len(x)
+        k = self._clients = len(x)
         views = self._optimised.active(k)
         others = {name: views[name] for name in self._buffers}
-        counts = {name: value[:k] for name, value in self._counts.items()}
-        call = self._plain if weight is None else self._padded
+        others |= {name: value[:k] for name, value in self._counts.items()}
+        # `.data`: the views share one version counter, so a step of one would spoil what is saved of another.
+        parameters = {name: views[name].data for name in self._recipe.trainable}
+        leaves = [parameters[name].requires_grad_() for name in self._trainable]
         with self._kernels():
-            gradients, (loss, changed) = call(
-                {name: views[name] for name in self._recipe.trainable},
-                {name: value.clone() for name, value in {**others, **counts}.items()},
-                {name: value[:k] for name, value in self._anchors.items()},
-                x,
-                y,
-                weight,
-                keys,
-            )
-        self._optimised.step(gradients)
-        for name, value in {**others, **counts}.items():
+            with torch.enable_grad():
+                copies = {name: value.clone() for name, value in others.items()}
+                logits, changed = self._forward(parameters, copies, x, keys)
+            loss, error = output_error(self._loss, self._recipe.settings, logits.detach(), y, weight)
+            if leaves:
+                found = torch.autograd.grad(logits, leaves, error, materialize_grads=True)
+            else:  # all that is left is what the layers do to themselves
+                logits.backward(error)
+                found = ()
+        gradients = dict(zip(self._trainable, found, strict=True))
+        for name, anchor in self._anchors.items():
+            gradients[name].add_(views[name] - anchor[:k], alpha=self._recipe.mu)
+        if gradients:
+            self._optimised.step(gradients)
+        for name, value in others.items():
             value.copy_(changed[name])
-        found: torch.Tensor = loss.detach()
-        return found
+        return loss
 
     def end(self) -> None:
         """Nothing is left to do."""
         self._optimised = None
+
+
+def _linear_parameters(recipe: Recipe) -> dict[str, str]:
+    """Name of the weight of each linear layer that steps change, and of its bias or ""."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in recipe.model.modules())
+    if not recipe.plain_sgd or recurrent:  # the latter runs under a second transform
+        return {}
+    return {
+        f"{name}.weight".lstrip("."): f"{name}.bias".lstrip(".") if module.bias is not None else ""
+        for name, module in recipe.model.named_modules()
+        if type(module) is nn.Linear and all(p.requires_grad for p in module.parameters())
+    }
+
+
+def output_error(
+    loss_of: local.Loss, settings: Train, logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss (k,) and its derivative by the logits (k, R, C).
+
+    Args:
+        loss_of: of each example.
+        settings: the run's `[train]`.
+        logits: (k, R, C).
+        y: (k, R).
+        weight: (k, R) 1 for an example and 0 for padding; None: there is no padding.
+    """
+    k, rows, classes = logits.shape
+    share = (
+        torch.full((1, 1), 1 / rows, dtype=logits.dtype, device=logits.device)
+        if weight is None
+        else weight / weight.sum(1, keepdim=True)
+    )  # (k or 1, R or 1)
+    if settings.loss == "cross_entropy" and settings.label_smoothing == 0:
+        # Written out: torch's log_softmax over a short last dimension takes five times as long.
+        shifted = logits - logits.amax(2, keepdim=True)
+        error = shifted.exp()
+        norm = error.sum(2, keepdim=True)
+        each = norm.log().squeeze(2) - shifted.gather(2, y[:, :, None]).squeeze(2)  # (k, R)
+        error.div_(norm).scatter_add_(2, y[:, :, None], error.new_full((1, 1, 1), -1.0).expand(k, rows, 1))
+        return (each * share).sum(1), error.mul_(share[:, :, None])
+    leaf = logits.detach().reshape(-1, classes).requires_grad_()
+    with torch.enable_grad():
+        each = loss_of(leaf, y.reshape(-1)).view(k, rows)
+        loss = (each * share).sum(1)
+        (error,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), error.view(k, rows, classes)
 
 
 class Linears:
@@ -213,7 +298,7 @@ class Linears:
             h = torch.baddbmm(views[bias][:, None], h, w.mT) if bias else torch.bmm(h, w.mT)
             if relu:
                 h = h.relu_()
-        loss, error = self._output_error(h, y, weight)
+        loss, error = output_error(self._loss, self._recipe.settings, h, y, weight)
         gradients: Named = {}
         for i in range(len(self._layers) - 1, -1, -1):
             name, bias, _ = self._layers[i]
@@ -242,34 +327,6 @@ class Linears:
             if own and self._anchors:
                 away = views[own] - self._anchors[own][: len(views[own])]
                 gradients[own].add_(away, alpha=self._recipe.mu)
-
-    def _output_error(
-        self, logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss (k,) and its derivative by the logits (k, R, C)."""
-        k, rows, classes = logits.shape
-        share = (
-            torch.full((1, 1), 1 / rows, dtype=logits.dtype, device=logits.device)
-            if weight is None
-            else weight / weight.sum(1, keepdim=True)
-        )  # (k or 1, R or 1)
-        settings = self._recipe.settings
-        if settings.loss == "cross_entropy" and settings.label_smoothing == 0:
-            # Written out: torch's log_softmax over a short last dimension takes five times as long.
-            shifted = logits - logits.amax(2, keepdim=True)
-            error = shifted.exp()
-            norm = error.sum(2, keepdim=True)
-            each = norm.log().squeeze(2) - shifted.gather(2, y[:, :, None]).squeeze(2)  # (k, R)
-            error.div_(norm).scatter_add_(
-                2, y[:, :, None], error.new_full((1, 1, 1), -1.0).expand(k, rows, 1)
-            )
-            return (each * share).sum(1), error.mul_(share[:, :, None])
-        leaf = logits.detach().reshape(-1, classes).requires_grad_()
-        with torch.enable_grad():
-            each = self._loss(leaf, y.reshape(-1)).view(k, rows)
-            loss = (each * share).sum(1)
-            (error,) = torch.autograd.grad(loss.sum(), leaf)
-        return loss.detach(), error.view(k, rows, classes)
 
     def end(self) -> None:
         """Nothing is left to do."""
@@ -315,20 +372,73 @@ class _Linear(torch.autograd.Function):
         return below, None, None, None
 
 
-class _Stepping(TorchFunctionMode):
-    """Lets linear layers over these weights step by themselves; each weight is used once in a pass."""
+class _StackedLinear(torch.autograd.Function):
+    """The same for a stack: (k, R, F) rows and weights of each client."""
 
-    def __init__(self, weights: set[int], lr: float) -> None:
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        b: torch.Tensor | None,
+        lr: float,
+        trigger: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.w, ctx.b, ctx.lr = w, b, lr
+        return torch.baddbmm(b[:, None], x, w.mT) if b is not None else torch.bmm(x, w.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+        (x,), (g,) = ctx.saved_tensors, grads
+        below = torch.bmm(g, ctx.w) if ctx.needs_input_grad[0] else None
+        with torch.no_grad():
+            ctx.w.baddbmm_(g.mT, x, alpha=-ctx.lr)
+            if ctx.b is not None:
+                ctx.b.add_(g.sum(1), alpha=-ctx.lr)
+        return below, None, None, None, None
+
+
+def _stacked(x: torch.Tensor, k: int) -> torch.Tensor:
+    """What vmap shows as one client's, of all of them, (k, ...)."""
+    if not functorch.is_batchedtensor(x):
+        return x.expand(k, *x.shape)
+    whole: torch.Tensor = functorch.get_unwrapped(x)
+    return whole.movedim(functorch.maybe_get_bdim(x), 0)
+
+
+class _Stepping(TorchFunctionMode):
+    """Lets linear layers over these weights step by themselves; each may be used once in a pass."""
+
+    def __init__(self, weights: dict[int, int], layer: Callable[..., torch.Tensor]) -> None:
+        """Know the layers.
+
+        Args:
+            weights: id of each weight, and of its bias or 0.
+            layer: (input, weight, bias or None) to output.
+        """
         super().__init__()
-        self._weights, self._lr = weights, lr
-        self.used: list[int] = []
+        self._weights, self._layer = weights, layer
+        self._used: list[int] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and len(args) >= 2 and id(args[1]) in self._weights and args[0].dim() == 2:
-            self.used.append(id(args[1]))
-            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
-            return _Linear.apply(args[0], args[1], bias, self._lr)  # type: ignore[no-untyped-call]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is F.linear and len(args) >= 2 and id(args[1]) in self._weights and args[0].dim() >= 2:
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            self._used.append(id(args[1]))
+            if (id(bias) if bias is not None else 0) != self._weights[id(args[1])]:
+                raise NotImplementedError("a linear layer with another's bias")
+            return self._layer(args[0], args[1], bias)
+        return func(*args, **kwargs)
+
+    def check(self) -> None:
+        """Refuse a pass that did not use each once.
+
+        Raises:
+            NotImplementedError: it did not.
+        """
+        if sorted(self._used) != sorted(self._weights):
+            raise NotImplementedError("a linear layer is used twice, or not as a layer")
 
 
 class Single:
@@ -340,13 +450,20 @@ class Single:
         self._model = copy.deepcopy(recipe.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._flat: torch.Tensor | None = None
         modules = [m for m in self._model.modules() if type(m) is nn.Linear] if recipe.plain_sgd else []
-        self._stepping = {id(m.weight) for m in modules}
+        self._stepping = {id(m.weight): id(m.bias) if m.bias is not None else 0 for m in modules}
         own = {id(p) for m in modules for p in m.parameters()}
         self._parameters = [p for p in self._model.parameters() if p.requires_grad and id(p) not in own]
         for module in modules:
             module.requires_grad_(False)
         self._optimizer: torch.optim.Optimizer | None = None
         self._anchors: list[torch.Tensor] = []
+
+    def _layer(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        if x.dim() != 2:
+            raise NotImplementedError("a linear layer over more than rows")
+        lr = self._recipe.settings.learning_rate
+        made: torch.Tensor = _Linear.apply(x, w, b, lr)  # type: ignore[no-untyped-call]
+        return made
 
     def begin(self, flat: torch.Tensor) -> None:
         """Take over a stack of one."""
@@ -368,14 +485,13 @@ class Single:
             inputs, labels = inputs[weight[0] > 0], labels[weight[0] > 0]
         if inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        stepping = _Stepping(self._stepping, self._recipe.settings.learning_rate)
+        stepping = _Stepping(self._stepping, self._layer)
         with torch.enable_grad(), draws.keyed_dropout(self._model, keys[0]), stepping:
             loss = self._loss(self._model(inputs), labels).mean()
             objective = loss
             for p, anchor in zip(self._parameters, self._anchors, strict=False):
                 objective = objective + self._recipe.mu / 2 * (p - anchor).square().sum()
-        if sorted(stepping.used) != sorted(self._stepping):
-            raise NotImplementedError("a linear layer is used twice, or not as a layer of rows")
+        stepping.check()
         gradients = torch.autograd.grad(objective, self._parameters)
         with torch.no_grad():
             if self._optimizer is None:
