@@ -23,7 +23,8 @@ from fedge.task import Task
 from fedge_simulations.engine import Engine
 from fedge_simulations.engine.choice import Way, choose, difference
 from fedge_simulations.engine.stack import Layout
-from fedge_simulations.engine.steppers import Linears, Recipe, Single, Vmapped, linear_layers
+from fedge_simulations.engine.steppers import Linears, Recipe, Single, linear_layers
+from fedge_simulations.engine.vmapped import Vmapped
 from fedge_simulations.trainers import Client
 
 SPEC = Spec("image", (8, 8), "float32", ("a", "b", "c"))
@@ -281,6 +282,17 @@ def test_how_many_are_batched_together_does_not_change_the_sum() -> None:
     for other in sums[1:]:
         for name, value in sums[0].mean.items():
             assert other.mean[name] == pytest.approx(value, abs=1e-6)  # float32: some roundings of one step
+
+
+def test_a_large_data_set_is_pre_processed_stack_by_stack_to_the_same_sum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, clients = cohort([300, 9, 250])
+    once = Engine(Simulation(), data).sum(job("mlp", mu=0.1), clients)
+    monkeypatch.setattr("fedge_simulations.engine.WHOLE_BYTES", 4 * data.x.size - 1)
+    again = Engine(Simulation(), data).sum(job("mlp", mu=0.1), clients)
+    assert once.loss == again.loss
+    assert all(np.array_equal(value, again.mean[name]) for name, value in once.mean.items())
 
 
 def test_a_client_that_diverges_is_left_out_of_the_sum_with_the_reason() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fedge.config import Simulation, Train
-from fedge.dataset import Array, Examples
+from fedge.dataset import Array, Examples, Indices
 from fedge.learning import draws, local
 from fedge.learning.local import Job, Trained
 from fedge.learning.messages import Instructions
@@ -40,6 +40,8 @@ _LOG = logging.getLogger("fedge.simulation")
 
 STACK_BYTES = 13 * 2**19  # of the models that are batched together, until it is measured
 ROWS_BYTES = 32 * 1024**2  # of their data
+WHOLE_BYTES = 64 * 1024**2  # of a data set that is pre-processed once and kept, at most
+PREPROCESSED = 256  # examples at a time
 TRIED = 10  # examples that a model is put to the proof with
 MOST_AT_ONCE = 512  # clients; above it nothing is gained (benchmarks/simulation.py)
 
@@ -52,6 +54,8 @@ class _Prepared:
     preprocess: torch.nn.Module
     way: Way
     least: int
+    keep: bool  # whether the data set is small enough to be pre-processed once
+    inputs: torch.Tensor | None = None  # all of it, once that is done
 
 
 class Engine:
@@ -100,10 +104,11 @@ class Engine:
         layout, settings = prepared.recipe.layout, prepared.recipe.settings
         flat = rows_of(len(jobs), layout.size)
         layout.fill(flat, [job.state for job in jobs])
-        x = np.concatenate([job.examples.x for job in jobs])
-        y = np.concatenate([job.examples.y for job in jobs])
+        own = Examples(
+            np.concatenate([job.examples.x for job in jobs]), np.concatenate([job.examples.y for job in jobs])
+        )
         lengths = [len(job.examples) for job in jobs]
-        losses = self._train(prepared, flat, x, y, lengths, [job.seed for job in jobs])
+        losses = self._train(prepared, flat, own, np.arange(len(own)), lengths, [job.seed for job in jobs])
         if losses is None:
             return [attempt(job) for job in jobs]
         return [
@@ -219,7 +224,7 @@ class Engine:
             indices = np.concatenate([client.indices for client in own])
             sizes = [lengths[i] for i in chosen]
             seeds = [client.seed for client in own]
-            losses = self._train(prepared, flat, self.data.x[indices], self.data.y[indices], sizes, seeds)
+            losses = self._train(prepared, flat, self.data, indices, sizes, seeds)
             if losses is None:
                 self._add_one_by_one(job, part, chosen, prepared.recipe.layout, found)
             else:
@@ -229,8 +234,8 @@ class Engine:
         self,
         prepared: _Prepared,
         flat: torch.Tensor,
-        x: Array,
-        y: Array,
+        examples: Examples,
+        indices: Indices,
         lengths: Sequence[int],
         seeds: Sequence[int],
     ) -> list[float] | None:
@@ -238,19 +243,25 @@ class Engine:
         assert prepared.way.stepper is not None  # noqa: S101 - the callers have asked
         try:
             with torch.no_grad(), limited(1):
-                inputs = prepared.preprocess(torch.from_numpy(np.ascontiguousarray(x)))
-                del x  # the raw values are not needed beside the others
-                data = Stacked(
-                    inputs,
-                    torch.from_numpy(y),
-                    torch.tensor(lengths),
-                    draws.key(torch.tensor(seeds, dtype=torch.int64)),
-                )
+                keys = draws.key(torch.tensor(seeds, dtype=torch.int64))
+                data = Stacked(*self._inputs(prepared, examples, indices), torch.tensor(lengths), keys)
                 return train(
                     prepared.way.stepper, flat, data, prepared.recipe.settings, prepared.least
                 ).tolist()
         except Exception:  # noqa: BLE001 - a user's module may raise anything; whose fault it was shows one by one
             return None
+
+    def _inputs(
+        self, prepared: _Prepared, examples: Examples, indices: Indices
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pre-processed examples, their classes, and which of them `indices` names."""
+        if examples is self.data and prepared.keep:
+            prepared.keep = False  # if this raises, because of one client, others are pre-processed apart
+            prepared.inputs = _preprocessed(prepared.preprocess, self.data.x)
+        if examples is self.data and prepared.inputs is not None:
+            return prepared.inputs, torch.from_numpy(self.data.y), torch.from_numpy(indices)
+        own = examples.take(indices) if examples is self.data else examples
+        return _preprocessed(prepared.preprocess, own.x), torch.from_numpy(own.y), torch.arange(len(own))
 
     def _prepare(self, job: Job) -> _Prepared:
         instructions = job.instructions
@@ -270,8 +281,22 @@ class Engine:
                 way = choosing(recipe, replace(job, examples=some), preprocess)
             if way.why:
                 self._say(f"model {instructions.model}: {way.why}; its clients are trained one by one")
-            found = self._prepared[key] = _Prepared(recipe, preprocess, way, local.least_batch(model))
+            keep = 4 * self.data.x.size <= WHOLE_BYTES
+            found = _Prepared(recipe, preprocess, way, local.least_batch(model), keep)
+            self._prepared[key] = found
         return found
+
+
+def _preprocessed(preprocess: torch.nn.Module, x: Array) -> torch.Tensor:
+    """All of x, some at a time: what comes up on the way is never in memory for all of it."""
+    found: torch.Tensor | None = None
+    for start in range(0, len(x), PREPROCESSED):
+        part = preprocess(torch.from_numpy(np.ascontiguousarray(x[start : start + PREPROCESSED])))
+        if found is None:
+            found = torch.empty(len(x), *part.shape[1:], dtype=part.dtype)
+        found[start : start + len(part)] = part
+    assert found is not None  # noqa: S101 - a client has one example at least
+    return found
 
 
 def _result(total: Sums, layout: Layout, job: Job) -> Sum:

@@ -14,7 +14,8 @@ from torch import nn
 from fedge.learning import draws, local
 from fedge.learning.local import Job
 from fedge_simulations.engine.stack import Layout, Stacked, Stepper, train
-from fedge_simulations.engine.steppers import Linears, Recipe, Single, Vmapped, linear_layers
+from fedge_simulations.engine.steppers import Linears, Recipe, Single, linear_layers
+from fedge_simulations.engine.vmapped import Vmapped
 
 TOLERANCE = 1e-9  # of the change that steps in float64 make, relative
 
@@ -83,7 +84,7 @@ def difference(make: Make, recipe: Recipe, job: Job, preprocess: nn.Module, *, s
     seeds = list(range(1, len(sizes) + 1))
     flat = start.expand(len(sizes), -1).clone()
     rows = torch.cat([torch.arange(n) for n in sizes])
-    data = Stacked(x[rows], y[rows], torch.tensor(sizes), draws.key(torch.tensor(seeds)))
+    data = Stacked(x, y, rows, torch.tensor(sizes), draws.key(torch.tensor(seeds)))
     with torch.no_grad():
         losses = train(make(double), flat, data, settings, least)
     for i, (n, seed) in enumerate(zip(sizes, seeds, strict=True)):

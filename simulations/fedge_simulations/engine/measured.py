@@ -96,6 +96,7 @@ def fastest(
             data = Stacked(
                 x.repeat(k, *[1] * (x.dim() - 1)),
                 y.repeat(k),
+                torch.arange(k * len(y)),
                 torch.full((k,), len(y)),
                 draws.key(torch.arange(k, dtype=torch.int64)),
             )

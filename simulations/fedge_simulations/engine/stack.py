@@ -104,8 +104,9 @@ class Stepper(Protocol):
 class Stacked:
     """The data of a stack's clients, those with most steps first."""
 
-    x: torch.Tensor  # (sum of N, ...) pre-processed, one client after the other
-    y: torch.Tensor  # (sum of N,)
+    x: torch.Tensor  # (M, ...) pre-processed
+    y: torch.Tensor  # (M,)
+    rows: torch.Tensor  # (sum of N,) which of these are whose, one client after the other
     lengths: torch.Tensor  # (K,) N of each
     keys: torch.Tensor  # (K,) of each client in this round
 
@@ -125,7 +126,7 @@ def train(stepper: Stepper, flat: torch.Tensor, data: Stacked, settings: Train, 
     stepper.begin(flat)
     for step, (positions, valid) in enumerate(schedule(data.lengths, data.keys, settings, least)):
         k, rows = positions.shape
-        index = (positions + starts[:k, None]).reshape(-1)  # (k * R,)
+        index = data.rows[(positions + starts[:k, None]).reshape(-1)]  # (k * R,)
         keys = local.step_keys(data.keys[:k], step)
         x = data.x.index_select(0, index)
         if settings.augment:
