@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
 
 from fedge.config import Train
 from fedge.learning import draws, local
 from fedge.learning.local import Job
 from fedge_simulations.engine.choice import TOLERANCE, Way
 from fedge_simulations.engine.stack import Layout, Named, Stacked, train
-from fedge_simulations.engine.steppers import Recipe, Vmapped
+from fedge_simulations.engine.steppers import Recipe
+from fedge_simulations.engine.vmapped import Vmapped
 
 _SMALL = 4  # examples of a batch in the proof, so that there are several
 
@@ -33,30 +32,10 @@ class Gradients(Vmapped):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        parameters = dict(recipe.model.named_parameters())
-        self._frozen = [name for name in parameters if name not in recipe.trainable]
-        dims = (0, 0, 0, 0)
-        self._whole = vmap(grad(self._summed, has_aux=True), in_dims=(*dims, None, 0), randomness="error")
-        self._part = vmap(grad(self._summed, has_aux=True), in_dims=(*dims, 0, 0), randomness="error")
+        self._frozen = [n for n, _ in recipe.model.named_parameters() if n not in recipe.trainable]
         self._views: Named = {}
         self._found: Named = {}
         self._seen = torch.empty(0)  # (K,) examples so far
-
-    def _summed(
-        self,
-        trainable: Named,
-        others: Named,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        weight: torch.Tensor | None,
-        keys: torch.Tensor,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, Named]]:
-        """The sum of a batch's losses."""
-        with draws.keyed_dropout(self._recipe.model, keys):
-            logits = functional_call(self._recipe.model, {**trainable, **others}, (x,))
-        each = self._loss(logits, y)  # (R,)
-        loss = (each if weight is None else each * weight).sum()
-        return loss, (loss, others)
 
     def begin(self, flat: torch.Tensor) -> None:
         """Take over a stack at the weights where the gradients are wanted."""
@@ -70,26 +49,13 @@ class Gradients(Vmapped):
     ) -> torch.Tensor:
         """One batch of the first k clients; no weight moves."""
         k = len(x)
-        others = {name: self._views[name][:k] for name in self._buffers}
-        others |= {name: value[:k] for name, value in self._counts.items()}
-        call: Any = self._whole if weight is None else self._part
-        with self._kernels():
-            gradients, (loss, changed) = call(
-                {name: self._views[name][:k] for name in self._recipe.trainable},
-                {name: value.clone() for name, value in others.items()},
-                x,
-                y,
-                weight,
-                keys,
-            )
-        for name, value in gradients.items():
-            self._found[name][:k].add_(value)
-        for name, value in others.items():
-            value.copy_(changed[name])
+        views = {name: value[:k] for name, value in self._views.items()}
+        gradients, loss = self.gradients(views, x, y, weight, keys)
         rows = torch.full((k,), float(x.shape[1]), dtype=loss.dtype) if weight is None else weight.sum(1)
+        for name, value in gradients.items():
+            self._found[name][:k].addcmul_(value, rows.view(-1, *[1] * (value.dim() - 1)))
         self._seen[:k] += rows
-        mean: torch.Tensor = loss.detach() / rows
-        return mean
+        return loss
 
     def end(self) -> None:
         """Put the gradients where the weights were."""
@@ -147,7 +113,7 @@ def difference(recipe: Recipe, job: Job, preprocess: nn.Module) -> float:
     sizes = [len(x), len(x) if least > 1 else max(len(x) // 2, 1)]
     seeds = [1, 2]
     rows = torch.cat([torch.arange(n) for n in sizes])
-    data = Stacked(x[rows], y[rows], torch.tensor(sizes), draws.key(torch.tensor(seeds)))
+    data = Stacked(x, y, rows, torch.tensor(sizes), draws.key(torch.tensor(seeds)))
     flat = start.expand(2, -1).clone()
     with torch.no_grad():
         losses = train(Gradients(double), flat, data, settings, least)

@@ -38,8 +38,9 @@ class Vmapped:
         self._linear = _linear_parameters(recipe) if fused else {}
         if fused and not self._linear:
             raise NotImplementedError("no linear layer that could step by itself")
+        self._parameters = recipe.trainable  # a walk through the model each time
         own = {name for pair in self._linear.items() for name in pair if name}
-        self._trainable = tuple(name for name in recipe.trainable if name not in own)
+        self._trainable = tuple(name for name in self._parameters if name not in own)
         self._buffers = tuple(name for name in recipe.layout.shapes if name not in recipe.trainable)
         self._counters = {
             name: value for name, value in recipe.model.named_buffers() if not value.is_floating_point()
@@ -119,31 +120,40 @@ class Vmapped:
     ) -> torch.Tensor:
         """One step of the first k clients."""
         assert self._optimised is not None  # noqa: S101 - `begin` has made it
+        views = self._optimised.active(len(x))
+        gradients, loss = self.gradients(views, x, y, weight, keys)
+        for name, anchor in self._anchors.items():
+            gradients[name].add_(views[name] - anchor[: len(x)], alpha=self._recipe.mu)
+        if gradients:
+            self._optimised.step(gradients)
+        return loss
+
+    def gradients(
+        self, views: Named, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, keys: torch.Tensor
+    ) -> tuple[Named, torch.Tensor]:
+        """Gradients of each client's mean loss at the weights in `views`, and these losses, (k,).
+
+        Buffers move, and so do the layers that step by themselves, which are not among the gradients.
+        """
         k = self._clients = len(x)
-        views = self._optimised.active(k)
         others = {name: views[name] for name in self._buffers}
         others |= {name: value[:k] for name, value in self._counts.items()}
         # `.data`: the views share one version counter, so a step of one would spoil what is saved of another.
-        parameters = {name: views[name].data for name in self._recipe.trainable}
+        parameters = {name: views[name].data for name in self._parameters}
         leaves = [parameters[name].requires_grad_() for name in self._trainable]
         with self._kernels():
             with torch.enable_grad():
                 copies = {name: value.clone() for name, value in others.items()}
                 logits, changed = self._forward(parameters, copies, x, keys)
             loss, error = output_error(self._loss, self._recipe.settings, logits.detach(), y, weight)
+            found: tuple[torch.Tensor, ...] = ()
             if leaves:
                 found = torch.autograd.grad(logits, leaves, error, materialize_grads=True)
             else:  # all that is left is what the layers do to themselves
                 logits.backward(error)  # type: ignore[no-untyped-call]  # torch has no annotation here
-                found = ()
-        gradients = dict(zip(self._trainable, found, strict=True))
-        for name, anchor in self._anchors.items():
-            gradients[name].add_(views[name] - anchor[:k], alpha=self._recipe.mu)
-        if gradients:
-            self._optimised.step(gradients)
         for name, value in others.items():
             value.copy_(changed[name])
-        return loss
+        return dict(zip(self._trainable, found, strict=True)), loss
 
     def end(self) -> None:
         """Nothing is left to do."""
