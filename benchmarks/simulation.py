@@ -164,37 +164,41 @@ def _agree(contestants: Sequence[Contestant]) -> None:
 
 
 def measure_ray(bench: Bench) -> Figures:
-    """Flower's simulation with 1,000 tiny clients: its speed once it runs, and its start."""
-    clients = CLIENTS["tiny"][0]
+    """Flower's simulation beside fedge and the plain loop: its speed once it runs, and its start."""
     try:
         python = environment("ray", RAY, bench.asked.cache)
     except Absent as error:
         return {}, [_row("ray", "Flower on Ray", note=f"not to be had: {error}")]
-    making = [bench.peer("flower", "tiny", clients, python, cores=usable_cpus())]
-    with started(*making) as (flower,):
+    claims: dict[str, float] = {}
+    rows: list[Row] = []
+    for work in CLIENTS:
+        times, more = _beside_ray(bench, work, python)
+        rows += more
+        if work == "tiny":
+            claims["ratio_to_flower_1000"] = times
+    return claims, rows
+
+
+def _beside_ray(bench: Bench, work: str, python: Path | str) -> tuple[float, list[Row]]:
+    clients, part = CLIENTS[work][0], f"ray {work}"
+    with started(bench.peer("flower", work, clients, python, cores=usable_cpus())) as (flower,):
         first = flower.turn(0.0)
-        making = [bench.peer("loop", "tiny", clients, sys.executable), bench.fedge("fedge", "tiny", clients)]
+        making = [bench.peer("loop", work, clients, sys.executable), bench.fedge("fedge", work, clients)]
         with started(*making) as (loop, fedge):
             take_turns([loop, fedge, flower], 2 if bench.asked.quick else 5, bench.seconds)
+            times = ratio(fedge, flower)
+            note = f"{times:.3g} times Flower on Ray"
             rows = [
-                _row("ray", "loop", speed=_speeds(loop), times=1.0),
-                _row("ray", "fedge, built-in", speed=_speeds(fedge), times=ratio(fedge, loop)),
+                _row(part, "loop", speed=_speeds(loop), times=1.0),
+                _row(part, "fedge, built-in", speed=_speeds(fedge), times=ratio(fedge, loop), note=note),
             ]
         peak = flower.peak_mb(0.0)
-        note = f"{usable_cpus()} actors; loss after a round {first.loss:.3f}"
         memory = {"MB": peak, "MB above": peak - flower.resting_mb}
-        rows.append(
-            _row(
-                "ray",
-                "Flower on Ray",
-                speed=_speeds(flower),
-                times=ratio(flower, loop),
-                **memory,
-                s=flower.first_s,
-                note=note,
-            )
-        )
-        return {"ratio_to_flower_1000": ratio(fedge, flower)}, rows
+        note = f"{clients:,} clients a round, {usable_cpus()} actors; loss after a round {first.loss:.3f}"
+        times_loop = ratio(flower, loop)
+        further = {**memory, "s": flower.first_s, "note": note}
+        rows.append(_row(part, "Flower on Ray", speed=_speeds(flower), times=times_loop, **further))
+    return times, rows
 
 
 def measure_startup(bench: Bench) -> Figures:
