@@ -87,12 +87,15 @@ def privacy_report(
     said = rounds[-1].privacy if rounds and protected else {}
     noise = str(said["noise"]) if "noise" in said else None
     shown = epsilon if epsilon is not None and math.isfinite(epsilon) else None
+    protects = protected and noise == "secret" and shown is not None
     counted = [record.clients for record in rounds if record.counted]
     return PrivacyReport(
         mechanism=privacy.mechanism,
-        protects=protected and noise == "secret" and shown is not None,
-        statements=_statements(config, noise, shown, moments=moments, simulated=simulated),
-        viewers=_viewers(config, bounded=shown is not None, moments=moments),
+        protects=protects,
+        statements=_statements(
+            config, noise, shown, alone=1 in counted, moments=moments, simulated=simulated
+        ),
+        viewers=_viewers(config, bounded=protects, moments=moments),
         epsilon=shown if protected else None,
         delta=privacy.delta if protected else None,
         ledger=privacy.ledger if protected else None,
@@ -121,7 +124,7 @@ def _clipped(config: Config, said: Mapping[str, float | str]) -> float | None:
 
 
 def _statements(
-    config: Config, noise: str | None, epsilon: float | None, *, moments: bool, simulated: bool
+    config: Config, noise: str | None, epsilon: float | None, *, alone: bool, moments: bool, simulated: bool
 ) -> tuple[str, ...]:
     privacy, found = config.privacy, []
     if privacy.mechanism == "none":
@@ -130,11 +133,17 @@ def _statements(
             "gives training data back."
         )
         found.append("No epsilon bounds what the global model and its variants show about a client.")
+        if alone:
+            found.append(
+                "Some round was made of a single update: whoever has the models before and after it has "
+                "that update."
+            )
     elif epsilon is None:
         found.append("No epsilon can be stated: the ledger promises nothing to a client.")
     else:
+        bounded = "is" if noise == "secret" else "would, by secret noise, be"
         found.append(
-            f"Whatever the models show about a client is bounded by epsilon {epsilon:.3g} at delta "
+            f"Whatever the models show about a client {bounded} bounded by epsilon {epsilon:.3g} at delta "
             f"{privacy.delta:g}, over all rounds of all runs in ledger {privacy.ledger!r}."
         )
         found.append(
@@ -163,7 +172,7 @@ def _viewers(config: Config, *, bounded: bool, moments: bool) -> tuple[Viewer, .
     models = "the noised global model" if config.privacy.mechanism != "none" else "the global model"
     return (
         Viewer("device", f"its own data; {models} of every round that asks it", False, bounded),
-        Viewer("other clients", f"{models} of the rounds that ask them, nothing of a single client", False,
+        Viewer("other clients", f"{models} of the rounds that ask them", False,
                bounded),
         Viewer("hub", f"{each}; who takes part, when, from which address", True, False),
         Viewer("worker", f"{each}; by number, not by name", True, False),

@@ -62,6 +62,8 @@ def test_noise_from_a_seed_protects_nobody() -> None:
     found = report(CENTRAL, epsilon=3.0, records=seeded, simulated=True)
     assert not found.protects
     assert any("it protects nobody" in line for line in found.statements)
+    assert "would, by secret noise, be bounded" in found.statements[0]
+    assert not any(viewer.bounded for viewer in found.viewers)
     assert any("simulation" in line for line in found.statements)
 
 
@@ -102,3 +104,9 @@ def test_as_json_it_names_whom_clients_must_trust() -> None:
     assert plain["single_updates_seen_by"] == ["hub", "worker", "operator"]
     assert plain["viewers"][0].keys() == {"who", "sees", "single_updates", "bounded"}
     assert "clipped_share" not in plain
+
+
+def test_a_round_of_one_update_shows_it_to_whoever_has_both_models() -> None:
+    alone = [RoundRecord(0, {}), RoundRecord(1, {}, clients=1, asked=4)]
+    assert any("made of a single update" in line for line in report({}, records=alone).statements)
+    assert not any("made of a single update" in line for line in report({}).statements)
