@@ -6,11 +6,13 @@ argument.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -18,9 +20,11 @@ from flwr.clientapp import ClientApp
 from fedge.dataset import Dataset, Examples
 from fedge.errors import ConfigError, DataError
 from fedge.learning import draws, local, messages
+from fedge.learning.guard import guarded
 from fedge.learning.local import Job, Trainer
-from fedge.learning.messages import Instructions
+from fedge.learning.messages import Instructions, NamedArrays
 from fedge.learning.metrics import evaluate as evaluate_metrics
+from fedge.noise import KEY_BYTES
 from fedge.statistics import Moments
 from fedge.task import Source, Task, resolve
 from fedge.task_digest import task_digest
@@ -28,6 +32,9 @@ from fedge.task_digest import task_digest
 Share = Callable[[Context, Instructions], tuple[Task, Examples]]
 """The task that this client offers and its own examples for it; raises ConfigError when it offers none of
 that name, and DataError when there are no usable examples. What a server says is compared, never imported."""
+
+Secret = Callable[[Instructions, int], bytes]
+"""The key of a client's noise in a round, for the client of this node id."""
 
 NodeConfig = Mapping[str, bool | float | int | str]
 
@@ -107,7 +114,12 @@ def _state_of(path: Path | None) -> tuple[int, ...]:
     return len(states), sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)
 
 
-def build(share: Share, trainer: Trainer = local.fit) -> ClientApp:
+def fresh_secret(instructions: Instructions, node_id: int) -> bytes:
+    """A key that the operating system draws, so that neither the server nor the seed knows any noise."""
+    return os.urandom(KEY_BYTES)
+
+
+def build(share: Share, trainer: Trainer = local.fit, secret: Secret = fresh_secret) -> ClientApp:
     """A ClientApp whose task and examples come from `share`, and whose jobs `trainer` does."""
     client = ClientApp()
 
@@ -125,8 +137,16 @@ def build(share: Share, trainer: Trainer = local.fit) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
         job = _job(message, instructions, *share(context, instructions), context.node_id)
+        guard = instructions.guard
+        if guard is None:
+            done = trainer(job)
+            return messages.train_reply(message, done.arrays, examples=done.examples, loss=done.loss)
+        job = replace(job, secret=secret(instructions, context.node_id))
         done = trainer(job)
-        return messages.train_reply(message, done.arrays, examples=done.examples, loss=done.loss)
+        if guard.kind == "example":
+            return messages.train_reply(message, done.arrays, examples=done.examples, loss=0.0, guarded=True)
+        noised = guarded(done.arrays, _reference(job), guard, job.secret)
+        return messages.train_reply(message, noised, examples=1, loss=0.0, guarded=True)
 
     @client.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -140,6 +160,15 @@ def build(share: Share, trainer: Trainer = local.fit) -> ClientApp:
         return messages.evaluate_reply(message, examples=len(y), loss=loss, accuracy=accuracy)
 
     return client
+
+
+def _reference(job: Job) -> NamedArrays:
+    """What the update's change is measured from: the global state, and 0 where gradients are sent."""
+    if job.instructions.update == "weights":
+        return job.state
+    model = local.blank(job.task, job.instructions.model, job.instructions.spec)
+    gradients = {name for name, _ in model.named_parameters()}
+    return {n: np.zeros_like(v) if n in gradients else v for n, v in job.state.items()}
 
 
 def client_seed(run_seed: int, server_round: int, node_id: int) -> int:

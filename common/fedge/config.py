@@ -176,9 +176,15 @@ class StrategyConfig:
 class Privacy:
     """`[privacy]`: what keeps single clients, or their examples, from showing in what is released."""
 
-    mechanism: Literal["none", "central"] = "none"
-    clip_norm: Positive = 1.0  # L2 norm that a client's change is cut to; with adaptive_clip the first one
-    noise_multiplier: Positive = 1.0  # deviation of the noise on the sum, in clip_norm
+    # central: the server clips and adds noise; local: each device does; example: it does so in each step
+    mechanism: Literal["none", "central", "local", "example"] = "none"
+    # L2 norm that a client's change (example: an example's gradient) is cut to; adaptive_clip: the first one
+    clip_norm: Positive = 1.0
+    noise_multiplier: Positive = (
+        1.0  # deviation of the noise on the sum (local: on each change), in clip_norm
+    )
+    # example: devices with fewer take no part; each makes min_examples / batch_size steps in a pass
+    min_examples: Count = 1
     adaptive_clip: bool = False  # clip_norm follows a quantile of the changes' norms
     clip_quantile: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.5  # which quantile
     clip_learning_rate: Positive = 0.2  # how fast: of the step of log clip_norm

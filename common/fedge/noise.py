@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -65,24 +66,39 @@ def noise_on_grid(key: bytes, name: str, count: int, sigma: float, step: float) 
 
 
 def gaussian(key: bytes, name: str, count: int) -> npt.NDArray[np.float64]:
-    """Standard normal values from ChaCha20's key stream (RFC 8439) by Box and Muller (1958).
+    """Standard normal values from a key stream by Box and Muller (1958).
 
     53 random bits each reach out to 8.57 deviations; beyond lies a probability of 1e-17.
     """
+    found = np.empty(count + count % 2)
+    draw = _uniforms(key, name)
+    for start in range(0, len(found), _PIECE):
+        part = found[start : start + _PIECE]
+        drawn = draw(len(part))
+        radius, angle = np.sqrt(-2 * np.log(1 - drawn[0::2])), drawn[1::2] * (2 * math.pi)
+        part[0::2], part[1::2] = radius * np.cos(angle), radius * np.sin(angle)
+    return found[:count]
+
+
+def uniform(key: bytes, name: str, count: int) -> npt.NDArray[np.float64]:
+    """Values from 0 to below 1 from a key stream, with 53 random bits each."""
+    return _uniforms(key, name)(count)
+
+
+def _uniforms(key: bytes, name: str) -> Callable[[int], npt.NDArray[np.float64]]:
+    """Draws from ChaCha20's key stream (RFC 8439), going on where the last call stopped."""
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
     if len(key) != KEY_BYTES:
         raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
     nonce = b"\0\0\0\0" + hashlib.sha256(name.encode()).digest()[:12]  # 4 bytes count blocks of 64 bytes
     stream = Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor()
-    found = np.empty(count + count % 2)
-    for start in range(0, len(found), _PIECE):
-        part = found[start : start + _PIECE]
-        bits = np.frombuffer(stream.update(bytes(8 * len(part))), "<u8") >> np.uint64(11)
-        radius = np.sqrt(-2 * np.log((bits[0::2].astype(np.float64) + 1) * 2.0**-53))  # of (0, 1]
-        angle = bits[1::2].astype(np.float64) * (2 * math.pi * 2.0**-53)
-        part[0::2], part[1::2] = radius * np.cos(angle), radius * np.sin(angle)
-    return found[:count]
+
+    def draw(count: int) -> npt.NDArray[np.float64]:
+        bits = np.frombuffer(stream.update(bytes(8 * count)), "<u8") >> np.uint64(11)
+        return bits.astype(np.float64) * 2.0**-53
+
+    return draw
 
 
 def derived_key(*parts: object) -> bytes:

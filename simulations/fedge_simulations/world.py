@@ -15,6 +15,7 @@ from fedge.dataset import Dataset, Examples
 from fedge.errors import ConfigError
 from fedge.learning.augment import augment
 from fedge.learning.messages import Instructions
+from fedge.noise import derived_key
 from fedge.statistics import Moments
 from fedge.task import Task, resolve
 from fedge_client import app as client_app
@@ -23,7 +24,7 @@ from fedge_server.app import HOME
 from fedge_server.compression import check_possible
 from fedge_server.data import ServerData, server_part, source_of, split_of
 from fedge_server.privacy.protection import expected_clients
-from fedge_server.privacy.rules import check_population
+from fedge_server.privacy.rules import check_model, check_population
 from fedge_server.rounds.sampling import cohort_size
 from fedge_server.rounds.stopping import check_target
 from fedge_simulations.course import Course
@@ -65,7 +66,7 @@ class World:
         """
         home = Path(str(run_config[HOME])) if run_config.get(HOME) else None
         course = self.course(home)
-        app = client_app.build(lambda *asked: self.share_at(grid, *asked), hand_over)
+        app = client_app.build(lambda *asked: self.share_at(grid, *asked), hand_over, _repeatable_secret)
         grid = VectorGrid(
             app if around is None else around(app),
             self.node_configs(),
@@ -120,6 +121,11 @@ class World:
         )
 
 
+def _repeatable_secret(instructions: Instructions, node_id: int) -> bytes:
+    """A simulated client's key, which the seed decides: it can be repeated, and protects nobody."""
+    return derived_key(instructions.seed, instructions.round, node_id)
+
+
 def prepare(config: Config) -> World:
     """Read the data, deal it out, and check all that a first round would trip over.
 
@@ -170,6 +176,7 @@ def _check_learnable(world: World) -> None:
     preprocess = world.task.preprocess(spec, moments, config.model.filter)
     network = world.task.model(config.model.name)(spec)
     names = tuple(name for name, _ in network.named_parameters())
+    check_model(config, network)
     check_target(config.rounds, config.evaluate.metrics, spec.classes)
     strategies.build(config, parameter_names=names)
     if config.privacy.mechanism != "none":

@@ -203,6 +203,14 @@ def test_a_round_does_not_close_before_it_would_count():
     assert len(found.valid) == 2
 
 
+def test_an_update_that_does_not_say_that_it_is_guarded_is_refused_where_clients_were_told_to():
+    """A device of an older fedge knows nothing of it, and answers as ever."""
+    message = update()
+    assert "instead of ['guarded', 'num-examples', 'train_loss']" in fault(message, LIKE, guarded=True)
+    message.content["metrics"]["guarded"] = 1
+    assert fault(message, LIKE, guarded=True) is None
+
+
 def test_metrics_beyond_those_expected_are_refused():
     message = update()
     message.content.metric_records["metrics"]["bonus"] = 1.0

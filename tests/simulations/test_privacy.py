@@ -226,6 +226,77 @@ def test_a_round_that_poisson_sampling_gives_to_nobody_does_not_count_and_costs_
     assert len(rows(tmp_path)) == len(records) - len(nobody)
 
 
+ON_DEVICE = {
+    "local": {"mechanism": "local", "clip_norm": 0.5, "noise_multiplier": 0.05},
+    "example": {"mechanism": "example", "noise_multiplier": 0.5, "min_examples": 100},
+}
+
+
+@pytest.mark.parametrize("engine", ["vector", "sequential"])
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedmedian"])
+@pytest.mark.parametrize("mechanism", ON_DEVICE)
+def test_devices_add_their_noise_and_a_resumed_run_is_the_same(
+    mechanism, name, engine, private, learn, tmp_path
+):
+    config = private(
+        privacy=ON_DEVICE[mechanism],
+        strategy={"name": name, **({"proximal_mu": 0.1} if name == "fedprox" else {})},
+        simulation={"engine": engine},
+        rounds={"count": 3},
+    )
+    whole = learn(config, tmp_path / "whole")
+    with pytest.raises(Exception, match=r"^$"):
+        learn(config, tmp_path / "cut", stop_after=1)
+    resumed = learn(config, tmp_path / "cut")
+    assert without_time(resumed.records) == without_time(whole.records)
+    assert digest(arrays_of(resumed.model.network)) == digest(arrays_of(whole.model.network))
+    assert [row.round for row in rows(tmp_path / "cut")] == [1, 2, 3]
+    assert [(r.clients, r.train_loss) for r in whole.records] == [(5, None)] * 3
+    # local: any two updates, 2 S apart. example: 100 in batches of 32 are 4 steps, each with a quarter.
+    spent = {
+        "local": Spend("client", 1.0, 0.025),
+        "example": Spend("example", 0.25, 0.5, 4),
+    }[mechanism]
+    assert {row.spend for row in rows(tmp_path / "whole")} == {spent}
+    unit = spent.unit
+    assert whole.records[-1].privacy["epsilon"] == epsilon([spent] * 3, 1e-5, unit=unit, accountant="rdp")
+
+
+def test_what_a_device_sends_is_noised_weighs_one_and_tells_no_loss(private, learn, tmp_path):
+    sent = []
+
+    def look(message, reply):
+        change = reply.content["arrays"]["1.weight"].numpy() - message.content["arrays"]["1.weight"].numpy()
+        sent.append((change.std(), dict(reply.content["metrics"])))
+        return reply
+
+    noisy = {"mechanism": "local", "clip_norm": 0.5, "noise_multiplier": 2.0}
+    config = private(privacy=noisy, rounds={"count": 1})
+    learn(config, tmp_path, tamper=dict.fromkeys(range(1, 6), look))
+    assert len(sent) == 5
+    for deviation, metrics in sent:
+        assert deviation == pytest.approx(1.0, rel=0.1)  # z S, over 640 values
+        assert metrics == {"num-examples": 1, "train_loss": 0.0, "guarded": 1}
+
+
+def test_devices_with_too_few_examples_are_named_and_take_no_part(private, learn, tmp_path):
+    few = {**ON_DEVICE["example"], "min_examples": 400}
+    with pytest.raises(Exception, match=r"client error: DataError: data: .* 400 or more"):
+        learn(private(privacy=few), tmp_path)
+
+
+def test_a_round_that_devices_were_asked_for_is_spent_whether_it_counts_or_not(private, learn, tmp_path):
+    def nan(_, reply):
+        record = reply.content.array_records["arrays"]
+        broken = {k: type(v)(np.full_like(v.numpy(), np.nan)) for k, v in record.items()}
+        reply.content["arrays"] = type(record)(broken)
+        return reply
+
+    with pytest.raises(Exception, match="did not count"):
+        learn(private(privacy=ON_DEVICE["local"]), tmp_path, tamper=dict.fromkeys(range(1, 6), nan))
+    assert [row.round for row in rows(tmp_path)] == [1, 2, 3]
+
+
 def test_what_cannot_hold_is_refused_before_anything_is_written(private, learn, small, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.standardise"):
         learn(small(privacy=CENTRAL), tmp_path / "a")

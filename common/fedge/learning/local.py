@@ -23,6 +23,8 @@ from fedge.config import Train
 from fedge.dataset import Examples
 from fedge.learning import draws
 from fedge.learning.augment import augment
+from fedge.learning.dpsgd import train_privately
+from fedge.learning.guard import Guard
 from fedge.learning.messages import Instructions
 from fedge.learning.state import NamedArrays, arrays_of, load_arrays
 from fedge.learning.threads import fitted
@@ -42,6 +44,7 @@ class Job:
     state: NamedArrays  # the global model's, as the message brought it
     examples: Examples  # the client's own, raw
     seed: int  # decides order, augmentation and dropout of this client in this round
+    secret: bytes = b""  # decides noise, and the batches of DP-SGD; of a client that guards something
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +184,41 @@ def fit(job: Job) -> Trained:
     """Do one client's job with torch's own modules and optimisers, as a device does."""
     instructions = job.instructions
     model, x, y = prepared(job)
-    if instructions.update == "gradient":
+    guard = instructions.guard
+    if guard is not None and guard.kind == "example":
+        result = _train_privately(model, x, y, job, guard)
+        arrays = arrays_of(model)
+    elif instructions.update == "gradient":
         gradients, result = gradient(model, x, y, instructions.train, seed=job.seed)
         arrays = {**arrays_of(model), **{name: value.numpy() for name, value in gradients.items()}}
     else:
         result = train(model, x, y, instructions.train, seed=job.seed, proximal_mu=instructions.proximal_mu)
         arrays = arrays_of(model)
     return Trained(arrays, result.loss, result.examples, result.steps)
+
+
+def _train_privately(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, job: Job, guard: Guard
+) -> LocalResult:
+    """`train` by DP-SGD; it tells no loss, which no noise covers."""
+    settings, mu = job.instructions.train, job.instructions.proximal_mu
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    opt, anchors = (
+        optimizer(parameters.values(), settings),
+        {n: p.detach().clone() for n, p in parameters.items()},
+    )
+
+    def step(gradients: dict[str, torch.Tensor]) -> None:
+        for name, p in parameters.items():
+            p.grad = gradients[name].to(p.dtype) + mu * (p.detach() - anchors[name])
+        opt.step()
+
+    with _seeded(model, job.seed), fitted(model, settings.batch_size):
+        steps = train_privately(
+            model, x, y, settings, guard,
+            loss_of=losses(settings), step=step, seed=job.seed, secret=job.secret,
+        )  # fmt: skip
+    return LocalResult(0.0, len(y), steps)
 
 
 def prepared(job: Job) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:

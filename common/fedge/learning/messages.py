@@ -24,12 +24,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from fedge.config import FilterName, Train, parse_train
 from fedge.errors import FormatError
+from fedge.learning.guard import KINDS, Guard
 from fedge.spec import Spec
 from fedge.statistics import Moments
 from fedge.wire.arrays import MemoryArray, put, records_of
 
 ARRAYS, CONFIG, METRICS, MOMENTS = "arrays", "config", "metrics", "moments"
 EXAMPLES, TRAIN_LOSS = "num-examples", "train_loss"  # Flower's own default names
+GUARDED = "guarded"  # 1: the client has protected itself as it was told to
 CLIENTS = "clients"  # how many clients' updates a partial sum holds; in no client's own answer
 MAX_EXAMPLES = 10**9  # of one client: keeps sums exact; it is no defence against a client that lies
 QUERY_MOMENTS = "query.moments"
@@ -55,6 +57,7 @@ class Instructions:
     round: int = 0  # 0 before the first
     proximal_mu: float = 0.0  # FedProx's mu; 0: no such term
     task_digest: str = ""  # the client's must be the same (fedge.task_digest); empty: not checked
+    guard: Guard | None = None  # how the client protects what it sends; None: not at all
 
     def to_config(self) -> ConfigRecord:
         """The record that a strategy hands to its clients."""
@@ -74,6 +77,11 @@ class Instructions:
         if self.moments is not None:
             for name in ("count", "total", "squares"):
                 record[f"moments-{name}"] = [float(value) for value in getattr(self.moments, name)]
+        if self.guard is not None:
+            record["guard"] = self.guard.kind
+            record["guard-clip-norm"] = self.guard.clip_norm
+            record["guard-noise-multiplier"] = self.guard.noise_multiplier
+            record["guard-min-examples"] = self.guard.min_examples
         return record
 
     @classmethod
@@ -125,6 +133,7 @@ class Instructions:
             round=_number(config, "server-round", int),
             proximal_mu=float(_number(config, "proximal-mu", float)) if "proximal-mu" in config else 0.0,
             task_digest=_text(config, "task-digest") if "task-digest" in config else "",
+            guard=_guard(config) if "guard" in config else None,
         )
 
 
@@ -151,6 +160,18 @@ def _number(config: ConfigRecord, key: str, kind: type[T]) -> T:
     if not 0 <= value < 2**63:  # NaN neither
         raise ValueError(f"{key} = {value} is out of range")
     return kind(value)
+
+
+def _guard(config: ConfigRecord) -> Guard:
+    kind = config["guard"]
+    if kind not in KINDS:
+        raise ValueError(f"guard {kind!r} is not known here")
+    clip_norm = _number(config, "guard-clip-norm", float)
+    noise_multiplier = _number(config, "guard-noise-multiplier", float)
+    if not (clip_norm > 0 and noise_multiplier > 0):
+        raise ValueError(f"guard with clip norm {clip_norm} and noise {noise_multiplier}: must be above 0")
+    least = _number(config, "guard-min-examples", int)
+    return Guard(kind, clip_norm, noise_multiplier, least)  # type: ignore[arg-type]  # checked above
 
 
 def _moments(config: ConfigRecord, spec: Spec) -> Moments | None:
@@ -255,11 +276,14 @@ def _possible(moments: Moments, examples: int, spec: Spec) -> bool:
         return bool((within & (np.square(total) <= count * squares * (1 + 1e-9))).all())
 
 
-def train_reply(message: Message, arrays: NamedArrays, *, examples: int, loss: float) -> Message:
+def train_reply(
+    message: Message, arrays: NamedArrays, *, examples: int, loss: float, guarded: bool = False
+) -> Message:
     """A client's update, whose arrays nobody else uses; QFedAvg needs the loss, so it is always sent."""
-    metrics, content = MetricRecord(), RecordDict()
-    put(metrics, {EXAMPLES: int(examples), TRAIN_LOSS: float(loss)})
-    put(content, {ARRAYS: to_record(arrays, shared=False), METRICS: metrics})
+    metrics = MetricRecord({EXAMPLES: examples, TRAIN_LOSS: loss})
+    if guarded:
+        metrics[GUARDED] = 1
+    content = RecordDict({ARRAYS: to_record(arrays, shared=False), METRICS: metrics})
     return Message(content=content, reply_to=message)
 
 

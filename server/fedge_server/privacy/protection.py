@@ -12,12 +12,15 @@ from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 
 from fedge.config import Config
 from fedge.errors import BudgetError, ConfigError
+from fedge.learning.dpsgd import Plan
+from fedge.learning.guard import Guard
 from fedge.learning.messages import ARRAYS, EXAMPLES, METRICS, TRAIN_LOSS, to_record
 from fedge.learning.state import NamedArrays
 from fedge.noise import KEY_BYTES, derived_key
 from fedge.wire.arrays import records_of
-from fedge_server.privacy import accounting, central, rules
+from fedge_server.privacy import accounting, rules
 from fedge_server.privacy.accounting import Spend
+from fedge_server.privacy.central import Arrays, next_clip_norm, noised_mean
 from fedge_server.registry.ledger import Entry, Ledger
 from fedge_server.rounds.closing import Collected, set_digest
 from fedge_server.rounds.record import RoundRecord
@@ -56,7 +59,8 @@ class Protection:
         """
         if config.privacy.mechanism == "none":
             return None
-        expected = expected_clients(config, population if simulated else None)
+        fixed = config.privacy.mechanism == "central"  # others divide by those who answered: the noise is in
+        expected = expected_clients(config, population if simulated or not fixed else None)
         rules.check_population(config, expected, max(population, expected))
         clip_norm = config.privacy.clip_norm
         for record in records:
@@ -74,7 +78,29 @@ class Protection:
             return  # it was spent before this run was interrupted, and the same noise comes again
         self._check(number, [*(entry.spend for entry in entries), self._spend])
 
-    def noised(self, number: int, collected: Collected, reference: central.Arrays) -> Collected:
+    @property
+    def central(self) -> bool:
+        """Whether the server adds the noise; else each device does."""
+        return self.config.privacy.mechanism == "central"
+
+    @property
+    def guard(self) -> Guard | None:
+        """What devices are told to do, if it is they who add noise."""
+        privacy = self.config.privacy
+        if privacy.mechanism == "local" or privacy.mechanism == "example":
+            return Guard(privacy.mechanism, privacy.clip_norm, privacy.noise_multiplier, privacy.min_examples)
+        return None
+
+    def before_asking(self, number: int) -> None:
+        """Spend a round in which devices add the noise: what they answer has been seen, whatever comes of it.
+
+        Raises:
+            BudgetError: another run has used the budget up meanwhile.
+        """
+        if not self.central:
+            self._write(number, f"{SEED}:devices" if self.repeatable else f"{SECRET}:{secrets.token_hex(16)}")
+
+    def noised(self, number: int, collected: Collected, reference: Arrays) -> Collected:
         """The round's updates as one message: their noised mean. Their digest becomes that of this message.
 
         Raises:
@@ -86,17 +112,16 @@ class Protection:
             noise = f"{SEED}:{collected.updates[:48]}"
         else:
             key, noise = os.urandom(KEY_BYTES), f"{SECRET}:{secrets.token_hex(16)}"
-        entry = Entry(self.run_id, number, noise, self.config.privacy.mechanism, self._spend)
-        self.ledger.spend(entry, lambda spends: self._check(number, spends))
+        self._write(number, noise)
         settings = rules.settings_of(self.config, self.clip_norm, self.expected)
         updates = [
             next(iter(records_of(message.content, ArrayRecord).values())) for message in collected.valid
         ]
-        found = central.noised_mean(updates, reference, settings, key)
+        found = noised_mean(updates, reference, settings, key)
         self.used_norm = self.clip_norm
         if found.unclipped is not None:
             privacy = self.config.privacy
-            self.clip_norm = central.next_clip_norm(
+            self.clip_norm = next_clip_norm(
                 self.clip_norm,
                 found.unclipped,
                 quantile=privacy.clip_quantile,
@@ -121,9 +146,23 @@ class Protection:
         privacy = self.config.privacy
         return accounting.epsilon(spends, privacy.delta, unit=self._spend.unit, accountant=privacy.accountant)
 
+    def _write(self, number: int, noise: str) -> None:
+        entry = Entry(self.run_id, number, noise, self.config.privacy.mechanism, self._spend)
+        self.ledger.spend(entry, lambda spends: self._check(number, spends))
+
     @property
     def _spend(self) -> Spend:
-        rounds = self.config.rounds
+        """What a round costs whoever takes part in each of them.
+
+        local: nothing is sure but what the device sends, so that its contribution may be any other, twice the
+        clipping norm away. example: the plan of steps, which is the same for all devices.
+        """
+        rounds, train, privacy = self.config.rounds, self.config.train, self.config.privacy
+        if privacy.mechanism == "local":
+            return Spend("client", 1.0, privacy.noise_multiplier / 2)
+        if privacy.mechanism == "example":
+            plan = Plan.of(privacy.min_examples, train)
+            return Spend("example", plan.sampling, privacy.noise_multiplier, plan.steps)
         # A fixed number without replacement is counted as if everybody were asked each time.
         sampling = rounds.fraction if rounds.sampling == "poisson" else 1.0
         return Spend("client", sampling, self.config.privacy.noise_multiplier)

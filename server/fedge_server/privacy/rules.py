@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from fedge.config import Config
 from fedge.errors import ConfigError
+from fedge.learning.local import least_batch
 from fedge_server.privacy.central import Settings
 
 
@@ -31,6 +34,22 @@ def check(config: Config, *, linear: bool) -> None:
             raise ConfigError(message)
     if config.privacy.mechanism == "central":
         _check_central(config, linear=linear)
+        return
+    if config.privacy.adaptive_clip:
+        raise ConfigError(
+            f"privacy.adaptive_clip: the server counts who is clipped, and with privacy.mechanism = "
+            f"{config.privacy.mechanism!r} it must not know; leave it out"
+        )
+    if config.strategy.name == "qfedavg":
+        raise ConfigError(
+            "strategy.name = 'qfedavg': needs each client's exact training loss, which no noise covers; take "
+            "another one with a privacy.mechanism"
+        )
+    if config.privacy.mechanism == "example" and config.strategy.name == "fedsgd":
+        raise ConfigError(
+            "strategy.name = 'fedsgd': privacy.mechanism = 'example' protects the steps that a device makes, "
+            "and here the server makes them; take 'fedavg'"
+        )
 
 
 def _check_central(config: Config, *, linear: bool) -> None:
@@ -48,6 +67,19 @@ def _check_central(config: Config, *, linear: bool) -> None:
         )
 
 
+def check_model(config: Config, network: nn.Module) -> None:
+    """Refuse a model in which one example of a batch shows in what the others give.
+
+    Raises:
+        ConfigError: it has batch normalisation and the mechanism protects examples.
+    """
+    if config.privacy.mechanism == "example" and least_batch(network) > 1:
+        raise ConfigError(
+            f"model.name = {config.model.name!r}: batch normalisation mixes the examples of a batch, so that "
+            "none has a gradient of its own; take a model without it for privacy.mechanism = 'example'"
+        )
+
+
 def check_population(config: Config, expected: int, population: int) -> None:
     """Refuse what only shows once the number of clients is known.
 
@@ -59,11 +91,14 @@ def check_population(config: Config, expected: int, population: int) -> None:
     Raises:
         ConfigError: delta is so large that it promises nothing, or the count's noise is too small.
     """
-    if config.privacy.delta * population >= 1:
+    mechanism = config.privacy.mechanism
+    if mechanism != "example" and config.privacy.delta * population >= 1:
         raise ConfigError(
             f"privacy.delta = {config.privacy.delta:g}: with {population} clients it must be below "
             f"{1 / population:g}: at 1 / clients, publishing all data of one of them would pass"
         )
+    if mechanism != "central":
+        return
     try:
         _ = settings_of(config, config.privacy.clip_norm, expected).change_multiplier
     except ValueError as error:

@@ -34,6 +34,7 @@ def collect(
     asked: set[int],
     quorum: float,
     at_least: int = 1,
+    guarded: bool = False,
 ) -> Collected:
     """Take replies until a share `quorum` of those asked has sent a valid update, or there are no more.
 
@@ -46,6 +47,7 @@ def collect(
         asked: node ids that were asked.
         quorum: above 0, at most 1.
         at_least: never close earlier than with so many (the round would not count).
+        guarded: clients were told to protect themselves; an update that does not say so is rejected.
     """
     needed = enough(len(asked), quorum, at_least)
     valid: dict[int, Message] = {}
@@ -58,7 +60,7 @@ def collect(
             rejected.append(Rejected(client, "was not asked"))
         elif client in valid:
             rejected.append(Rejected(client, "answered twice; the first answer counts"))
-        elif (reason := fault(reply, like)) is not None:
+        elif (reason := fault(reply, like, guarded=guarded)) is not None:
             rejected.append(Rejected(client, reason))
         else:
             valid[client] = reply

@@ -34,6 +34,7 @@ from fedge.task_digest import task_digest
 from fedge_server import strategies
 from fedge_server.data import ServerData
 from fedge_server.privacy.protection import Protection
+from fedge_server.privacy.rules import check_model
 from fedge_server.registry.database import Registry
 from fedge_server.registry.ledger import Ledger
 from fedge_server.rounds.closing import Collected, collect, collect_sums, enough, payload_bytes
@@ -138,6 +139,7 @@ class _Run:
         """Go on from the last committed round, or ask for moments and commit the initial model as round 0."""
         network = _initialise(task, config, data)
         names = tuple(name for name, _ in network.named_parameters())
+        check_model(config, network)
         chosen = strategies.build(config, parameter_names=names)
         protection = Protection.of(
             config,
@@ -157,6 +159,7 @@ class _Run:
             seed=config.seed,
             update=chosen.update,
             task_digest=task_digest(config.task),
+            guard=None if protection is None else protection.guard,
         )
         last = registry.last_round(run_id)
         if isinstance(grid, Simulated):
@@ -192,9 +195,11 @@ class _Run:
         if isinstance(self.grid, Simulated):
             self.grid.begin_round(number)
         nodes = self.draw(number, MessageType.TRAIN)
+        if nodes and self.protection is not None:
+            self.protection.before_asking(number)
         collected, bytes_down = self.ask(number, nodes)
         sufficient = collected.clients >= self.config.rounds.min_updates
-        if sufficient and self.protection is not None:
+        if sufficient and self.protection is not None and self.protection.central:
             collected = self.protection.noised(number, collected, self.reference())
         metrics, counted = self.aggregate(number, collected) if sufficient else (None, False)
         scores = self.evaluate_centrally()
@@ -244,6 +249,7 @@ class _Run:
             asked=set(nodes),
             quorum=rounds.quorum,
             at_least=rounds.min_updates,
+            guarded=self.instructions.guard is not None,
         )
         one = payload_bytes(sent[0]) if sent else 0
         same = all(message.content is sent[0].content for message in sent)
@@ -256,7 +262,7 @@ class _Run:
             share = self.config.rounds.fraction
             return draw_each(self.grid, nodes, share, seed=self.config.seed, number=number)
         wanted = cohort_size(len(nodes), self.config.rounds) if kind == MessageType.TRAIN else MANY
-        if kind == MessageType.TRAIN and self.protection is not None:
+        if kind == MessageType.TRAIN and self.protection is not None and self.protection.central:
             wanted = min(self.protection.expected, len(nodes))
         return draw(self.grid, nodes, wanted, seed=self.config.seed, number=number, purpose=kind)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 
 from fedge.errors import FedgeError
-from fedge.learning.messages import ARRAYS, CLIENTS, EXAMPLES, MAX_EXAMPLES, METRICS, TRAIN_LOSS
+from fedge.learning.messages import ARRAYS, CLIENTS, EXAMPLES, GUARDED, MAX_EXAMPLES, METRICS, TRAIN_LOSS
 from fedge.wire import npy
 from fedge.wire.arrays import DirectArray, in_memory, put, records_of
 
@@ -22,7 +22,7 @@ MAX_LOSS = 1e6  # of one client; QFedAvg raises it to a power
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 
-def fault(reply: Message, like: Arrays, *, clients: int | None = None) -> str | None:
+def fault(reply: Message, like: Arrays, *, clients: int | None = None, guarded: bool = False) -> str | None:
     """Why the update must not be used, or None when it may.
 
     Args:
@@ -30,9 +30,10 @@ def fault(reply: Message, like: Arrays, *, clients: int | None = None) -> str | 
             and stay decoded.
         like: the global state; names, shapes and dtypes must be the same.
         clients: None: one client's update. A number: a partial sum was asked for, of so many at most.
+        guarded: clients were told to protect themselves, which an older one does not understand.
     """
     try:
-        found = _fault(reply, like, clients)
+        found = _fault(reply, like, clients, guarded)
     except Exception as error:  # noqa: BLE001 - it rejects the client, not the round
         found = f"cannot be read ({type(error).__name__}: {error})"
     return None if found is None else _short(found)
@@ -58,7 +59,7 @@ def evaluation_fault(reply: Message) -> str | None:
         return _short(f"cannot be read ({type(error).__name__}: {error})")
 
 
-def _fault(reply: Message, like: Arrays, clients: int | None) -> str | None:
+def _fault(reply: Message, like: Arrays, clients: int | None, guarded: bool) -> str | None:
     if reply.has_error():
         return f"client error: {_last_line(reply.error.reason)}"
     if sorted(reply.content) != sorted((ARRAYS, METRICS)):
@@ -66,11 +67,12 @@ def _fault(reply: Message, like: Arrays, clients: int | None) -> str | None:
     arrays, metrics = reply.content[ARRAYS], reply.content[METRICS]
     if not isinstance(arrays, ArrayRecord) or not isinstance(metrics, MetricRecord):
         return "records of the wrong kind"
-    return _metrics_fault(metrics, clients) or _arrays_fault(arrays, like)
+    return _metrics_fault(metrics, clients, guarded) or _arrays_fault(arrays, like)
 
 
-def _metrics_fault(metrics: MetricRecord, clients: int | None) -> str | None:
+def _metrics_fault(metrics: MetricRecord, clients: int | None, guarded: bool) -> str | None:
     wanted = {EXAMPLES, TRAIN_LOSS} | ({CLIENTS} if clients is not None else set())
+    wanted |= {GUARDED} if guarded else set()
     if set(metrics) != wanted:
         return f"metrics {sorted(metrics)} instead of {sorted(wanted)}"
     count = 1

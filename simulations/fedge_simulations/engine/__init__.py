@@ -278,7 +278,10 @@ class Engine:
             some = self.data.take(np.arange(min(len(self.data), TRIED)))
             with limited(1):
                 choosing = gradients.choose if whole else choose
-                way = choosing(recipe, replace(job, examples=some), preprocess)
+                if instructions.guard is not None and instructions.guard.kind == "example":
+                    way = Way(None)  # DP-SGD batches the examples of one client instead
+                else:
+                    way = choosing(recipe, replace(job, examples=some), preprocess)
             if way.why:
                 self._say(f"model {instructions.model}: {way.why}; its clients are trained one by one")
             keep = 4 * self.data.x.size <= WHOLE_BYTES
