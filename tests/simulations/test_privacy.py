@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -380,4 +379,37 @@ def test_kill_9_never_loses_a_count(where, noise, tmp_path):
         last = registry.records("run")[-1]
     spent = [Spend("client", 1.0, 1.0)] * len(after)
     assert last.privacy["epsilon"] == epsilon(spent, 1e-5, unit="client", accountant="rdp")
-    assert math.isfinite(last.privacy["epsilon"])
+
+
+def test_the_summary_counts_what_was_spent_and_never_committed(private, learn, tmp_path):
+    """The budget ends the run right after a round that was lost: no record tells of it."""
+    three = epsilon([Spend("client", 1.0, 1.0)] * 3, 1e-5, unit="client", accountant="rdp")
+    config = private(privacy={"max_epsilon": three})
+    with pytest.raises(Exception, match=r"^$"):
+        learn(config, tmp_path, stop_after=2)
+    with Registry.open(tmp_path) as registry:
+        lost = Entry("test", 1, "secret:lost", "central", Spend("client", 1.0, 1.0))
+        Ledger(registry.engine, "default").spend(lost, lambda _: None)
+    learned = learn(config, tmp_path)
+    assert [record.round for record in learned.records] == [1, 2]
+    assert learned.privacy["epsilon"] == three > learned.records[-1].privacy["epsilon"]
+
+
+def test_the_command_shows_ledgers_and_runs_that_nothing_covers(private, small, learn, tmp_path, capsys):
+    from fedge_server.cli import main
+
+    learn_as("private", private(rounds={"count": 2}), tmp_path)
+    learn_as("bare", small(rounds={"count": 1}), tmp_path)
+    assert main(["privacy", "--home", str(tmp_path), "--accountant", "rdp", "--format", "json"]) == 0
+    two = epsilon([Spend("client", 1.0, 1.0)] * 2, 1e-5, unit="client", accountant="rdp")
+    spent = {"ledger": "default", "rounds": 2, "epsilon_client": two, "epsilon_example": two}
+    assert json.loads(capsys.readouterr().out) == {
+        "delta": 1e-5,
+        "ledgers": [{**spent, "runs": ["private"]}],
+        "without_mechanism": ["bare"],
+    }
+    assert main(["privacy", "--home", str(tmp_path), "--accountant", "rdp"]) == 0
+    said = capsys.readouterr().out
+    assert f"{two:.3f}" in said
+    assert "covered by no epsilon, since they ran without a mechanism: bare" in said
+    assert main(["privacy", "--home", str(tmp_path), "--delta", "2"]) == 2
