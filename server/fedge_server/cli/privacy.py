@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
         "privacy",
         _privacy,
         summary="what the rounds of all runs have spent, by ledger",
-        examples="  fedge-server privacy\n  fedge-server privacy --home out/digits --delta 1e-6 --format json",
+        examples="  fedge-server privacy\n  fedge-server privacy --home out/digits --delta 1e-6",
     )
     made.add_argument("--delta", type=float, default=1e-5, help="at which epsilon is stated")
     made.add_argument("--accountant", choices=("pld", "rdp"), default="pld", help="how it is computed")
