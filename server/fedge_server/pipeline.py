@@ -149,7 +149,7 @@ def _privacy(place: Place, records: Sequence[RoundRecord]) -> PrivacyReport:
         epsilon = accounting.epsilon(
             [entry.spend for entry in entries],
             config.privacy.delta,
-            unit="client",
+            unit="example" if config.privacy.mechanism == "example" else "client",
             accountant=config.privacy.accountant,
         )
     return privacy_report(

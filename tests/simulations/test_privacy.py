@@ -381,20 +381,6 @@ def test_kill_9_never_loses_a_count(where, noise, tmp_path):
     assert last.privacy["epsilon"] == epsilon(spent, 1e-5, unit="client", accountant="rdp")
 
 
-def test_the_summary_counts_what_was_spent_and_never_committed(private, learn, tmp_path):
-    """The budget ends the run right after a round that was lost: no record tells of it."""
-    three = epsilon([Spend("client", 1.0, 1.0)] * 3, 1e-5, unit="client", accountant="rdp")
-    config = private(privacy={"max_epsilon": three})
-    with pytest.raises(Exception, match=r"^$"):
-        learn(config, tmp_path, stop_after=2)
-    with Registry.open(tmp_path) as registry:
-        lost = Entry("test", 1, "secret:lost", "central", Spend("client", 1.0, 1.0))
-        Ledger(registry.engine, "default").spend(lost, lambda _: None)
-    learned = learn(config, tmp_path)
-    assert [record.round for record in learned.records] == [1, 2]
-    assert learned.privacy["epsilon"] == three > learned.records[-1].privacy["epsilon"]
-
-
 def test_the_command_shows_ledgers_and_runs_that_nothing_covers(private, small, learn, tmp_path, capsys):
     from fedge_server.cli import main
 

@@ -35,7 +35,7 @@ class PrivacyReport:
     )
     statements: tuple[str, ...]  # in the order of their weight
     viewers: tuple[Viewer, ...]
-    epsilon: float | None  # of a client, over all rounds of the ledger; None: no bound
+    epsilon: float | None  # of a client (mechanism example: of one of its examples), of all in the ledger
     delta: float | None
     ledger: str | None
     accountant: str | None
@@ -78,7 +78,7 @@ def privacy_report(
     Args:
         config: of the run.
         records: of its rounds, the initial model's first.
-        epsilon: that the ledger holds for a client now; None without a mechanism.
+        epsilon: that the ledger holds now for whom the mechanism hides; None without a mechanism.
         moments: clients were asked for those of their raw values.
         simulated: its clients were made up, and so are their devices.
     """
@@ -142,14 +142,12 @@ def _statements(
         found.append("No epsilon can be stated: the ledger promises nothing to a client.")
     else:
         bounded = "is" if noise == "secret" else "would, by secret noise, be"
+        whom = "one example of a client" if privacy.mechanism == "example" else "a client"
         found.append(
-            f"Whatever the models show about a client {bounded} bounded by epsilon {epsilon:.3g} at delta "
+            f"Whatever the models show about {whom} {bounded} bounded by epsilon {epsilon:.3g} at delta "
             f"{privacy.delta:g}, over all rounds of all runs in ledger {privacy.ledger!r}."
         )
-        found.append(
-            "That holds towards whoever sees models, not towards hub, worker and operator: they can see each "
-            "single update before the noise, and an update gives training data back."
-        )
+        found.append(_TOWARDS[privacy.mechanism])
         if noise == "seed":
             found.append(
                 "The noise comes from the seed and can be taken off again: it protects nobody, and shows "
@@ -164,18 +162,31 @@ def _statements(
     return tuple(found)
 
 
+_TOWARDS = {
+    "central": "That holds towards whoever sees models, not towards hub, worker and operator: they can see "
+    "each single update before the noise, and an update gives training data back.",
+    "local": "That holds towards hub, worker and operator too, as long as the run asks for what its "
+    "configuration says: each device adds noise before it sends anything.",
+    "example": "That holds towards hub, worker and operator too, as long as the run asks for what its "
+    "configuration says. It hides single examples and not the device: what most of its data says shows.",
+}
+
+
 def _viewers(config: Config, *, bounded: bool, moments: bool) -> tuple[Viewer, ...]:
-    sent = ["single update", "number of examples", "training loss"]
+    on_device = config.privacy.mechanism in ("local", "example")  # what is sent has its noise already
+    sent = ["update with the device's noise"] if on_device else ["single update", "training loss"]
+    sent += [] if config.privacy.mechanism == "local" else ["number of examples"]
     sent += ["moments of its raw values"] if moments else []
     sent += ["own evaluation"] if config.evaluate.federated else []
     each = f"of every client that answers: {', '.join(sent)}"
+    covered = bounded and on_device
     models = "the noised global model" if config.privacy.mechanism != "none" else "the global model"
     return (
         Viewer("device", f"its own data; {models} of every round that asks it", False, bounded),
         Viewer("other clients", f"{models} of the rounds that ask them", False,
                bounded),
-        Viewer("hub", f"{each}; who takes part, when, from which address", True, False),
-        Viewer("worker", f"{each}; by number, not by name", True, False),
-        Viewer("operator", "what hub and worker see, their files, and the database", True, False),
+        Viewer("hub", f"{each}; who takes part, when, from which address", not covered, covered),
+        Viewer("worker", f"{each}; by number, not by name", not covered, covered),
+        Viewer("operator", "what hub and worker see, their files, and the database", not covered, covered),
         Viewer("whoever has a release", f"variants made from {models}", False, bounded),
     )  # fmt: skip

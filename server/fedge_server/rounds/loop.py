@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -63,8 +63,6 @@ class Learned:
     model_sha256: str  # of those weights in the store
     records: tuple[RoundRecord, ...]  # rounds 1 .. last
     reason: str  # why it stopped
-    # As in a record, but of the ledger at the end: rounds that never were committed are spent too.
-    privacy: Mapping[str, float | str] = field(default_factory=dict)
 
 
 def learn(
@@ -101,8 +99,7 @@ def learn(
         registry.end_run(run_id, "failed", str(error))
         raise
     run.load_global()
-    spent = {} if run.protection is None else run.protection.of_round()
-    return Learned(run.model, run.model_sha256, tuple(run.records[1:]), reason, spent)
+    return Learned(run.model, run.model_sha256, tuple(run.records[1:]), reason)
 
 
 def _rounds(run: _Run, observe: Observer) -> str:

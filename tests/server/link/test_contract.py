@@ -18,6 +18,7 @@ from fedge_client import app as client_app
 from fedge_server import app as server_app
 from fedge_server.link.grid import RUN_ID, SERVER_NODE, LinkGrid
 from fedge_server.registry.database import Registry
+from fedge_server.registry.ledger import Ledger
 from fedge_server.strategies import NAMES
 from fedge_simulations.grid import VectorGrid
 from fedge_simulations.simulate import learn
@@ -133,6 +134,40 @@ def test_a_strategy_learns_the_same_over_the_link_as_in_a_simulation(name, hub, 
     ]
     with Registry.open(hub.home.root) as registry:
         assert registry.run("run")["status"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mechanism", ["central", "local", "example"])
+def test_over_the_link_noise_is_secret_and_no_seed_brings_it_back(mechanism, hub, tmp_path: Path):
+    config = Config.from_mapping(
+        {
+            "model": {"name": "logistic", "standardise": False},
+            "clients": {"count": 5},
+            "rounds": {"count": 2},
+            "train": {"epochs": 1},
+            "privacy": {"mechanism": mechanism, "accountant": "rdp"},
+        }
+    )
+    world = prepare(config)
+    hub.devices |= dict.fromkeys(range(1, 6), _one_at_a_time(client_app.build(world.share_of)))
+    models = []
+    for home in (hub.home.root, tmp_path / "again"):  # the same seed, the same devices
+        linked = []
+        app = server_app.build(lambda *_: world.server, done=linked.append)
+        grid = LinkGrid(hub.home, "run", admin.Selection(task="digits"))
+        app(
+            grid,
+            Context(RUN_ID, SERVER_NODE, {}, RecordDict(), server_app.run_config(config, home, "run")),
+        )
+        grid.close()
+        assert [(r.clients, r.privacy["noise"]) for r in linked[0].records] == [(5, "secret")] * 2
+        models.append(digest(arrays_of(linked[0].model.network)))
+        with Registry.open(home) as registry:
+            rows = Ledger(registry.engine, "default").entries()
+        assert [row.round for row in rows] == [1, 2]
+        assert len({row.noise for row in rows}) == 2
+        assert all(row.noise.startswith("secret:") for row in rows)
+    assert models[0] != models[1]
 
 
 def _one_at_a_time(app: ClientApp):

@@ -52,6 +52,19 @@ def test_central_noise_bounds_what_models_show_and_hides_nothing_from_the_server
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("mechanism", "whom"), [("local", "a client"), ("example", "one example")])
+def test_noise_on_the_device_bounds_what_the_server_sees_too(mechanism: str, whom: str) -> None:
+    found = report({**CENTRAL, "privacy": {"mechanism": mechanism}}, epsilon=3.25)
+    assert (found.protects, found.epsilon) == (True, 3.25)
+    assert f"about {whom}" in found.statements[0]
+    assert "towards hub, worker and operator too" in found.statements[1]
+    assert seen_by(found) == []
+    assert all(viewer.bounded for viewer in found.viewers)
+    hub = next(viewer for viewer in found.viewers if viewer.who == "hub")
+    assert ("number of examples" in hub.sees) == (mechanism == "example")
+    assert "training loss" not in hub.sees
+
+
 def test_it_states_the_ledgers_epsilon_and_not_the_last_rounds() -> None:
     """Another run over the same devices has spent since: 3.0 in the record, 7.5 in the ledger."""
     assert report(CENTRAL, epsilon=7.5).epsilon == 7.5
