@@ -25,8 +25,8 @@ class Costly:
         pass
 
     def step(self, x, y, weight, keys):
-        end = time.perf_counter() + self.fixed_s + self.square_s * len(x) ** 2
-        while time.perf_counter() < end:
+        end = time.thread_time() + self.fixed_s + self.square_s * len(x) ** 2
+        while time.thread_time() < end:
             pass
         return torch.zeros(len(x))
 
