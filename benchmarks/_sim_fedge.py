@@ -7,15 +7,18 @@ there is nothing to recognise. Both begin at the same weights.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from _sim_work import BATCH, TEST, WORKS, Data, Turn, private_stdout, seeded, turns
+from flwr.app import Array, Context, Message, MessageType
 from torch import nn
 
 from fedge.config import Config
@@ -24,9 +27,11 @@ from fedge.learning import models
 from fedge.spec import Spec
 from fedge.task import Source, Task
 from fedge_server.rounds.record import RoundRecord
+from fedge_simulations.grid import ClientCall, VectorGrid
 from fedge_simulations.simulate import learn
 from fedge_simulations.world import World, prepare
 
+NORM = 1e6
 BUILT_IN, OWN = "built-in", "own"  # names of the two models
 
 
@@ -78,6 +83,33 @@ def config(name: str, clients: int, changes: dict[str, Any], examples: int | Non
     return Config.from_mapping({"task": f"_sim_fedge:{name.upper()}", "data": data, **sections})
 
 
+class Modded(World):
+    """The same clients, each with a mod around its app."""
+
+    def grid(self, run_config: Any, **further: Any) -> VectorGrid:
+        """A Grid whose clients really run their app."""
+        return World.grid(self, run_config, around=_clipping, **further)
+
+
+def _clipping(app: ClientCall) -> ClientCall:
+    """A client mod as a user would write it: the change is cut to a norm, which none reaches here."""
+
+    def clipped(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if reply.has_error() or message.metadata.message_type != MessageType.TRAIN:
+            return reply
+        (sent,), (record,) = message.content.array_records.values(), reply.content.array_records.values()
+        start = {name: array.numpy() for name, array in sent.items()}
+        changes = {name: array.numpy() - start[name] for name, array in record.items()}
+        norm = math.sqrt(sum(float(np.vdot(change, change)) for change in changes.values()))
+        if norm > NORM:
+            for name, change in changes.items():
+                record[name] = Array(start[name] + change * np.float32(NORM / norm))
+        return reply
+
+    return clipped
+
+
 def _examples(world: World) -> float:
     """Mean of the clients' examples, over the first thousands."""
     some = range(min(len(world.clients), 5000))
@@ -107,13 +139,16 @@ def rounds(world: World, answers: Any) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """WORK CLIENTS CHANGES [EXAMPLES], the changes as JSON."""
+    """WORK CLIENTS CHANGES [EXAMPLES], the changes as JSON; with a key `mod` each client has a mod."""
     name, clients, changes, *further = arguments
     answers = private_stdout()
-    asked = config(name, int(clients), json.loads(changes), *map(int, further))
+    asked_for = json.loads(changes)
+    kind = Modded if asked_for.pop("mod", None) else World
+    asked = config(name, int(clients), asked_for, *map(int, further))
     if asked.simulation.workers == 1:
         torch.set_num_threads(1)
-    rounds(prepare(asked), answers)
+    world = prepare(asked)
+    rounds(kind(**{each.name: getattr(world, each.name) for each in fields(world)}), answers)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -20,7 +19,7 @@ from flwr.clientapp import ClientApp
 from fedge.dataset import Dataset, Examples
 from fedge.errors import ConfigError, DataError
 from fedge.learning import draws, local, messages
-from fedge.learning.guard import guarded
+from fedge.learning.guard import guarded, reference
 from fedge.learning.local import Job, Trainer
 from fedge.learning.messages import Instructions, NamedArrays
 from fedge.learning.metrics import evaluate as evaluate_metrics
@@ -145,7 +144,7 @@ def build(share: Share, trainer: Trainer = local.fit, secret: Secret = fresh_sec
         done = trainer(job)
         if guard.kind == "example":
             return messages.train_reply(message, done.arrays, examples=done.examples, loss=0.0, guarded=True)
-        noised = guarded(done.arrays, _reference(job), guard, job.secret)
+        noised = guarded(done.arrays, _origin(job), guard, job.secret)
         return messages.train_reply(message, noised, examples=1, loss=0.0, guarded=True)
 
     @client.evaluate()
@@ -162,13 +161,10 @@ def build(share: Share, trainer: Trainer = local.fit, secret: Secret = fresh_sec
     return client
 
 
-def _reference(job: Job) -> NamedArrays:
-    """What the update's change is measured from: the global state, and 0 where gradients are sent."""
-    if job.instructions.update == "weights":
-        return job.state
+def _origin(job: Job) -> NamedArrays:
+    """What the update's change is measured from."""
     model = local.blank(job.task, job.instructions.model, job.instructions.spec)
-    gradients = {name for name, _ in model.named_parameters()}
-    return {n: np.zeros_like(v) if n in gradients else v for n, v in job.state.items()}
+    return reference(job.state, local.gradients_of(model, job.instructions.update))
 
 
 def client_seed(run_seed: int, server_round: int, node_id: int) -> int:

@@ -96,7 +96,8 @@ class _Archive:
         """Add what is in a file now (a log may grow meanwhile); returns its digest."""
         state = os.fstat(file.fileno())
         member = tarfile.TarInfo(name)
-        member.size, member.mode, member.mtime = state.st_size, stat.S_IMODE(state.st_mode), state.st_mtime
+        member.size, member.mode = state.st_size, stat.S_IMODE(state.st_mode)
+        member.mtime = int(state.st_mtime)  # a fraction would stand in an extended header, without a checksum
         reader = _Hashing(file)
         try:
             self.tar.addfile(member, reader)

@@ -240,8 +240,6 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path, saved: Path) -> None:
         changed = bytearray(plain)
         if not changed[position]:
             continue  # padding of the archive
-        if b" mtime=" in plain[position - 30 : position + 10]:
-            continue  # when a file was changed, the one thing that no digest covers
         changed[position] ^= 1
         saved.write_bytes(gzip.compress(bytes(changed), 1))
         with pytest.raises((FormatError, DigestError)):

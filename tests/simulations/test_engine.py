@@ -330,6 +330,20 @@ def test_a_client_whose_data_cannot_be_trained_on_spoils_no_other() -> None:
     assert "IndexError" in total.failed[0]
 
 
+def test_a_client_that_the_model_refuses_does_not_end_the_run_when_stacks_are_measured() -> None:
+    data, clients = cohort([4] * 7)
+    data.x[clients[3].indices] = (
+        99  # in the middle, whose examples are measured with; the first ones are fine
+    )
+    said: list[str] = []
+    engine = Engine(Simulation(workers=1), data, rounds=10**9, say=said.append)
+    for _ in range(2):
+        total = engine.sum(job("looking"), clients)
+        assert sorted(total.failed) == [clients[3].node_id]
+        assert total.clients == 6
+    assert said == []
+
+
 def test_clients_with_states_of_their_own_start_from_those() -> None:
     asked = job("mlp")
     same = replace(asked, state=dict(asked.state))  # the same arrays

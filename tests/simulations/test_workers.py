@@ -157,3 +157,20 @@ def test_workers_that_are_not_ready_yet_end_without_a_word(digits_job):
     assert hired.process.poll() is not None
     time.sleep(0.2)  # for the thread that waited for it
     assert said == []
+
+
+@pytest.mark.slow
+def test_an_answer_that_cannot_be_read_gives_the_part_back(digits_job):
+    data, job, own = digits_job()
+    alone = Engine(Simulation(workers=1), data).sum(job, own)
+    said: list[str] = []
+    engine = Engine(Simulation(workers=2), data, say=said.append)
+    engine.sum(job, own)
+    until(engine, 2)
+    (hired,) = engine.workers.hired
+    hired.process.stdout.close()  # type: ignore[union-attr]  # reading it is a ValueError, as a bad answer may be
+    found = engine.sum(job, own)
+    engine.close()
+    assert all(np.array_equal(value, alone.mean[name]) for name, value in found.mean.items())
+    assert len(said) == 1
+    assert "ValueError" in said[0]

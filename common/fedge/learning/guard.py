@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -30,25 +30,35 @@ class Guard:
     min_examples: int = 1  # with fewer a client takes no part
 
 
-def guarded(arrays: NamedArrays, reference: NamedArrays, guard: Guard, key: bytes) -> Arrays:
+def reference(state: NamedArrays, gradients: Collection[str]) -> NamedArrays:
+    """What a client's change is measured from: the state that it was sent, and 0 where it sends gradients.
+
+    Args:
+        state: the global one.
+        gradients: entries in whose place it sends a gradient; none where it sends weights.
+    """
+    return {name: np.zeros_like(v) if name in gradients else v for name, v in state.items()}
+
+
+def guarded(arrays: NamedArrays, origin: NamedArrays, guard: Guard, key: bytes) -> Arrays:
     """An update cut to the clipping norm, and Gaussian noise on every value (Dwork and Roth 2014).
 
     Args:
         arrays: what training gave.
-        reference: what changes are measured from; the same names and shapes.
+        origin: what changes are measured from; the same names and shapes.
         guard: of kind local.
         key: secret, for this one update.
     """
     step = step_of(guard.clip_norm, guard.clip_norm * guard.noise_multiplier)
     found: Arrays = {}
-    for name, whole in noised_share(arrays, reference, guard, key, least=1, step=step).items():
-        noised = whole.reshape(-1) * step + _wide(reference[name])
+    for name, whole in noised_share(arrays, origin, guard, key, least=1, step=step).items():
+        noised = whole.reshape(-1) * step + _wide(origin[name])
         found[name] = noised.astype(arrays[name].dtype).reshape(whole.shape)
     return found
 
 
 def noised_share(
-    arrays: NamedArrays, reference: NamedArrays, guard: Guard, key: bytes, *, least: int, step: float
+    arrays: NamedArrays, origin: NamedArrays, guard: Guard, key: bytes, *, least: int, step: float
 ) -> dict[str, npt.NDArray[np.int64]]:
     """One client's clipped change with its share of the noise, as whole steps to be added up exactly.
 
@@ -58,7 +68,7 @@ def noised_share(
 
     Args:
         arrays: what training gave.
-        reference: what changes are measured from; the same names and shapes.
+        origin: what changes are measured from; the same names and shapes.
         guard: norm and noise of the whole sum.
         key: secret, for this one update.
         least: honest clients in a sum that is opened: its threshold, less those that may tell their shares.
@@ -70,7 +80,7 @@ def noised_share(
     sigma = share_sigma(guard.clip_norm * guard.noise_multiplier, least)
     if step * _COARSEST > sigma and least > 1:
         raise ValueError(f"step {step:g}: a share's deviation {sigma:g} must be {_COARSEST} steps or more")
-    changes = {name: _wide(value) - _wide(reference[name]) for name, value in arrays.items()}
+    changes = {name: _wide(value) - _wide(origin[name]) for name, value in arrays.items()}
     norm = math.sqrt(sum(float(np.dot(change, change)) for change in changes.values()))
     factor = clip_factor(norm, guard.clip_norm)
     return {

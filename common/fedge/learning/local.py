@@ -25,7 +25,7 @@ from fedge.learning import draws
 from fedge.learning.augment import augment
 from fedge.learning.dpsgd import train_privately
 from fedge.learning.guard import Guard
-from fedge.learning.messages import Instructions
+from fedge.learning.messages import Instructions, Update
 from fedge.learning.state import NamedArrays, arrays_of, load_arrays
 from fedge.learning.threads import fitted
 from fedge.spec import Spec
@@ -292,6 +292,11 @@ def gradient(
         for name, p in model.named_parameters()
     }
     return gradients, LocalResult(total, len(y), 0)
+
+
+def gradients_of(model: nn.Module, update: Update) -> frozenset[str]:
+    """Entries of a model's state in whose place a client sends a gradient."""
+    return frozenset(n for n, _ in model.named_parameters()) if update == "gradient" else frozenset()
 
 
 def _distance(model: nn.Module, anchors: list[torch.Tensor]) -> torch.Tensor:

@@ -14,18 +14,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from flwr.app import Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from torch import nn
 
 from fedge.config import Config
-from fedge.dataset import Examples
 from fedge.errors import BudgetError, FedgeError, HubAwayError, RoundError, SupersededError
 from fedge.learning import local, messages
+from fedge.learning.guard import reference
 from fedge.learning.messages import Instructions
-from fedge.learning.metrics import evaluate
 from fedge.learning.state import NamedArrays, arrays_of, cast_like, load_arrays, names_of, share_arrays
 from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
@@ -42,6 +40,7 @@ from fedge_server.rounds.grids import Simulated, Summing, nodes_of
 from fedge_server.rounds.moments import federated_moments, kept_moments, moments_arrays
 from fedge_server.rounds.record import Metric, RoundRecord
 from fedge_server.rounds.sampling import MANY, Cohort, cohort_size, draw, draw_each
+from fedge_server.rounds.scoring import Answers, is_finite, probabilities_of, score
 from fedge_server.rounds.stopping import check_target, why_stop
 from fedge_server.rounds.traffic import Traffic
 from fedge_server.rounds.validation import evaluation_fault
@@ -51,8 +50,6 @@ Observer = Callable[[RoundRecord], None]
 """Told of each round once it is committed; on resume, of the earlier ones first."""
 
 MAX_FAILED_ROUNDS = 3  # in a row without enough valid updates: something is wrong that waiting does not mend
-
-PIECE = 2**20  # elements looked at together
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +128,7 @@ class _Run:
     arrays: NamedArrays  # the global state
     model_sha256: str
     records: list[RoundRecord]
+    answers: Answers | None = None  # of the global state to the test data, once it was asked
 
     @classmethod
     def prepare(
@@ -200,7 +198,8 @@ class _Run:
         collected, bytes_down = self.ask(number, nodes)
         sufficient = collected.clients >= self.config.rounds.min_updates
         if sufficient and self.protection is not None and self.protection.central:
-            collected = self.protection.noised(number, collected, self.reference())
+            origin = reference(self.arrays, local.gradients_of(self.model.network, self.chosen.update))
+            collected = self.protection.noised(number, collected, origin)
         metrics, counted = self.aggregate(number, collected) if sufficient else (None, False)
         scores = self.evaluate_centrally()
         on_clients = self.evaluate_on_clients(number) if self.config.evaluate.federated else {}
@@ -281,7 +280,7 @@ class _Run:
         absurd but well-formed update must not end the run.
         """
         _reseed(self.config.seed, number, "aggregate")
-        before = self.arrays
+        before, answered = self.arrays, self.answers
         try:
             found, metrics = self.chosen.strategy.aggregate_train(number, collected.valid)
             if found is None:
@@ -296,28 +295,26 @@ class _Run:
                 f"{collected.clients} updates ({type(error).__name__}: {error})"
             ) from error
         if not self.is_sound():
-            self.arrays = before
+            self.arrays, self.answers = before, answered
             return None, False
         return metrics, True
 
-    def reference(self) -> NamedArrays:
-        """What a client's change is measured from: the global state, and 0 where it sends gradients."""
-        if self.chosen.update == "weights":
-            return self.arrays
-        gradients = {name for name, _ in self.model.network.named_parameters()}
-        return {n: np.zeros_like(v) if n in gradients else v for n, v in self.arrays.items()}
-
     def is_sound(self) -> bool:
         """Whether the global state and what it answers to the test data are finite."""
-        if not all(_is_finite(value) for value in self.arrays.values() if value.dtype.kind == "f"):
+        if not all(is_finite(value) for value in self.arrays.values() if value.dtype.kind == "f"):
             return False
+        return bool(np.isfinite(self.ask_global()).all())
+
+    def ask_global(self) -> Answers:
+        """What the global state answers to the test data, for whoever asks next too."""
         self.load_global()
-        return bool(np.isfinite(probabilities_of(self.model, self.data.test)).all())
+        self.answers = probabilities_of(self.model, self.data.test)
+        return self.answers
 
     def evaluate_centrally(self) -> dict[str, Metric]:
         """Metrics of the global model on the server's test data."""
-        self.load_global()
-        return score(self.model, self.data, self.config)
+        answers = self.ask_global() if self.answers is None else self.answers
+        return score(answers, self.data, self.config)
 
     def evaluate_on_clients(self, number: int) -> dict[str, float]:
         """Metrics that clients measure on their own data, as the strategy averages them.
@@ -368,27 +365,6 @@ class _Run:
             "too few updates, or the strategy made no sound model of them; lower the learning rates, or see "
             "what the strategy needs (strategy, rounds.min_updates)"
         )
-
-
-def _is_finite(value: npt.NDArray[np.generic]) -> bool:
-    """Whether all values are; in pieces, since numpy's answer is an array of its own."""
-    flat = value.reshape(-1)
-    return all(np.isfinite(flat[i : i + PIECE]).all() for i in range(0, len(flat), PIECE))
-
-
-def probabilities_of(model: WholeModel, examples: Examples) -> npt.NDArray[np.float32]:
-    """The model's answers (N, K) to raw examples."""
-    raw = torch.from_numpy(np.ascontiguousarray(examples.x))
-    answers: npt.NDArray[np.float32] = local.logits(model, raw).softmax(1).numpy()
-    return answers
-
-
-def score(model: WholeModel, data: ServerData, config: Config) -> dict[str, Metric]:
-    """Metrics of a model on the server's test data."""
-    probabilities = probabilities_of(model, data.test)
-    if not np.isfinite(probabilities).all():
-        raise RoundError("the initial model answers NaN; check the data's scale and the clients' moments")
-    return evaluate(probabilities, data.test.y, config.evaluate.metrics)
 
 
 def recall(registry: Registry, run_id: str, config: Config, task: Task, spec: Spec) -> Learned:

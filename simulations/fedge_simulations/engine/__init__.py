@@ -83,6 +83,7 @@ class Engine:
         """
         self._settings, self.data, self._say, self._rounds = settings, data, say, rounds
         self.workers, self._plan = Workers(settings, data, say), Plan.of(folder)
+        self._most_rows = ROWS_BYTES // (4 * prod(data.x.shape[1:]))  # examples of a stack
         self._prepared: dict[tuple[Instructions, bytes], _Prepared] = {}
 
     def train(self, jobs: Sequence[Job]) -> list[Trained | Exception]:
@@ -95,8 +96,8 @@ class Engine:
         found: dict[int, Trained | Exception] = {}
         sizes = [len(job.examples) for job in jobs]
         order = in_order(sizes, prepared.recipe.settings)
-        k = self._at_once(prepared, jobs[0], sizes[order[0]])
-        for chosen in _chunks(order, [sizes[i] for i in order], k, prepared.least):
+        k = self._at_once(prepared, jobs[0], -(-sum(sizes) // len(sizes)))
+        for chosen in _chunks(order, [sizes[i] for i in order], k, self._most_rows, prepared.least):
             found |= zip(chosen, self._train_stack(prepared, [jobs[i] for i in chosen]), strict=True)
         return [found[i] for i in range(len(jobs))]
 
@@ -131,7 +132,7 @@ class Engine:
 
     def _rows_for(self, examples: int) -> int:
         """Clients whose data are not too much to be held beside one another."""
-        return int(ROWS_BYTES // (examples * prod(self.data.x.shape[1:]) * 4))
+        return max(1, self._most_rows // examples)
 
     def _look_ahead(self, prepared: _Prepared, job: Job, clients: Sequence[Client], ahead_s: float) -> None:
         """Measure, and start further processes, where so much is to come that it pays.
@@ -148,12 +149,14 @@ class Engine:
             return
         if self._plan.at_once(job.instructions, ever=True):
             return
-        middle = len(clients[len(clients) // 2].indices)
-        most = min(MOST_AT_ONCE, len(clients), self._rows_for(middle))
-        some = replace(job, examples=self.data.take(clients[len(clients) // 2].indices))
-        recipe = prepared.recipe
-        found = fastest(recipe.layout, recipe.settings, way.stepper, prepared.preprocess, some, most=most)
-        self._plan.keep(job.instructions, found)
+        middle = clients[len(clients) // 2].indices
+        most = min(MOST_AT_ONCE, len(clients), self._rows_for(len(middle)))
+        some, recipe = replace(job, examples=self.data.take(middle)), prepared.recipe
+        try:
+            k = fastest(recipe.layout, recipe.settings, way.stepper, prepared.preprocess, some, most=most)
+        except Exception:  # noqa: BLE001 - a user's module may raise anything: this client fails in its rounds
+            k = self._at_once(prepared, job, len(middle))
+        self._plan.keep(job.instructions, k)
 
     def sum(self, job: Job, clients: Sequence[Client]) -> Sum:
         """The weighted mean of what these clients' jobs give.
@@ -166,7 +169,8 @@ class Engine:
         layout = prepared.recipe.layout
         order = in_order([len(client.indices) for client in clients], prepared.recipe.settings)
         ordered = [clients[i] for i in order]
-        at_once = self._at_once(prepared, job, len(ordered[0].indices))
+        mean = -(-sum(len(client.indices) for client in clients) // len(clients))
+        at_once = self._at_once(prepared, job, mean)
         parts = cut(ordered, at_once=at_once, processes=self.workers.processes)
         total = Sums.zero(1, layout.size)
         began, processes = time.perf_counter(), self.workers.processes
@@ -218,7 +222,7 @@ class Engine:
         k = -(-len(lengths) // stacks)  # stacks of equal size rather than a small one at the end
         start = prepared.recipe.layout.flat(job.state, torch.float32)
         buffer = rows_of(k, len(start))
-        for chosen in _chunks(range(len(lengths)), lengths, k, prepared.least):
+        for chosen in _chunks(range(len(lengths)), lengths, k, self._most_rows, prepared.least):
             own = [part.clients[i] for i in chosen]
             flat = buffer[: len(own)].copy_(start)
             indices = np.concatenate([client.indices for client in own])
@@ -324,15 +328,20 @@ def _steps(job: Job, settings: Train, least: int) -> int:
     return len(local.batch_sizes(len(job.examples), settings.batch_size, least=least)) * settings.epochs
 
 
-def _chunks(order: Sequence[int], lengths: Sequence[int], k: int, least: int) -> Iterator[list[int]]:
-    """`order` cut into stacks of at most k; where batches depend on their size, of equal lengths only."""
+def _chunks(
+    order: Sequence[int], lengths: Sequence[int], k: int, rows: int, least: int
+) -> Iterator[list[int]]:
+    """`order` cut into stacks of at most k clients and so many rows, but one client at least.
+
+    Where batches depend on their size, of equal lengths only.
+    """
     part: list[int] = []
-    before = 0
+    before = held = 0
     for i, n in zip(order, lengths, strict=True):
-        if part and (len(part) == k or (least > 1 and n != before)):
+        if part and (len(part) == k or held + n > rows or (least > 1 and n != before)):
             yield part
-            part = []
+            part, held = [], 0
         part.append(i)
-        before = n
+        before, held = n, held + n
     if part:
         yield part

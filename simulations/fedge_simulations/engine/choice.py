@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,13 +14,16 @@ from torch import nn
 
 from fedge.learning import draws, local
 from fedge.learning.local import Job
-from fedge_simulations.engine.stack import Layout, Stacked, Stepper, train
+from fedge_simulations.engine.stack import Layout, Named, Stacked, Stepper, train
 from fedge_simulations.engine.steppers import Linears, Recipe, Single, linear_layers
 from fedge_simulations.engine.vmapped import Vmapped
 
 TOLERANCE = 1e-9  # of the change that steps in float64 make, relative
 
 Make = Callable[[Recipe], Stepper]
+Alone = Callable[[nn.Module, torch.Tensor, torch.Tensor, int], tuple[Named, float]]
+"""What a device does with a model at the global weights, examples, classes and a seed: the state, or the
+gradients and buffers, that it sends, and its loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +47,33 @@ def choose(recipe: Recipe, job: Job, preprocess: nn.Module) -> Way:
         job: gives the state, and examples to try with.
         preprocess: raw input to the model's.
     """
-    if len(list(recipe.model.parameters())) != sum(
-        1 for _ in recipe.model.named_parameters(remove_duplicate=False)
-    ):
+    return first_that(
+        _candidates(recipe), recipe, lambda make, one: difference(make, recipe, job, preprocess, single=one)
+    )
+
+
+def first_that(
+    candidates: Iterable[tuple[Make, bool]], recipe: Recipe, differs: Callable[[Make, bool], str]
+) -> Way:
+    """The first of the steppers that does not differ.
+
+    Args:
+        candidates: makers, and whether theirs take stacks of one.
+        recipe: what is trained.
+        differs: how one differs from a device, in a line; empty: not at all. It may raise anything.
+    """
+    everything = sum(1 for _ in recipe.model.named_parameters(remove_duplicate=False))
+    if everything != sum(1 for _ in recipe.model.parameters()):
         return Way(None, why="two names stand for one parameter")
-    reasons = []
-    for make, single in _candidates(recipe):
+    reason = ""
+    for make, single in candidates:
         try:
-            reason = difference(make, recipe, job, preprocess, single=single)
+            reason = differs(make, single)
         except Exception as error:  # noqa: BLE001 - a user's module may raise anything under a transform
             reason = _first_line(error)
         if not reason:
             return Way(make(recipe), single)
-        reasons.append(reason)
-    return Way(None, why=f"it cannot be batched ({reasons[-1]})")
+    return Way(None, why=f"it cannot be batched ({reason})" if reason else "")
 
 
 def _candidates(recipe: Recipe) -> Iterator[tuple[Make, bool]]:
@@ -70,15 +87,48 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[Make, bool]]:
 
 def difference(make: Make, recipe: Recipe, job: Job, preprocess: nn.Module, *, single: bool) -> str:
     """How a stepper's steps differ from the device's, in one line; empty when they agree."""
-    least = local.least_batch(recipe.model)
     settings = replace(
         recipe.settings, epochs=min(recipe.settings.epochs, 2), batch_size=min(recipe.settings.batch_size, 4)
     )
+
+    def alone(model: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int) -> tuple[Named, float]:
+        result = local.train(model, x, y, settings, seed=seed, proximal_mu=recipe.mu)
+        return model.state_dict(), result.loss
+
+    far = distance(
+        make, replace(recipe, settings=settings), job, preprocess, alone, single=single, moves=True
+    )
+    return "" if far <= TOLERANCE else f"its steps differ from a device's by {far:.1e}"
+
+
+def distance(
+    make: Make,
+    recipe: Recipe,
+    job: Job,
+    preprocess: nn.Module,
+    alone: Alone,
+    *,
+    single: bool = False,
+    moves: bool = False,
+) -> float:
+    """How far a stack of two small clients in float64 is from what a device does, relative.
+
+    They are of unequal size where such are stacked.
+
+    Args:
+        make: makes the stepper.
+        recipe: what is trained, with settings that make several steps.
+        job: gives the state, and examples to try with.
+        preprocess: raw input to the model's.
+        alone: what the device does.
+        single: the stepper takes stacks of one.
+        moves: what is compared moves from the state of the job, so that the way is the measure.
+    """
+    least = local.least_batch(recipe.model)
     with torch.no_grad():
         x = preprocess(torch.from_numpy(np.ascontiguousarray(job.examples.x)))
-    x = x.double() if x.is_floating_point() else x
-    y = torch.from_numpy(job.examples.y)
-    double = replace(recipe, model=copy.deepcopy(recipe.model).double(), settings=settings)
+    x, y = x.double() if x.is_floating_point() else x, torch.from_numpy(job.examples.y)
+    double = replace(recipe, model=copy.deepcopy(recipe.model).double())
     start = Layout.of(job.state).flat(job.state, torch.float64)
     sizes = [len(x)] if single else [len(x), len(x) if least > 1 else max(len(x) // 2, 1)]
     seeds = list(range(1, len(sizes) + 1))
@@ -86,19 +136,16 @@ def difference(make: Make, recipe: Recipe, job: Job, preprocess: nn.Module, *, s
     rows = torch.cat([torch.arange(n) for n in sizes])
     data = Stacked(x, y, rows, torch.tensor(sizes), draws.key(torch.tensor(seeds)))
     with torch.no_grad():
-        losses = train(make(double), flat, data, settings, least)
+        losses = train(make(double), flat, data, recipe.settings, least)
+    far = []
     for i, (n, seed) in enumerate(zip(sizes, seeds, strict=True)):
         model = copy.deepcopy(double.model)
         _load(model, recipe.layout, start)
-        result = local.train(model, x[:n], y[:n], settings, seed=seed, proximal_mu=recipe.mu)
-        state = model.state_dict()
+        state, loss = alone(model, x[:n], y[:n], seed)
         expected = torch.cat([state[name].reshape(-1) for name in recipe.layout.shapes])
-        far = float((flat[i] - expected).norm() / (expected - start).norm().clamp(min=1e-12))
-        if not far <= TOLERANCE or not abs(float(losses[i]) - result.loss) <= TOLERANCE * max(
-            1.0, result.loss
-        ):
-            return f"its steps differ from a device's by {far:.1e}"
-    return ""
+        length = (expected - start if moves else expected).norm().clamp(min=1e-12)
+        far += [float((flat[i] - expected).norm() / length), abs(float(losses[i]) - loss) / max(1.0, loss)]
+    return max(far, key=lambda value: math.inf if math.isnan(value) else value)
 
 
 def _load(model: nn.Module, layout: Layout, flat: torch.Tensor) -> None:

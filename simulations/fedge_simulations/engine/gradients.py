@@ -9,18 +9,16 @@ Legend as in `stack`.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import nn
 
 from fedge.config import Train
-from fedge.learning import draws, local
+from fedge.learning import local
 from fedge.learning.local import Job
-from fedge_simulations.engine.choice import TOLERANCE, Way
-from fedge_simulations.engine.stack import Layout, Named, Stacked, train
+from fedge_simulations.engine.choice import TOLERANCE, Make, Way, distance, first_that
+from fedge_simulations.engine.stack import Named
 from fedge_simulations.engine.steppers import Recipe
 from fedge_simulations.engine.vmapped import Vmapped
 
@@ -83,57 +81,18 @@ def choose(recipe: Recipe, job: Job, preprocess: nn.Module) -> Way:
         job: gives the state, and examples to try with.
         preprocess: raw input to the model's.
     """
-    everything = sum(1 for _ in recipe.model.named_parameters(remove_duplicate=False))
-    if everything != sum(1 for _ in recipe.model.parameters()):
-        return Way(None, why="two names stand for one parameter")
-    if any(isinstance(module, nn.Conv2d) for module in recipe.model.modules()):
-        return Way(None)
-    try:
-        far = difference(recipe, job, preprocess)
-    except Exception as error:  # noqa: BLE001 - a user's module may raise anything under a transform
-        line = next(iter(str(error).splitlines()), "")[:160]
-        return Way(None, why=f"its gradients cannot be batched ({type(error).__name__}: {line})")
-    if not far <= TOLERANCE:
-        return Way(None, why=f"its gradients cannot be batched (they differ from a device's by {far:.1e})")
-    return Way(Gradients(recipe))
+    convolves = any(isinstance(module, nn.Conv2d) for module in recipe.model.modules())
+    candidates = [] if convolves else [(Gradients, False)]
+    return first_that(candidates, recipe, lambda make, _: difference(make, recipe, job, preprocess))
 
 
-def difference(recipe: Recipe, job: Job, preprocess: nn.Module) -> float:
-    """The largest relative difference of two small clients' gradients in float64 from a device's.
-
-    The clients are of unequal size where such are stacked, and have several batches.
-    """
-    least = local.least_batch(recipe.model)
+def difference(make: Make, recipe: Recipe, job: Job, preprocess: nn.Module) -> str:
+    """How gradients differ from a device's, in one line; empty when they agree."""
     settings = replace(recipe.settings, batch_size=_SMALL)
-    with torch.no_grad():
-        x = preprocess(torch.from_numpy(np.ascontiguousarray(job.examples.x)))
-    x, y = x.double() if x.is_floating_point() else x, torch.from_numpy(job.examples.y)
-    double = replace(recipe, model=copy.deepcopy(recipe.model).double(), settings=settings)
-    start = Layout.of(job.state).flat(job.state, torch.float64)
-    sizes = [len(x), len(x) if least > 1 else max(len(x) // 2, 1)]
-    seeds = [1, 2]
-    rows = torch.cat([torch.arange(n) for n in sizes])
-    data = Stacked(x, y, rows, torch.tensor(sizes), draws.key(torch.tensor(seeds)))
-    flat = start.expand(2, -1).clone()
-    with torch.no_grad():
-        losses = train(Gradients(double), flat, data, settings, least)
-    far = 0.0
-    for i, (n, seed) in enumerate(zip(sizes, seeds, strict=True)):
-        expected, loss = _alone(double, start, x[:n], y[:n], seed)
-        far = max(far, float((flat[i] - expected).norm() / expected.norm().clamp(min=1e-12)))
-        far = max(far, abs(float(losses[i]) - loss) / max(1.0, loss))
-    return far
 
+    def alone(model: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int) -> tuple[Named, float]:
+        found, result = local.gradient(model, x, y, settings, seed=seed, at_least=_SMALL)
+        return {**model.state_dict(), **found}, result.loss
 
-def _alone(
-    recipe: Recipe, start: torch.Tensor, x: torch.Tensor, y: torch.Tensor, seed: int
-) -> tuple[torch.Tensor, float]:
-    """A device's gradients and buffers (D,), and its loss."""
-    model = copy.deepcopy(recipe.model)
-    with torch.no_grad():
-        state = model.state_dict()
-        for name, value in recipe.layout.views(start[None]).items():
-            state[name].copy_(value[0])
-    found, result = local.gradient(model, x, y, recipe.settings, seed=seed, at_least=_SMALL)
-    everything = {**model.state_dict(), **found}
-    return torch.cat([everything[name].reshape(-1) for name in recipe.layout.shapes]), result.loss
+    far = distance(make, replace(recipe, settings=settings), job, preprocess, alone)
+    return "" if far <= TOLERANCE else f"its gradients differ from a device's by {far:.1e}"

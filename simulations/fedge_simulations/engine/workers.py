@@ -22,7 +22,6 @@ import numpy as np
 
 from fedge.config import Simulation
 from fedge.dataset import Examples
-from fedge.errors import FedgeError
 from fedge.learning.local import Job
 from fedge_simulations.engine import frames
 from fedge_simulations.engine.lanes import LANES, Part, Sums
@@ -200,7 +199,7 @@ class _Hired:
         try:
             self._say_job(job)
             self._answer("ready")
-        except (OSError, EOFError, FedgeError, _RefusedError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever a process of its own says or leaves unsaid
             tell(self, self._why(error))
             return
         self.ready = True
@@ -216,7 +215,7 @@ class _Hired:
                 arrays = frames.of_part(part)
                 frames.write(self._pipes[0], "part", arrays, lanes=str(part.lanes), at_once=str(at_once))
                 sums = frames.sums_of(self._answer("done"))
-            except (OSError, EOFError, FedgeError, _RefusedError) as error:
+            except Exception as error:  # noqa: BLE001 - as above; the parent waits for every part
                 turn.give_back(number)
                 tell(self, self._why(error))
                 return
