@@ -1,0 +1,1 @@
+"""Secure aggregation on the server: who shares masks with whom, and the sum that it may see."""
