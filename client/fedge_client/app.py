@@ -24,9 +24,12 @@ from fedge.learning.local import Job, Trainer
 from fedge.learning.messages import Instructions, NamedArrays
 from fedge.learning.metrics import evaluate as evaluate_metrics
 from fedge.noise import KEY_BYTES
+from fedge.secagg import wire
+from fedge.secagg.protocol import Signer
 from fedge.statistics import Moments
 from fedge.task import Source, Task, resolve
 from fedge.task_digest import task_digest
+from fedge_client import masking
 
 Share = Callable[[Context, Instructions], tuple[Task, Examples]]
 """The task that this client offers and its own examples for it; raises ConfigError when it offers none of
@@ -118,8 +121,20 @@ def fresh_secret(instructions: Instructions, node_id: int) -> bytes:
     return os.urandom(KEY_BYTES)
 
 
-def build(share: Share, trainer: Trainer = local.fit, secret: Secret = fresh_secret) -> ClientApp:
-    """A ClientApp whose task and examples come from `share`, and whose jobs `trainer` does."""
+def build(
+    share: Share,
+    trainer: Trainer = local.fit,
+    secret: Secret = fresh_secret,
+    signer: Callable[[], Signer | None] = lambda: None,
+) -> ClientApp:
+    """A ClientApp whose task and examples come from `share`, and whose jobs `trainer` does.
+
+    Args:
+        share: what this client offers.
+        trainer: does its jobs.
+        secret: keys of its noise and its masks.
+        signer: the device's identity, where it has one; then it answers only with others that have theirs.
+    """
     client = ClientApp()
 
     @client.query("ping")
@@ -132,17 +147,41 @@ def build(share: Share, trainer: Trainer = local.fit, secret: Secret = fresh_sec
         _, examples = share(context, instructions)
         return messages.moments_reply(message, Moments.of(examples.x, instructions.spec), len(examples))
 
+    @client.query(wire.KEYS.removeprefix("query."))
+    def secagg_keys(message: Message, context: Context) -> Message:
+        instructions = Instructions.of(message)
+        return masking.answer_keys(message, context, lambda: secret(instructions, context.node_id), signer())
+
+    @client.query(wire.SHARES.removeprefix("query."))
+    def secagg_shares(message: Message, context: Context) -> Message:
+        return masking.answer_shares(message, context, signer())
+
+    @client.query(wire.CHECK.removeprefix("query."))
+    def secagg_check(message: Message, context: Context) -> Message:
+        return masking.answer_check(message, context, signer())
+
+    @client.query(wire.UNMASK.removeprefix("query."))
+    def secagg_unmask(message: Message, context: Context) -> Message:
+        return masking.answer_unmask(message, context)
+
     @client.train()
     def train(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
         job = _job(message, instructions, *share(context, instructions), context.node_id)
         guard = instructions.guard
+        masked = masking.is_asked_for(message)
         if guard is None:
             done = trainer(job)
+            if masked:
+                return masking.answer_masked(
+                    message, context, done.arrays, _origin(job), done.examples, done.loss
+                )
             return messages.train_reply(message, done.arrays, examples=done.examples, loss=done.loss)
         job = replace(job, secret=secret(instructions, context.node_id))
         done = trainer(job)
         if guard.kind == "example":
+            if masked:
+                return masking.answer_masked(message, context, done.arrays, _origin(job), done.examples, 0.0)
             return messages.train_reply(message, done.arrays, examples=done.examples, loss=0.0, guarded=True)
         noised = guarded(done.arrays, _origin(job), guard, job.secret)
         return messages.train_reply(message, noised, examples=1, loss=0.0, guarded=True)

@@ -193,6 +193,12 @@ class Privacy:
     max_epsilon: Positive | None = None  # a round that would pass it is not begun; None: no limit
     accountant: AccountantName = "pld"
     ledger: LedgerName = "default"  # runs over the same devices share one: their rounds add up
+    secure_aggregation: bool = False  # the server sees the sum of a round's changes and no single one
+    secure_range: Positive = 4.0  # a change's values are cut to it on the device
+    secure_examples: Count = 1000  # a client with more counts as so many
+    secure_dropouts: Share = 0.2  # of a round's clients that may be lost; more: nothing is opened
+    secure_corrupt: Share = 0.1  # of a round's clients that may work together with the server
+    secure_neighbours: WholeOrNone = 0  # with whom each client shares masks; 0: as few as are safe
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)

@@ -39,8 +39,13 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def load(threads: int) -> Answer:
-    """Load torch, Flower and the ClientApp; what answers jobs with them."""
+def load(threads: int, home: Path) -> Answer:
+    """Load torch, Flower and the ClientApp; what answers jobs with them.
+
+    Args:
+        threads: that torch may use.
+        home: of the device, whose identity signs the keys of its masks.
+    """
     import torch
 
     torch.set_num_threads(threads)
@@ -50,7 +55,10 @@ def load(threads: int) -> Answer:
     from fedge.errors import FormatError
     from fedge.wire.records import pack, unpack, write_object
     from fedge_client.agent import state
-    from fedge_client.app import app
+    from fedge_client.agent.signing import DeviceSigner
+    from fedge_client.app import build, own_share
+
+    app = build(own_share, signer=lambda: DeviceSigner.of(home))
 
     def answer(job: Job, serialised: bytes) -> Result:
         work = Work.FromString(serialised)

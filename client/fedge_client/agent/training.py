@@ -48,7 +48,7 @@ def main() -> int:
     sys.path.append(home)  # modules of the device's own tasks may lie there; they hide no installed one
     switch = _Switch()
     _limit(parent, memory, nice)
-    answer = _loaded(threads)
+    answer = _loaded(threads, Path(home))
     with socket.socket(fileno=descriptor) as agent:
         while (frame := _received(agent)) is not None:
             agent.sendall(frames.result_frame(_result(switch, answer, *frame)))
@@ -67,10 +67,10 @@ def _limit(parent: int, memory: int, nice: int) -> None:
     os.nice(nice)
 
 
-def _loaded(threads: int) -> Answer:
+def _loaded(threads: int, home: Path) -> Answer:
     """What answers jobs; where torch or Flower cannot be loaded, that answer says so."""
     try:
-        return answering.load(threads)
+        return answering.load(threads, home)
     except Exception as error:  # noqa: BLE001 - whatever a broken installation raises
         reason = f"training process: cannot load torch and Flower ({type(error).__name__}: {error})"
         return lambda job, work: answering.failure(reason)

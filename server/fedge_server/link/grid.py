@@ -41,6 +41,8 @@ class LinkGrid(OwnGrid):
     hub's files until they are used. The files of a call are removed at the next one.
     """
 
+    identified = True
+
     def __init__(
         self, home: Home, run_id: str, selection: admin.Selection, *, patience_s: float = PATIENCE_S
     ) -> None:

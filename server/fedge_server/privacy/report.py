@@ -42,6 +42,11 @@ class PrivacyReport:
     noise: str | None  # 'secret', or 'seed' where it can be made again
     clip_norm: float | None  # of the last round
     clipped_share: float | None  # noised, of the last round; None: not counted, for nothing would cover it
+    secure_aggregation: bool  # single updates stay under masks
+    neighbourhood: int | None  # secure aggregation: holders of shares of a client's secrets
+    shares: int | None  # of them whose shares open one; of the last round, as the line above
+    cut: int | None  # clients of the last round of which a value was cut to privacy.secure_range
+    aborted: int  # rounds whose sum stayed closed
     threshold: int  # valid updates below which a round changes nothing
     smallest_round: int | None  # fewest updates that went into one aggregate; None: no round counted
     asked: int  # in all rounds together
@@ -103,11 +108,22 @@ def privacy_report(
         noise=noise,
         clip_norm=float(said["clip_norm"]) if "clip_norm" in said else None,
         clipped_share=_clipped(config, said),
-        threshold=config.rounds.min_updates,
+        secure_aggregation=privacy.secure_aggregation,
+        neighbourhood=_last(rounds, "secure_neighbours", plus=1),
+        shares=_last(rounds, "secure_threshold"),
+        cut=_last(rounds, "secure_cut"),
+        aborted=sum("aborted" in record.privacy for record in rounds),
+        threshold=max(config.rounds.min_updates, 3 if privacy.secure_aggregation else 1),
         smallest_round=min(counted, default=None),
         asked=sum(record.asked for record in rounds),
         dropouts=sum(record.failures for record in rounds),
     )
+
+
+def _last(rounds: Sequence[RoundRecord], name: str, *, plus: int = 0) -> int | None:
+    """What the last round that has such a number says."""
+    found = [int(record.privacy[name]) for record in rounds if name in record.privacy]
+    return found[-1] + plus if found else None
 
 
 def _clipped(config: Config, said: Mapping[str, float | str]) -> float | None:
@@ -128,10 +144,7 @@ def _statements(
 ) -> tuple[str, ...]:
     privacy, found = config.privacy, []
     if privacy.mechanism == "none":
-        found.append(
-            "Nothing protects the updates: hub, worker and operator can see each single one, and an update "
-            "gives training data back."
-        )
+        found.append(_SUMS if privacy.secure_aggregation else _NOTHING)
         found.append("No epsilon bounds what the global model and its variants show about a client.")
         if alone:
             found.append(
@@ -148,6 +161,8 @@ def _statements(
             f"{privacy.delta:g}, over all rounds of all runs in ledger {privacy.ledger!r}."
         )
         found.append(_TOWARDS[privacy.mechanism])
+        if privacy.secure_aggregation:
+            found.append(_SUMS)
         if noise == "seed":
             found.append(
                 "The noise comes from the seed and can be taken off again: it protects nobody, and shows "
@@ -162,6 +177,15 @@ def _statements(
     return tuple(found)
 
 
+_NOTHING = (
+    "Nothing protects the updates: hub, worker and operator can see each single one, and an update "
+    "gives training data back."
+)
+_SUMS = (
+    "Hub, worker and operator see the sum of a round's changes and no single one, unless they make devices "
+    "up or tell them to train without masks: secure aggregation protects against a server that keeps to the "
+    "protocol and looks. What a sum of few clients shows, no epsilon bounds."
+)
 _TOWARDS = {
     "central": "That holds towards whoever sees models, not towards hub, worker and operator: they can see "
     "each single update before the noise, and an update gives training data back.",
@@ -180,13 +204,17 @@ def _viewers(config: Config, *, bounded: bool, moments: bool) -> tuple[Viewer, .
     sent += ["own evaluation"] if config.evaluate.federated else []
     each = f"of every client that answers: {', '.join(sent)}"
     covered = bounded and on_device
+    summed = config.privacy.secure_aggregation
+    if summed:
+        each = "the sum of each round's changes, examples and losses; masked changes and keys of every client"
+    single = not covered and not summed
     models = "the noised global model" if config.privacy.mechanism != "none" else "the global model"
     return (
         Viewer("device", f"its own data; {models} of every round that asks it", False, bounded),
         Viewer("other clients", f"{models} of the rounds that ask them", False,
                bounded),
-        Viewer("hub", f"{each}; who takes part, when, from which address", not covered, covered),
-        Viewer("worker", f"{each}; by number, not by name", not covered, covered),
-        Viewer("operator", "what hub and worker see, their files, and the database", not covered, covered),
+        Viewer("hub", f"{each}; who takes part, when, from which address", single, covered),
+        Viewer("worker", f"{each}; by number, not by name", single, covered),
+        Viewer("operator", "what hub and worker see, their files, and the database", single, covered),
         Viewer("whoever has a release", f"variants made from {models}", False, bounded),
     )  # fmt: skip

@@ -20,6 +20,8 @@ def check(config: Config, *, linear: bool) -> None:
     Raises:
         ConfigError: the line names the key, why it does not fit, and what would.
     """
+    if config.privacy.secure_aggregation:
+        _check_secure(config, linear=linear)
     if config.privacy.mechanism == "none":
         if config.rounds.sampling == "poisson" and config.rounds.cohort is not None:
             raise ConfigError(_POISSON_COHORT)
@@ -50,6 +52,51 @@ def check(config: Config, *, linear: bool) -> None:
             "strategy.name = 'fedsgd': privacy.mechanism = 'example' protects the steps that a device makes, "
             "and here the server makes them; take 'fedavg'"
         )
+
+
+def _check_secure(config: Config, *, linear: bool) -> None:
+    """Refuse what needs single updates, or sends something else of a client past the masks."""
+    privacy, rounds = config.privacy, config.rounds
+    beside = "privacy.secure_aggregation"
+    for wrong, what, why in (
+        (
+            not linear,
+            f"strategy.name = {config.strategy.name!r}",
+            f"looks at single updates, which nobody sees with {beside}; take one that averages",
+        ),
+        (
+            privacy.mechanism == "central",
+            "privacy.mechanism = 'central'",
+            f"the server clips each update, and sees none with {beside}; take 'example', or one of the two",
+        ),
+        (
+            privacy.mechanism == "local",
+            "privacy.mechanism = 'local'",
+            f"hides each update already, and pays more for it than for a sum; leave {beside} out",
+        ),
+        (
+            config.model.standardise,
+            "model.standardise = true",
+            f"each client's moments would be sent as they are; set it to false with {beside}",
+        ),
+        (
+            config.evaluate.federated,
+            "evaluate.federated = true",
+            f"each client's loss and accuracy would be sent as they are; leave it out with {beside}",
+        ),
+        (
+            config.scenario.attackers > 0,
+            "scenario.attackers",
+            f"change what is sent on its way, which spoils a masked sum; leave it out with {beside}",
+        ),
+        (
+            rounds.quorum < 1 - privacy.secure_dropouts,
+            f"rounds.quorum = {rounds.quorum}",
+            f"leaves out more clients than privacy.secure_dropouts = {privacy.secure_dropouts} allows for",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(f"{what}: {why}")
 
 
 def _check_central(config: Config, *, linear: bool) -> None:

@@ -73,6 +73,16 @@ class Simulated(Protocol):
         ...
 
 
+@runtime_checkable
+class Identified(Protocol):
+    """A Grid whose node ids are hashes of devices' own keys (`fedge.identity`)."""
+
+    @property
+    def identified(self) -> bool:
+        """Whether they are."""
+        ...
+
+
 def nodes_of(grid: Grid) -> Sequence[int]:
     """The ids of all nodes in ascending order; of a simulation a range, which lists nobody.
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from flwr.app import Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
@@ -36,11 +37,12 @@ from fedge_server.privacy.rules import check_model
 from fedge_server.registry.database import Registry
 from fedge_server.registry.ledger import Ledger
 from fedge_server.rounds.closing import Collected, collect, collect_sums, enough, payload_bytes
-from fedge_server.rounds.grids import Simulated, Summing, nodes_of
+from fedge_server.rounds.grids import Identified, Simulated, Summing, nodes_of
 from fedge_server.rounds.moments import federated_moments, kept_moments, moments_arrays
 from fedge_server.rounds.record import Metric, RoundRecord
 from fedge_server.rounds.sampling import MANY, Cohort, cohort_size, draw, draw_each
 from fedge_server.rounds.scoring import Answers, is_finite, probabilities_of, score
+from fedge_server.rounds.secure import encoding_of, secure_sum
 from fedge_server.rounds.stopping import check_target, why_stop
 from fedge_server.rounds.traffic import Traffic
 from fedge_server.rounds.validation import evaluation_fault
@@ -128,6 +130,7 @@ class _Run:
     arrays: NamedArrays  # the global state
     model_sha256: str
     records: list[RoundRecord]
+    secured: Mapping[str, float | str] = field(default_factory=dict)  # what the last secure round was
     answers: Answers | None = None  # of the global state to the test data, once it was asked
 
     @classmethod
@@ -138,6 +141,8 @@ class _Run:
         network = _initialise(task, config, data)
         names = tuple(name for name, _ in network.named_parameters())
         check_model(config, network)
+        if config.privacy.secure_aggregation:
+            encoding_of(config, len(nodes_of(grid)))
         chosen = strategies.build(config, parameter_names=names)
         protection = Protection.of(
             config,
@@ -198,8 +203,7 @@ class _Run:
         collected, bytes_down = self.ask(number, nodes)
         sufficient = collected.clients >= self.config.rounds.min_updates
         if sufficient and self.protection is not None and self.protection.central:
-            origin = reference(self.arrays, local.gradients_of(self.model.network, self.chosen.update))
-            collected = self.protection.noised(number, collected, origin)
+            collected = self.protection.noised(number, collected, self.origin())
         metrics, counted = self.aggregate(number, collected) if sufficient else (None, False)
         scores = self.evaluate_centrally()
         on_clients = self.evaluate_on_clients(number) if self.config.evaluate.federated else {}
@@ -220,7 +224,7 @@ class _Run:
             counted=counted,
             client_metrics=on_clients,
             simulated_s=self.simulated_s(),
-            privacy={} if self.protection is None else self.protection.of_round(),
+            privacy={**self.secured, **({} if self.protection is None else self.protection.of_round())},
         )
         self.commit(record)
         self.give_up_when_hopeless()
@@ -234,6 +238,14 @@ class _Run:
         rounds = self.config.rounds
         if not nodes:  # Poisson sampling may ask nobody
             return collect((), like=self.arrays, asked=set(), quorum=1.0), 0
+        if self.config.privacy.secure_aggregation:
+            found = secure_sum(
+                self.grid, self.config, self.run_id, number,
+                list(self.configure(number, MessageType.TRAIN, nodes)), self.origin(),
+                simulated=isinstance(self.grid, Simulated), signed=isinstance(self.grid, Identified),
+            )  # fmt: skip
+            self.secured = found.facts
+            return found.collected, found.bytes_down
         summed = self.chosen.linear and self.protection is None  # clipping is for each client by itself
         if summed and isinstance(self.grid, Summing) and self.grid.can_sum:
             (asked,) = self.configure(number, MessageType.TRAIN, nodes[:1])
@@ -253,6 +265,10 @@ class _Run:
         one = payload_bytes(sent[0]) if sent else 0
         same = all(message.content is sent[0].content for message in sent)
         return collected, len(sent) * one if same else sum(map(payload_bytes, sent))
+
+    def origin(self) -> Mapping[str, npt.NDArray[np.generic]]:
+        """What clients' changes are measured from."""
+        return reference(self.arrays, local.gradients_of(self.model.network, self.chosen.update))
 
     def draw(self, number: int, kind: str) -> list[int]:
         """The clients that this round asks: its cohort to train, all or MANY of them to evaluate."""
@@ -357,6 +373,8 @@ class _Run:
     def why_not_counted(self) -> str:
         """The likeliest reason why the last round did not count."""
         last = self.records[-1]
+        if "aborted" in last.privacy:
+            return str(last.privacy["aborted"])
         if last.rejected:
             return f"{len(last.rejected)} of {last.asked} rejected, such as: {last.rejected[0].reason}"
         if last.asked and last.bytes_up == 0:

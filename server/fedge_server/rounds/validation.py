@@ -39,10 +39,15 @@ def fault(reply: Message, like: Arrays, *, clients: int | None = None, guarded: 
     return None if found is None else _short(found)
 
 
+def error_of(reply: Message) -> str:
+    """What a client said went wrong, in one line."""
+    return _short(f"client error: {_last_line(reply.error.reason)}")
+
+
 def evaluation_fault(reply: Message) -> str | None:
     """Why a client's evaluation must not be averaged, or None when it may."""
     if reply.has_error():
-        return _short(f"client error: {_last_line(reply.error.reason)}")
+        return error_of(reply)
     try:
         metrics = records_of(reply.content, MetricRecord)[METRICS]
         if sorted(reply.content) != [METRICS] or set(metrics) != {EXAMPLES, "loss", "accuracy"}:
@@ -104,7 +109,7 @@ def _arrays_fault(record: ArrayRecord, like: Arrays) -> str | None:
         wrong = sorted(set(record) ^ set(like))
         return f"array names differ: {', '.join(wrong[:3]) or 'another order'}"
     for name, expected in like.items():
-        if (found := _declaration_fault(record[name], expected)) is not None:
+        if (found := declared_fault(record[name], expected)) is not None:
             return f"array {name!r} {found}"
     for name, expected in like.items():  # one at a time: an update may be as large as the model
         try:
@@ -120,7 +125,7 @@ def _arrays_fault(record: ArrayRecord, like: Arrays) -> str | None:
     return None
 
 
-def _declaration_fault(array: Array, expected: npt.NDArray[np.generic]) -> str | None:
+def declared_fault(array: Array, expected: npt.NDArray[np.generic]) -> str | None:
     """What is wrong with what an array says of itself, before any of its bytes are decoded."""
     if tuple(array.shape) != expected.shape or np.dtype(array.dtype) != expected.dtype:
         return f"is {array.dtype} {tuple(array.shape)} instead of {expected.dtype} {expected.shape}"
