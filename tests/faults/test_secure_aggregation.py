@@ -1,4 +1,4 @@
-"""Secure aggregation among real agents and a real hub: signed keys, masked rounds, a device that is killed."""
+"""Secure aggregation among real agents and a real hub: signed keys, masked rounds, a killed device."""
 
 from __future__ import annotations
 
