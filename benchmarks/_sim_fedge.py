@@ -64,7 +64,7 @@ def config(name: str, clients: int, changes: dict[str, Any], examples: int | Non
     Args:
         name: of the workload.
         clients: how many.
-        changes: sections whose keys replace these.
+        changes: sections whose keys replace these, or are added.
         examples: of the data set; as many as the clients need if absent.
     """
     chosen = WORKS[name]
@@ -78,7 +78,7 @@ def config(name: str, clients: int, changes: dict[str, Any], examples: int | Non
         "strategy": {"name": "fedavg"},
     }
     for section, values in changes.items():
-        sections[section] = {**sections[section], **values}
+        sections[section] = {**sections.get(section, {}), **values}
     data = str(examples if examples is not None else clients * chosen.samples)
     return Config.from_mapping({"task": f"_sim_fedge:{name.upper()}", "data": data, **sections})
 

@@ -4,18 +4,17 @@ inversion  digits out of updates of fedge's real client, by formula and by optim
            server sees: plain, compressed, clipped and noised, summed, masked; controls beside
 accuracy   Fashion-MNIST, 100 clients, at epsilon 1 to 8 and without noise, on data of your own copy
            (`--data-dir DIR` with `fashion_mnist.npz`); the picture lies beside the JSON file, as .svg
-secagg     traffic and time of secure aggregation, where `_privacy_secagg.py` lies beside this file
+secagg     traffic and time of secure aggregation at 10, 100 and 1,000 clients, beside plain rounds
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 
 from _harness import Options, Row, machine, options, publish
 from _privacy_accuracy import accuracy
 from _privacy_inversion import inversion
+from _privacy_secagg import secagg
 
 Figures = tuple[dict[str, float], list[Row]]
 
@@ -29,13 +28,14 @@ def _accuracy(asked: Options) -> Figures:
 
 
 def _secagg(asked: Options) -> Figures:
-    found: Figures = import_module("_privacy_secagg").secagg(quick=asked.quick)
-    return found
+    return secagg(quick=asked.quick)
 
 
-PARTS: dict[str, Callable[[Options], Figures]] = {"inversion": _inversion, "accuracy": _accuracy}
-if find_spec("_privacy_secagg") is not None:
-    PARTS["secagg"] = _secagg
+PARTS: dict[str, Callable[[Options], Figures]] = {
+    "inversion": _inversion,
+    "accuracy": _accuracy,
+    "secagg": _secagg,
+}
 
 
 def main(asked: Options) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -48,7 +49,7 @@ def stream_of(root: bytes, purpose: str) -> Callable[[int], bytes]:
 
 def public_key(private: bytes) -> bytes:
     """The X25519 public key of 32 private bytes."""
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+    return _key_of(private).public_key().public_bytes_raw()
 
 
 def pairwise_key(private: bytes, other: bytes, session: Session) -> bytes:
@@ -117,10 +118,15 @@ def _box_key(private: bytes, other: bytes, session: Session, sender: int, receiv
     return _derived(_agreed(private, other), session.bound, way)
 
 
+@lru_cache(maxsize=4)  # a client uses its two keys with each neighbour; to load one costs as much as to agree
+def _key_of(private: bytes) -> X25519PrivateKey:
+    return X25519PrivateKey.from_private_bytes(private)
+
+
 def _agreed(private: bytes, other: bytes) -> bytes:
     try:
         key = X25519PublicKey.from_public_bytes(other)
-        return X25519PrivateKey.from_private_bytes(private).exchange(key)
+        return _key_of(private).exchange(key)
     except ValueError as error:  # a wrong length, or a point of small order
         raise FormatError("secure aggregation: a public key is none of X25519") from error
 
