@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from fedge.dataset import Dataset
+from fedge.secagg.encoding import Encoding
 from fedge.statistics import Moments
 from fedge.task import Source
 from fedge.tasks.digits import TASK
@@ -164,7 +165,9 @@ def test_scores_worked_by_hand() -> None:
 
 
 def test_a_mask_that_is_taken_off_leaves_the_update() -> None:
-    value = {"w": np.array([0.5, -1.25, 3.0])}
-    nothing = views.masked({"w": np.zeros(3)}, seed=3)["w"]
-    wrapped = (views.masked(value, seed=3)["w"] - nothing + 2**15) % 2**16 - 2**15
-    np.testing.assert_array_equal(wrapped, value["w"])
+    value = {"w": np.array([[0.5, -1.25], [3.0, 0.0]]), "b": np.array([7.0])}
+    nothing = views.masked({name: np.zeros_like(v) for name, v in value.items()}, seed=3)
+    turn = 2**32 * Encoding(views.RANGE, 1, views.COHORT).step
+    for name, wanted in value.items():
+        found = (views.masked(value, seed=3)[name] - nothing[name] + turn / 2) % turn - turn / 2
+        np.testing.assert_allclose(found, np.clip(wanted, -4, 4), atol=1e-6)

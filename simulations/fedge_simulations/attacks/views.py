@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fedge.noise import derived_key
+from fedge.secagg.encoding import EXTRAS, Encoding
+from fedge.secagg.masks import add_mask
+
 Array = npt.NDArray[np.floating]
 Update = Mapping[str, Array]
 
-MASK_BITS = 32
-FRACTION_BITS = 16  # of the fixed-point numbers that are masked
+RANGE = 4.0  # of the values that are encoded, as `privacy.secure_range` has it
+COHORT = 100  # clients that the encoding leaves room for
 
 
 def int8(update: Update) -> dict[str, Array]:
@@ -52,14 +56,15 @@ def summed(updates: Sequence[Update]) -> dict[str, Array]:
 def masked(update: Update, *, seed: int) -> dict[str, Array]:
     """One client's input to secure aggregation as the server receives it, read as signed fixed point.
 
-    The mask is uniform modulo 2^32, so the sum is uniform too and independent of the update (one-time pad).
+    Encoded and masked by the code that clients run, with one key instead of many: the mask is uniform modulo
+    2^32, so the sum is uniform too and independent of the update (one-time pad).
     """
-    rng = np.random.default_rng(seed)
-    return {name: _masked(value, rng) for name, value in update.items()}
-
-
-def _masked(value: Array, rng: np.random.Generator) -> Array:
-    fixed = np.rint(np.asarray(value, np.float64) * 2**FRACTION_BITS).astype(np.int64)
-    mask = rng.integers(0, 2**MASK_BITS, value.shape, dtype=np.int64)
-    wrapped = ((fixed + mask) % 2**MASK_BITS).astype(np.uint32).view(np.int32)
-    return np.asarray(wrapped.astype(np.float64) / 2**FRACTION_BITS)
+    encoding = Encoding(RANGE, 1, COHORT)
+    words = encoding.encode(np.concatenate([np.ravel(v) for v in update.values()]).astype(np.float64), 1, 0.0)
+    add_mask(words, derived_key("masked view", seed))
+    read = words[:-EXTRAS].view(np.int32) * encoding.step
+    ends = np.cumsum([value.size for value in update.values()])[:-1]
+    parts = np.split(read, ends)
+    return {
+        name: part.reshape(value.shape) for (name, value), part in zip(update.items(), parts, strict=True)
+    }
