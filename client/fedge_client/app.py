@@ -17,14 +17,16 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedge.dataset import Dataset, Examples
-from fedge.errors import ConfigError, DataError
+from fedge.errors import ConfigError, DataError, FormatError
 from fedge.learning import draws, local, messages
-from fedge.learning.guard import guarded, reference
-from fedge.learning.local import Job, Trainer
+from fedge.learning.guard import guarded, noised_share, reference
+from fedge.learning.local import Job, Trained, Trainer
 from fedge.learning.messages import Instructions, NamedArrays
 from fedge.learning.metrics import evaluate as evaluate_metrics
 from fedge.noise import KEY_BYTES
 from fedge.secagg import wire
+from fedge.secagg.encoding import Encoding, encode_whole, flat
+from fedge.secagg.masks import Words
 from fedge.secagg.protocol import Signer
 from fedge.statistics import Moments
 from fedge.task import Source, Task, resolve
@@ -173,15 +175,23 @@ def build(
         if guard is None:
             done = trainer(job)
             if masked:
-                return masking.answer_masked(
-                    message, context, done.arrays, _origin(job), done.examples, done.loss
-                )
+                return masking.answer_masked(message, context, lambda to: _encoded(to, job, done, done.loss))
             return messages.train_reply(message, done.arrays, examples=done.examples, loss=done.loss)
+        if guard.kind == "distributed" and not masked:
+            raise FormatError("guard distributed: a share of the noise hides nothing without masks")
         job = replace(job, secret=secret(instructions, context.node_id))
         done = trainer(job)
+        if guard.kind == "distributed":
+            origin = _origin(job)
+            added = noised_share(
+                done.arrays, origin, guard, job.secret, least=guard.least, step=guard.share_step
+            )
+            return masking.answer_masked(
+                message, context, lambda _: encode_whole(added[name] for name in origin)
+            )
         if guard.kind == "example":
             if masked:
-                return masking.answer_masked(message, context, done.arrays, _origin(job), done.examples, 0.0)
+                return masking.answer_masked(message, context, lambda to: _encoded(to, job, done, 0.0))
             return messages.train_reply(message, done.arrays, examples=done.examples, loss=0.0, guarded=True)
         noised = guarded(done.arrays, _origin(job), guard, job.secret)
         return messages.train_reply(message, noised, examples=1, loss=0.0, guarded=True)
@@ -198,6 +208,11 @@ def build(
         return messages.evaluate_reply(message, examples=len(y), loss=loss, accuracy=accuracy)
 
     return client
+
+
+def _encoded(encoding: Encoding, job: Job, done: Trained, loss: float) -> Words:
+    """A change with its weight, as numbers that add up."""
+    return encoding.encode(flat(done.arrays, _origin(job)), done.examples, loss)
 
 
 def _origin(job: Job) -> NamedArrays:

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from flwr.app import ConfigRecord, Context, Message
 
 from fedge.errors import FormatError
-from fedge.learning.messages import NamedArrays
 from fedge.secagg import wire
-from fedge.secagg.encoding import flat
-from fedge.secagg.masks import Session
+from fedge.secagg.encoding import Encoding
+from fedge.secagg.masks import Session, Words
 from fedge.secagg.protocol import Signer
 from fedge.secagg.shamir import SECRET_BYTES
 from fedge.secagg.wire import Fields
@@ -69,22 +68,16 @@ def answer_check(message: Message, context: Context, signer: Signer | None) -> M
     return wire.reply(message, good=wire.ids_bytes(sorted(good)))
 
 
-def answer_masked(
-    message: Message, context: Context, arrays: NamedArrays, origin: NamedArrays, examples: int, loss: float
-) -> Message:
-    """Send a change, a number of examples and a loss under masks.
+def answer_masked(message: Message, context: Context, encode: Callable[[Encoding], Words]) -> Message:
+    """Send a change under masks.
 
     Args:
         message: of type train.
         context: of this client in this run.
-        arrays: what training gave.
-        origin: what changes are measured from.
-        examples: that were trained on.
-        loss: their mean loss.
+        encode: what training gave, as numbers.
     """
     fields, _, member = _going_on(message, context, None)
-    encoded = fields.encoding().encode(flat(arrays, origin), examples, loss)
-    masked = member.mask(encoded, fields.ids("partners"))
+    masked = member.mask(encode(fields.encoding()), fields.ids("partners"))
     _remember(context, member.session.round, member)
     return wire.masked_reply(message, masked)
 

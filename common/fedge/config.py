@@ -176,8 +176,9 @@ class StrategyConfig:
 class Privacy:
     """`[privacy]`: what keeps single clients, or their examples, from showing in what is released."""
 
-    # central: the server clips and adds noise; local: each device does; example: it does so in each step
-    mechanism: Literal["none", "central", "local", "example"] = "none"
+    # central: the server clips and adds noise; local: each device does; example: it does so in each step;
+    # distributed: each device adds a share of a sum's noise, which secure aggregation adds up
+    mechanism: Literal["none", "central", "local", "example", "distributed"] = "none"
     # L2 norm that a client's change (example: an example's gradient) is cut to; adaptive_clip: the first one
     clip_norm: Positive = 1.0
     noise_multiplier: Positive = (

@@ -15,8 +15,6 @@ from fedge.secagg.masks import Session
 from fedge.secagg.wire import Fields
 from fedge_client import masking
 
-CHANGE = {"w": np.full(3, 0.5, np.float32)}
-ORIGIN = {"w": np.zeros(3, np.float32)}
 Server = Any
 
 
@@ -41,7 +39,9 @@ class Client:
             wire.KEYS: lambda: masking.answer_keys(message, self.context, self.root, None),
             wire.SHARES: lambda: masking.answer_shares(message, self.context, None),
             wire.CHECK: lambda: masking.answer_check(message, self.context, None),
-            "train": lambda: masking.answer_masked(message, self.context, CHANGE, ORIGIN, 10, 0.1),
+            "train": lambda: masking.answer_masked(
+                message, self.context, lambda to: to.encode(np.full(3, 0.5), 10, 0.1)
+            ),
             wire.UNMASK: lambda: masking.answer_unmask(message, self.context),
         }[kind]()
         return Fields(answer.content[wire.RECORD]) if wire.RECORD in answer.content else Fields(Any)  # type: ignore[arg-type]

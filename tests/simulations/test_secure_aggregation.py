@@ -70,6 +70,24 @@ def test_dp_sgd_goes_under_masks() -> None:
     assert found.history[0].privacy["epsilon"] > 0
 
 
+def test_distributed_noise_is_spent_and_ends_at_the_budget() -> None:
+    privacy = {
+        "secure_aggregation": True,
+        "secure_corrupt": 0.0,
+        "mechanism": "distributed",
+        "noise_multiplier": 8.0,
+        "delta": 1e-3,
+        "max_epsilon": 0.7,
+    }
+    found = run({**SECTIONS, "privacy": privacy, "rounds": {"count": 50, "min_updates": 8}})
+    spent = [float(record.privacy["epsilon"]) for record in found.history]
+    assert 1 < len(spent) < 50
+    assert spent == sorted(spent)
+    assert spent[-1] <= 0.7
+    assert [record.clients for record in found.history] == [8] * len(spent)
+    assert "privacy.max_epsilon" in found.summary["stopped"]
+
+
 def test_what_travels_is_noise_of_the_models_size(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Message] = []
     deliver = VectorGrid._deliver

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedge.noise import clip_factor, noise_on_grid, on_grid, share_sigma, step_of
 
-Kind = Literal["local", "example"]
+Kind = Literal["local", "example", "distributed"]
 KINDS: Final = get_args(Kind)
 _COARSEST: Final = 64  # steps to a share's deviation, at least
 
@@ -24,10 +24,25 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 class Guard:
     """How a client protects itself, or its examples."""
 
-    kind: Kind  # local: noise on the whole update; example: on every step (`dpsgd`)
+    kind: (
+        Kind  # local: noise on the whole update; example: on every step (`dpsgd`); distributed: a share of it
+    )
     clip_norm: float  # L2 norm of an update, or of one example's gradient; above 0
     noise_multiplier: float  # deviation of the noise, in clip_norm; above 0
     min_examples: int = 1  # with fewer a client takes no part
+    least: int = 1  # distributed: honest clients in a sum that is opened, whose shares make the whole noise
+
+    @property
+    def share_step(self) -> float:
+        """The grid of distributed shares: a power of two, the largest of which a share's deviation has 64."""
+        sigma = share_sigma(self.clip_norm * self.noise_multiplier, self.least)
+        return math.ldexp(1.0, math.frexp(sigma / _COARSEST)[1] - 1)
+
+    @property
+    def largest_share(self) -> float:
+        """What no value of a distributed share exceeds, in steps: the noise reaches out to 8.6 deviations."""
+        sigma = share_sigma(self.clip_norm * self.noise_multiplier, self.least)
+        return (self.clip_norm + 9 * sigma) / self.share_step + 1
 
 
 def reference(state: NamedArrays, gradients: Collection[str]) -> NamedArrays:

@@ -82,6 +82,8 @@ class Instructions:
             record["guard-clip-norm"] = self.guard.clip_norm
             record["guard-noise-multiplier"] = self.guard.noise_multiplier
             record["guard-min-examples"] = self.guard.min_examples
+            if self.guard.kind == "distributed":
+                record["guard-least"] = self.guard.least
         return record
 
     @classmethod
@@ -170,8 +172,9 @@ def _guard(config: ConfigRecord) -> Guard:
     noise_multiplier = _number(config, "guard-noise-multiplier", float)
     if not (clip_norm > 0 and noise_multiplier > 0):
         raise ValueError(f"guard with clip norm {clip_norm} and noise {noise_multiplier}: must be above 0")
-    least = _number(config, "guard-min-examples", int)
-    return Guard(kind, clip_norm, noise_multiplier, least)  # type: ignore[arg-type]  # checked above
+    examples = _number(config, "guard-min-examples", int)
+    least = max(_number(config, "guard-least", int), 1) if kind == "distributed" else 1
+    return Guard(kind, clip_norm, noise_multiplier, examples, least)  # type: ignore[arg-type]  # checked above
 
 
 def _moments(config: ConfigRecord, spec: Spec) -> Moments | None:

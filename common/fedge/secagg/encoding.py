@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -89,6 +89,19 @@ class Encoding:
         mean = signed[:-EXTRAS].astype(np.float64) * (self.step / weight if weight > 0 else 0.0)
         loss = lost * MAX_LOSS / (2**self.bits - 1) / weight if weight > 0 else 0.0
         return Sum(mean, clients, examples, cut, loss)
+
+
+def encode_whole(values: Iterable[npt.NDArray[np.int64]]) -> Words:
+    """One client's change in whole steps; all weigh the same, and nothing is said of examples or loss."""
+    parts = [value.reshape(-1) for value in values]
+    return np.concatenate([*parts, np.array([1, 1, 0, 0], np.int64)]).astype(np.uint32)
+
+
+def decode_whole(total: Words, step: float, expected: int) -> Sum:
+    """The sum of changes in whole steps, divided by a number that was fixed beforehand."""
+    signed = total.view(np.int32)
+    clients, counted, _, _ = (int(value) for value in signed[-EXTRAS:])
+    return Sum(signed[:-EXTRAS].astype(np.float64) * (step / expected), clients, counted, 0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

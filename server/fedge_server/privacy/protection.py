@@ -25,6 +25,7 @@ from fedge_server.registry.ledger import Entry, Ledger
 from fedge_server.rounds.closing import Collected, set_digest
 from fedge_server.rounds.record import RoundRecord
 from fedge_server.rounds.sampling import cohort_size
+from fedge_server.secagg.graph import LEAST
 
 SEED, SECRET = "seed", "secret"  # where noise comes from
 
@@ -59,7 +60,10 @@ class Protection:
         """
         if config.privacy.mechanism == "none":
             return None
-        fixed = config.privacy.mechanism == "central"  # others divide by those who answered: the noise is in
+        fixed = config.privacy.mechanism in (
+            "central",
+            "distributed",
+        )  # others divide by those who answered: the noise is in
         expected = expected_clients(config, population if simulated or not fixed else None)
         rules.check_population(config, expected, max(population, expected))
         clip_norm = config.privacy.clip_norm
@@ -87,6 +91,8 @@ class Protection:
     def guard(self) -> Guard | None:
         """What devices are told to do, if it is they who add noise."""
         privacy = self.config.privacy
+        if privacy.mechanism == "distributed":
+            return guard_of_shares(self.config, self.expected)
         if privacy.mechanism == "local" or privacy.mechanism == "example":
             return Guard(privacy.mechanism, privacy.clip_norm, privacy.noise_multiplier, privacy.min_examples)
         return None
@@ -154,6 +160,7 @@ class Protection:
     def _spend(self) -> Spend:
         """What a round costs whoever takes part in each of them.
 
+        distributed: the server sees who answers, so that sampling amplifies nothing towards it.
         local: nothing is sure but what the device sends, so that its contribution may be any other, twice the
         clipping norm away. example: the plan of steps, which is the same for all devices.
         """
@@ -163,6 +170,8 @@ class Protection:
         if privacy.mechanism == "example":
             plan = Plan.of(privacy.min_examples, train)
             return Spend("example", plan.sampling, privacy.noise_multiplier, plan.steps)
+        if privacy.mechanism == "distributed":
+            return Spend("client", 1.0, privacy.noise_multiplier)
         # A fixed number without replacement is counted as if everybody were asked each time.
         sampling = rounds.fraction if rounds.sampling == "poisson" else 1.0
         return Spend("client", sampling, self.config.privacy.noise_multiplier)
@@ -180,6 +189,25 @@ class Protection:
                 f"{after:.3f} at delta {privacy.delta:g} in ledger {privacy.ledger!r}, which holds "
                 f"{len(spends) - 1} rounds"
             )
+
+
+def guard_of_shares(config: Config, expected: int) -> Guard:
+    """What devices are told of their share of a sum's noise.
+
+    The whole noise is that of as few clients as a sum is opened with, less those that may tell their shares.
+
+    Args:
+        config: of the run.
+        expected: clients of a round.
+    """
+    privacy = config.privacy
+    honest = least_of(config) - math.floor(privacy.secure_corrupt * expected)
+    return Guard("distributed", privacy.clip_norm, privacy.noise_multiplier, least=max(honest, 1))
+
+
+def least_of(config: Config) -> int:
+    """Clients in a sum that secure aggregation opens."""
+    return max(LEAST, config.rounds.min_updates)
 
 
 def expected_clients(config: Config, population: int | None) -> int:

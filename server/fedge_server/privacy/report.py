@@ -191,13 +191,19 @@ _TOWARDS = {
     "each single update before the noise, and an update gives training data back.",
     "local": "That holds towards hub, worker and operator too, as long as the run asks for what its "
     "configuration says: each device adds noise before it sends anything.",
+    "distributed": "That holds towards hub, worker and operator too, as long as the run asks for what its "
+    "configuration says and enough devices do it: each adds its share of the noise before it sends anything.",
     "example": "That holds towards hub, worker and operator too, as long as the run asks for what its "
     "configuration says. It hides single examples and not the device: what most of its data says shows.",
 }
 
 
 def _viewers(config: Config, *, bounded: bool, moments: bool) -> tuple[Viewer, ...]:
-    on_device = config.privacy.mechanism in ("local", "example")  # what is sent has its noise already
+    on_device = config.privacy.mechanism in (
+        "local",
+        "example",
+        "distributed",
+    )  # what is sent has its noise already
     sent = ["update with the device's noise"] if on_device else ["single update", "training loss"]
     sent += [] if config.privacy.mechanism == "local" else ["number of examples"]
     sent += ["moments of its raw values"] if moments else []

@@ -22,6 +22,11 @@ def check(config: Config, *, linear: bool) -> None:
     """
     if config.privacy.secure_aggregation:
         _check_secure(config, linear=linear)
+    elif config.privacy.mechanism == "distributed":
+        raise ConfigError(
+            "privacy.mechanism = 'distributed': a share of the noise hides no single update; set "
+            "privacy.secure_aggregation = true"
+        )
     if config.privacy.mechanism == "none":
         if config.rounds.sampling == "poisson" and config.rounds.cohort is not None:
             raise ConfigError(_POISSON_COHORT)
@@ -37,6 +42,8 @@ def check(config: Config, *, linear: bool) -> None:
     if config.privacy.mechanism == "central":
         _check_central(config, linear=linear)
         return
+    if config.privacy.mechanism == "distributed":
+        _check_quorum(config)
     if config.privacy.adaptive_clip:
         raise ConfigError(
             f"privacy.adaptive_clip: the server counts who is clipped, and with privacy.mechanism = "
@@ -67,7 +74,7 @@ def _check_secure(config: Config, *, linear: bool) -> None:
         (
             privacy.mechanism == "central",
             "privacy.mechanism = 'central'",
-            f"the server clips each update, and sees none with {beside}; take 'example', or one of the two",
+            f"the server clips each update, and sees none with {beside}; take 'distributed'",
         ),
         (
             privacy.mechanism == "local",
@@ -106,6 +113,10 @@ def _check_central(config: Config, *, linear: bool) -> None:
             "and this strategy looks at single updates, whose influence the noise does not cover; take one "
             "that averages, such as 'fedavg'"
         )
+    _check_quorum(config)
+
+
+def _check_quorum(config: Config) -> None:
     if config.rounds.quorum < 1:
         raise ConfigError(
             f"rounds.quorum = {config.rounds.quorum}: where the first so many close a round, one client more "

@@ -142,7 +142,7 @@ class _Run:
         names = tuple(name for name, _ in network.named_parameters())
         check_model(config, network)
         if config.privacy.secure_aggregation:
-            encoding_of(config, len(nodes_of(grid)))
+            encoding_of(config, cohort_size(len(nodes_of(grid)), config.rounds))
         chosen = strategies.build(config, parameter_names=names)
         protection = Protection.of(
             config,
@@ -240,10 +240,16 @@ class _Run:
             return collect((), like=self.arrays, asked=set(), quorum=1.0), 0
         if self.config.privacy.secure_aggregation:
             found = secure_sum(
-                self.grid, self.config, self.run_id, number,
-                list(self.configure(number, MessageType.TRAIN, nodes)), self.origin(),
-                simulated=isinstance(self.grid, Simulated), signed=isinstance(self.grid, Identified),
-            )  # fmt: skip
+                self.grid,
+                self.config,
+                self.run_id,
+                number,
+                list(self.configure(number, MessageType.TRAIN, nodes)),
+                self.origin(),
+                population=len(nodes_of(self.grid)),
+                simulated=isinstance(self.grid, Simulated),
+                signed=isinstance(self.grid, Identified),
+            )
             self.secured = found.facts
             return found.collected, found.bytes_down
         summed = self.chosen.linear and self.protection is None  # clipping is for each client by itself

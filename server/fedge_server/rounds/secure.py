@@ -17,18 +17,19 @@ from flwr.serverapp import Grid
 
 from fedge.config import Config
 from fedge.errors import ConfigError, RoundError
+from fedge.learning.guard import Guard
 from fedge.learning.messages import ARRAYS, CONFIG, EXAMPLES, METRICS, TRAIN_LOSS, to_record
 from fedge.noise import derived_key
 from fedge.secagg import wire
-from fedge.secagg.encoding import EXTRAS, Encoding, Sum, unflat
-from fedge.secagg.masks import Session
+from fedge.secagg.encoding import EXTRAS, MOST_BITS, Encoding, Sum, decode_whole, unflat
+from fedge.secagg.masks import Session, Words
 from fedge.secagg.wire import Fields
 from fedge.wire.arrays import records_of
+from fedge_server.privacy.protection import expected_clients, guard_of_shares, least_of
 from fedge_server.rounds.closing import Collected, enough, payload_bytes, set_digest
 from fedge_server.rounds.record import Rejected
 from fedge_server.rounds.validation import Arrays, declared_fault, error_of
 from fedge_server.secagg.coordinator import Coordinator
-from fedge_server.secagg.graph import LEAST
 
 _log = logging.getLogger("fedge.rounds")
 Take = Callable[[int, Message], str | None]
@@ -51,6 +52,13 @@ def encoding_of(config: Config, clients: int) -> Encoding:
         ConfigError: they would not fit.
     """
     privacy = config.privacy
+    if privacy.mechanism == "distributed":
+        most = guard_of_shares(config, clients).largest_share * clients
+        if most >= 2**MOST_BITS:
+            raise ConfigError(
+                f"privacy.noise_multiplier = {privacy.noise_multiplier:g}: {clients} clients' shares "
+                f"make up to {most:.3g} steps, which must stay below 2^31; raise it or rounds.min_updates"
+            )
     try:
         return Encoding(privacy.secure_range, privacy.secure_examples, clients)
     except ValueError as error:
@@ -61,7 +69,7 @@ def encoding_of(config: Config, clients: int) -> Encoding:
 
 def secure_sum(
     grid: Grid, config: Config, run_id: str, number: int, sent: Sequence[Message], origin: Arrays, *,
-    simulated: bool, signed: bool,
+    population: int, simulated: bool, signed: bool,
 ) -> Secured:  # fmt: skip
     """The weighted mean of what these clients' training gives, of which nobody sees a part.
 
@@ -72,6 +80,7 @@ def secure_sum(
         number: of the round.
         sent: one train message for each client, as the strategy made them.
         origin: what changes are measured from.
+        population: clients that there are.
         simulated: nonce and graph come from the seed.
         signed: clients sign their keys with the identity that their id is the hash of.
     """
@@ -84,10 +93,16 @@ def secure_sum(
     clients = frozenset(message.metadata.dst_node_id for message in sent)
     size = sum(value.size for value in origin.values())
     coordinator = Coordinator(
-        Session(run_id, number, nonce), clients, size + EXTRAS, max(LEAST, config.rounds.min_updates), draw,
+        Session(run_id, number, nonce), clients, size + EXTRAS, least_of(config), draw,
         privacy.secure_corrupt, privacy.secure_dropouts, privacy.secure_neighbours, signed,
     )  # fmt: skip
-    phases = _Phases(grid, config, coordinator, {message.metadata.dst_node_id: message for message in sent})
+    shares = None
+    if privacy.mechanism == "distributed":
+        expected = expected_clients(config, population if simulated else None)
+        shares = guard_of_shares(config, expected), expected
+    phases = _Phases(
+        grid, config, coordinator, {message.metadata.dst_node_id: message for message in sent}, shares
+    )
     try:
         found = phases.run()
     except RoundError as error:
@@ -104,6 +119,7 @@ class _Phases:
     config: Config
     coordinator: Coordinator
     training: Mapping[int, Message]
+    shares: tuple[Guard, int] | None  # distributed noise: what devices were told, and the fixed denominator
     rejected: list[Rejected] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
@@ -138,13 +154,20 @@ class _Phases:
         opens = {i: wire.for_unmasking(session, *told) for i, told in opening.items()}
         self.ask(wire.UNMASK, _contents(opens), lambda i, reply: server.take_revealed(
             i, wire.revealed_of(Fields.of(reply), *opening[i])), lambda _: server.ready)  # fmt: skip
-        found = encoding.decode(server.open())
+        found = self.decode(encoding, server.open())
         if found.clients != len(server.present) or found.examples < found.clients or found.cut < 0:
             raise RoundError(
                 f"secure aggregation: the sum counts {found.clients} clients with {found.examples} examples, "
                 f"and {len(server.present)} sent a change: one of them did not encode as it should"
             )
         return found
+
+    def decode(self, encoding: Encoding, total: Words) -> Sum:
+        """What the opened sum says."""
+        if self.shares is None:
+            return encoding.decode(total)
+        guard, expected = self.shares
+        return decode_whole(total, guard.share_step, expected)
 
     def ask(
         self,
@@ -205,7 +228,9 @@ class _Phases:
             "secure_threshold": degree.threshold,
             "secure_lost": len(self.training) - len(server.present),
             "secure_cut": found.cut,
-            "secure_error": encoding.error(found.clients, found.examples),
+            **(
+                {"secure_error": encoding.error(found.clients, found.examples)} if self.shares is None else {}
+            ),
         }
 
     def result(self, valid: list[Message], clients: int, facts: Mapping[str, float | str]) -> Secured:
