@@ -24,9 +24,7 @@ from fedge.learning.local import Job, Trained, Trainer
 from fedge.learning.messages import Instructions, NamedArrays
 from fedge.learning.metrics import evaluate as evaluate_metrics
 from fedge.noise import KEY_BYTES
-from fedge.secagg import wire
-from fedge.secagg.encoding import Encoding, encode_whole, flat
-from fedge.secagg.masks import Words
+from fedge.secagg.encoding import encode_whole, flat
 from fedge.secagg.protocol import Signer
 from fedge.statistics import Moments
 from fedge.task import Source, Task, resolve
@@ -149,52 +147,19 @@ def build(
         _, examples = share(context, instructions)
         return messages.moments_reply(message, Moments.of(examples.x, instructions.spec), len(examples))
 
-    @client.query(wire.KEYS.removeprefix("query."))
-    def secagg_keys(message: Message, context: Context) -> Message:
-        instructions = Instructions.of(message)
-        return masking.answer_keys(message, context, lambda: secret(instructions, context.node_id), signer())
-
-    @client.query(wire.SHARES.removeprefix("query."))
-    def secagg_shares(message: Message, context: Context) -> Message:
-        return masking.answer_shares(message, context, signer())
-
-    @client.query(wire.CHECK.removeprefix("query."))
-    def secagg_check(message: Message, context: Context) -> Message:
-        return masking.answer_check(message, context, signer())
-
-    @client.query(wire.UNMASK.removeprefix("query."))
-    def secagg_unmask(message: Message, context: Context) -> Message:
-        return masking.answer_unmask(message, context)
+    masking.answer_queries(
+        client, lambda message, context: secret(Instructions.of(message), context.node_id), signer
+    )
 
     @client.train()
     def train(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
         job = _job(message, instructions, *share(context, instructions), context.node_id)
-        guard = instructions.guard
-        masked = masking.is_asked_for(message)
-        if guard is None:
-            done = trainer(job)
-            if masked:
-                return masking.answer_masked(message, context, lambda to: _encoded(to, job, done, done.loss))
-            return messages.train_reply(message, done.arrays, examples=done.examples, loss=done.loss)
-        if guard.kind == "distributed" and not masked:
-            raise FormatError("guard distributed: a share of the noise hides nothing without masks")
-        job = replace(job, secret=secret(instructions, context.node_id))
-        done = trainer(job)
-        if guard.kind == "distributed":
-            origin = _origin(job)
-            added = noised_share(
-                done.arrays, origin, guard, job.secret, least=guard.least, step=guard.share_step
-            )
-            return masking.answer_masked(
-                message, context, lambda _: encode_whole(added[name] for name in origin)
-            )
-        if guard.kind == "example":
-            if masked:
-                return masking.answer_masked(message, context, lambda to: _encoded(to, job, done, 0.0))
-            return messages.train_reply(message, done.arrays, examples=done.examples, loss=0.0, guarded=True)
-        noised = guarded(done.arrays, _origin(job), guard, job.secret)
-        return messages.train_reply(message, noised, examples=1, loss=0.0, guarded=True)
+        if instructions.guard is not None:
+            if instructions.guard.kind == "distributed" and not masking.is_asked_for(message):
+                raise FormatError("guard distributed: a share of the noise hides nothing without masks")
+            job = replace(job, secret=secret(instructions, context.node_id))
+        return _answer(message, context, job, trainer(job))
 
     @client.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -210,9 +175,23 @@ def build(
     return client
 
 
-def _encoded(encoding: Encoding, job: Job, done: Trained, loss: float) -> Words:
-    """A change with its weight, as numbers that add up."""
-    return encoding.encode(flat(done.arrays, _origin(job)), done.examples, loss)
+def _answer(message: Message, context: Context, job: Job, done: Trained) -> Message:
+    """What leaves the device: protected as its guard says, and under masks where that is asked for."""
+    guard = job.instructions.guard
+    loss = done.loss if guard is None else 0.0
+    if guard is not None and guard.kind == "distributed":
+        origin = _origin(job)
+        share = noised_share(done.arrays, origin, guard, job.secret, least=guard.least, step=guard.share_step)
+        return masking.answer_masked(message, context, lambda _: encode_whole(share[name] for name in origin))
+    if masking.is_asked_for(message):
+        change = flat(done.arrays, _origin(job))
+        return masking.answer_masked(message, context, lambda to: to.encode(change, done.examples, loss))
+    if guard is not None and guard.kind == "local":
+        noised = guarded(done.arrays, _origin(job), guard, job.secret)
+        return messages.train_reply(message, noised, examples=1, loss=loss, guarded=True)
+    return messages.train_reply(
+        message, done.arrays, examples=done.examples, loss=loss, guarded=guard is not None
+    )
 
 
 def _origin(job: Job) -> NamedArrays:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from flwr.app import ConfigRecord, Context, Message
+from flwr.clientapp import ClientApp
 
 from fedge.errors import FormatError
 from fedge.secagg import wire
@@ -25,6 +26,29 @@ from fedge_client.secagg import Member
 def is_asked_for(message: Message) -> bool:
     """Whether a train message asks for a masked change."""
     return wire.RECORD in records_of(message.content, ConfigRecord)
+
+
+def answer_queries(
+    client: ClientApp, root: Callable[[Message, Context], bytes], signer: Callable[[], Signer | None]
+) -> None:
+    """Let an app answer all phases but that of the masked change, which is its training.
+
+    Args:
+        client: the app.
+        root: draws the secret of a session.
+        signer: the device's identity, if it has one.
+    """
+
+    @client.query(wire.KEYS.removeprefix("query."))
+    def keys(message: Message, context: Context) -> Message:
+        return answer_keys(message, context, lambda: root(message, context), signer())
+
+    @client.query(wire.SHARES.removeprefix("query."))
+    def shares(message: Message, context: Context) -> Message:
+        return answer_shares(message, context, signer())
+
+    client.query(wire.CHECK.removeprefix("query."))(answer_check)
+    client.query(wire.UNMASK.removeprefix("query."))(answer_unmask)
 
 
 def answer_keys(
@@ -60,9 +84,9 @@ def answer_shares(message: Message, context: Context, signer: Signer | None) -> 
     return wire.reply(message, **wire.dealt_values(dealt, ids))
 
 
-def answer_check(message: Message, context: Context, signer: Signer | None) -> Message:
+def answer_check(message: Message, context: Context) -> Message:
     """Say whose shares are in order."""
-    fields, sent, member = _going_on(message, context, signer)
+    fields, sent, member = _going_on(message, context)
     good = member.check(wire.boxes_of(fields))
     _remember(context, sent, member)
     return wire.reply(message, good=wire.ids_bytes(sorted(good)))
@@ -76,7 +100,7 @@ def answer_masked(message: Message, context: Context, encode: Callable[[Encoding
         context: of this client in this run.
         encode: what training gave, as numbers.
     """
-    fields, _, member = _going_on(message, context, None)
+    fields, _, member = _going_on(message, context)
     masked = member.mask(encode(fields.encoding()), fields.ids("partners"))
     _remember(context, member.session.round, member)
     return wire.masked_reply(message, masked)
@@ -84,13 +108,13 @@ def answer_masked(message: Message, context: Context, encode: Callable[[Encoding
 
 def answer_unmask(message: Message, context: Context) -> Message:
     """Give one share for each of the neighbourhood."""
-    fields, sent, member = _going_on(message, context, None)
+    fields, sent, member = _going_on(message, context)
     revealed = member.reveal(fields.ids("present"), fields.ids("lost"))
     _remember(context, sent, member)
     return wire.reply(message, **wire.revealed_values(revealed))
 
 
-def _going_on(message: Message, context: Context, signer: Signer | None) -> tuple[Fields, int, Member]:
+def _going_on(message: Message, context: Context, signer: Signer | None = None) -> tuple[Fields, int, Member]:
     fields = Fields.of(message)
     sent, member = _remembered(context, signer)
     session: Session = fields.session()

@@ -38,7 +38,7 @@ class Client:
         answer = {
             wire.KEYS: lambda: masking.answer_keys(message, self.context, self.root, None),
             wire.SHARES: lambda: masking.answer_shares(message, self.context, None),
-            wire.CHECK: lambda: masking.answer_check(message, self.context, None),
+            wire.CHECK: lambda: masking.answer_check(message, self.context),
             "train": lambda: masking.answer_masked(
                 message, self.context, lambda to: to.encode(np.full(3, 0.5), 10, 0.1)
             ),

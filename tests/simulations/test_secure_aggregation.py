@@ -12,6 +12,7 @@ from fedge.errors import RoundError
 from fedge.learning.messages import ARRAYS, from_record
 from fedge.secagg import wire
 from fedge.wire.arrays import records_of
+from fedge_server.rounds import loop
 from fedge_simulations import run
 from fedge_simulations.grid import VectorGrid
 
@@ -61,6 +62,19 @@ def test_drop_outs_in_every_phase_cost_their_clients_alone() -> None:
 def test_beyond_the_threshold_no_round_counts_and_the_reason_is_told() -> None:
     with pytest.raises(RoundError, match=r"secure aggregation: .* needed"):
         run({**SECTIONS, "scenario": {"dropouts": 0.7}})
+
+
+def test_a_round_that_asks_nobody_says_nothing_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(grid: Any, nodes: Any, share: float, *, seed: int, number: int) -> list[int]:
+        return [] if number == 2 else list(nodes)[: 2 if number == 3 else 8]
+
+    monkeypatch.setattr(loop, "draw_each", drawn)
+    found = run({**SECTIONS, "rounds": {"count": 4, "sampling": "poisson", "fraction": 0.9}})
+    said = [sorted(record.privacy) for record in found.history]
+    assert [record.counted for record in found.history] == [True, False, False, True]
+    assert said[1:3] == [[], ["aborted"]]
+    assert said[0] == said[3]
+    assert "secure_lost" in said[0]
 
 
 def test_dp_sgd_goes_under_masks() -> None:

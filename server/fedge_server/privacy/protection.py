@@ -25,7 +25,6 @@ from fedge_server.registry.ledger import Entry, Ledger
 from fedge_server.rounds.closing import Collected, set_digest
 from fedge_server.rounds.record import RoundRecord
 from fedge_server.rounds.sampling import cohort_size
-from fedge_server.secagg.graph import LEAST
 
 SEED, SECRET = "seed", "secret"  # where noise comes from
 
@@ -92,7 +91,7 @@ class Protection:
         """What devices are told to do, if it is they who add noise."""
         privacy = self.config.privacy
         if privacy.mechanism == "distributed":
-            return guard_of_shares(self.config, self.expected)
+            return rules.guard_of_shares(self.config, self.expected)
         if privacy.mechanism == "local" or privacy.mechanism == "example":
             return Guard(privacy.mechanism, privacy.clip_norm, privacy.noise_multiplier, privacy.min_examples)
         return None
@@ -189,25 +188,6 @@ class Protection:
                 f"{after:.3f} at delta {privacy.delta:g} in ledger {privacy.ledger!r}, which holds "
                 f"{len(spends) - 1} rounds"
             )
-
-
-def guard_of_shares(config: Config, expected: int) -> Guard:
-    """What devices are told of their share of a sum's noise.
-
-    The whole noise is that of as few clients as a sum is opened with, less those that may tell their shares.
-
-    Args:
-        config: of the run.
-        expected: clients of a round.
-    """
-    privacy = config.privacy
-    honest = least_of(config) - math.floor(privacy.secure_corrupt * expected)
-    return Guard("distributed", privacy.clip_norm, privacy.noise_multiplier, least=max(honest, 1))
-
-
-def least_of(config: Config) -> int:
-    """Clients in a sum that secure aggregation opens."""
-    return max(LEAST, config.rounds.min_updates)
 
 
 def expected_clients(config: Config, population: int | None) -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedge.config import Config
+from fedge.learning.guard import KINDS
+from fedge_server.privacy.rules import least_of
 from fedge_server.rounds.record import RoundRecord
 
 
@@ -113,7 +115,7 @@ def privacy_report(
         shares=_last(rounds, "secure_threshold"),
         cut=_last(rounds, "secure_cut"),
         aborted=sum("aborted" in record.privacy for record in rounds),
-        threshold=max(config.rounds.min_updates, 3 if privacy.secure_aggregation else 1),
+        threshold=least_of(config) if privacy.secure_aggregation else config.rounds.min_updates,
         smallest_round=min(counted, default=None),
         asked=sum(record.asked for record in rounds),
         dropouts=sum(record.failures for record in rounds),
@@ -184,7 +186,7 @@ _NOTHING = (
 _SUMS = (
     "Hub, worker and operator see the sum of a round's changes and no single one, unless they make devices "
     "up or tell them to train without masks: secure aggregation protects against a server that keeps to the "
-    "protocol and looks. What a sum of few clients shows, no epsilon bounds."
+    "protocol and looks."
 )
 _TOWARDS = {
     "central": "That holds towards whoever sees models, not towards hub, worker and operator: they can see "
@@ -199,11 +201,7 @@ _TOWARDS = {
 
 
 def _viewers(config: Config, *, bounded: bool, moments: bool) -> tuple[Viewer, ...]:
-    on_device = config.privacy.mechanism in (
-        "local",
-        "example",
-        "distributed",
-    )  # what is sent has its noise already
+    on_device = config.privacy.mechanism in KINDS  # what is sent has its noise already
     sent = ["update with the device's noise"] if on_device else ["single update", "training loss"]
     sent += [] if config.privacy.mechanism == "local" else ["number of examples"]
     sent += ["moments of its raw values"] if moments else []
@@ -212,7 +210,8 @@ def _viewers(config: Config, *, bounded: bool, moments: bool) -> tuple[Viewer, .
     covered = bounded and on_device
     summed = config.privacy.secure_aggregation
     if summed:
-        each = "the sum of each round's changes, examples and losses; masked changes and keys of every client"
+        sums = "noised changes" if on_device else "changes, examples and losses"
+        each = f"the sum of each round's {sums}; masked changes and keys of every client"
     single = not covered and not summed
     models = "the noised global model" if config.privacy.mechanism != "none" else "the global model"
     return (

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from fedge.config import Config
 from fedge.errors import ConfigError
+from fedge.learning.guard import Guard
 from fedge.learning.local import least_batch
 from fedge_server.privacy.central import Settings
+from fedge_server.secagg.graph import LEAST
 
 
 def check(config: Config, *, linear: bool) -> None:
@@ -173,6 +177,25 @@ def settings_of(config: Config, clip_norm: float, expected: int) -> Settings:
     if privacy.adaptive_clip:
         count_sigma = privacy.clip_count_sigma or expected / 20  # as in Andrew et al. 2021
     return Settings(clip_norm, privacy.noise_multiplier, expected, count_sigma)
+
+
+def guard_of_shares(config: Config, expected: int) -> Guard:
+    """What devices are told of their share of a sum's noise.
+
+    The whole noise is that of as few clients as a sum is opened with, less those that may tell their shares.
+
+    Args:
+        config: of the run.
+        expected: clients of a round.
+    """
+    privacy = config.privacy
+    honest = least_of(config) - math.floor(privacy.secure_corrupt * expected)
+    return Guard("distributed", privacy.clip_norm, privacy.noise_multiplier, least=max(honest, 1))
+
+
+def least_of(config: Config) -> int:
+    """Clients in a sum that secure aggregation opens."""
+    return max(LEAST, config.rounds.min_updates)
 
 
 _STANDARDISE = (

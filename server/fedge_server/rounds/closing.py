@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from flwr.app import ArrayRecord, Message, MetricRecord
@@ -25,6 +25,7 @@ class Collected:
     rejected: tuple[Rejected, ...]
     bytes_up: int  # arrays received, rejected ones too
     updates: str  # SHA-256 of the anonymous set of valid updates
+    facts: Mapping[str, float | str] = field(default_factory=dict)  # of a sum under masks, for the record
 
 
 def collect(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -130,7 +130,6 @@ class _Run:
     arrays: NamedArrays  # the global state
     model_sha256: str
     records: list[RoundRecord]
-    secured: Mapping[str, float | str] = field(default_factory=dict)  # what the last secure round was
     answers: Answers | None = None  # of the global state to the test data, once it was asked
 
     @classmethod
@@ -224,7 +223,7 @@ class _Run:
             counted=counted,
             client_metrics=on_clients,
             simulated_s=self.simulated_s(),
-            privacy={**self.secured, **({} if self.protection is None else self.protection.of_round())},
+            privacy={**collected.facts, **({} if self.protection is None else self.protection.of_round())},
         )
         self.commit(record)
         self.give_up_when_hopeless()
@@ -239,19 +238,17 @@ class _Run:
         if not nodes:  # Poisson sampling may ask nobody
             return collect((), like=self.arrays, asked=set(), quorum=1.0), 0
         if self.config.privacy.secure_aggregation:
-            found = secure_sum(
+            return secure_sum(
                 self.grid,
                 self.config,
                 self.run_id,
                 number,
                 list(self.configure(number, MessageType.TRAIN, nodes)),
                 self.origin(),
-                population=len(nodes_of(self.grid)),
+                protection=self.protection,
                 simulated=isinstance(self.grid, Simulated),
-                signed=isinstance(self.grid, Identified),
+                signed=isinstance(self.grid, Identified) and self.grid.identified,
             )
-            self.secured = found.facts
-            return found.collected, found.bytes_down
         summed = self.chosen.linear and self.protection is None  # clipping is for each client by itself
         if summed and isinstance(self.grid, Summing) and self.grid.can_sum:
             (asked,) = self.configure(number, MessageType.TRAIN, nodes[:1])

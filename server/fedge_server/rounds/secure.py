@@ -25,7 +25,8 @@ from fedge.secagg.encoding import EXTRAS, MOST_BITS, Encoding, Sum, decode_whole
 from fedge.secagg.masks import Session, Words
 from fedge.secagg.wire import Fields
 from fedge.wire.arrays import records_of
-from fedge_server.privacy.protection import expected_clients, guard_of_shares, least_of
+from fedge_server.privacy.protection import Protection
+from fedge_server.privacy.rules import guard_of_shares, least_of
 from fedge_server.rounds.closing import Collected, enough, payload_bytes, set_digest
 from fedge_server.rounds.record import Rejected
 from fedge_server.rounds.validation import Arrays, declared_fault, error_of
@@ -34,15 +35,6 @@ from fedge_server.secagg.coordinator import Coordinator
 _log = logging.getLogger("fedge.rounds")
 Take = Callable[[int, Message], str | None]
 """Hand a client's reply to the coordinator; the reason why it was refused, or None."""
-
-
-@dataclass(frozen=True, slots=True)
-class Secured:
-    """What a secure round gave."""
-
-    collected: Collected
-    bytes_down: int
-    facts: Mapping[str, float | str]  # for the round's record
 
 
 def encoding_of(config: Config, clients: int) -> Encoding:
@@ -69,8 +61,8 @@ def encoding_of(config: Config, clients: int) -> Encoding:
 
 def secure_sum(
     grid: Grid, config: Config, run_id: str, number: int, sent: Sequence[Message], origin: Arrays, *,
-    population: int, simulated: bool, signed: bool,
-) -> Secured:  # fmt: skip
+    protection: Protection | None, simulated: bool, signed: bool,
+) -> tuple[Collected, int]:  # fmt: skip
     """The weighted mean of what these clients' training gives, of which nobody sees a part.
 
     Args:
@@ -80,9 +72,12 @@ def secure_sum(
         number: of the round.
         sent: one train message for each client, as the strategy made them.
         origin: what changes are measured from.
-        population: clients that there are.
+        protection: of the run; with distributed noise it says what devices were told.
         simulated: nonce and graph come from the seed.
         signed: clients sign their keys with the identity that their id is the hash of.
+
+    Returns:
+        The mean as one update, or none where the sum stayed closed; and the bytes that were sent.
     """
     privacy = config.privacy
     if simulated:
@@ -96,12 +91,11 @@ def secure_sum(
         Session(run_id, number, nonce), clients, size + EXTRAS, least_of(config), draw,
         privacy.secure_corrupt, privacy.secure_dropouts, privacy.secure_neighbours, signed,
     )  # fmt: skip
-    shares = None
-    if privacy.mechanism == "distributed":
-        expected = expected_clients(config, population if simulated else None)
-        shares = guard_of_shares(config, expected), expected
+    noise = None
+    if protection is not None and protection.guard is not None and protection.guard.kind == "distributed":
+        noise = protection.guard, protection.expected
     phases = _Phases(
-        grid, config, coordinator, {message.metadata.dst_node_id: message for message in sent}, shares
+        grid, config, coordinator, {message.metadata.dst_node_id: message for message in sent}, noise
     )
     try:
         found = phases.run()
@@ -119,7 +113,7 @@ class _Phases:
     config: Config
     coordinator: Coordinator
     training: Mapping[int, Message]
-    shares: tuple[Guard, int] | None  # distributed noise: what devices were told, and the fixed denominator
+    noise: tuple[Guard, int] | None  # distributed noise: what devices were told, and the fixed denominator
     rejected: list[Rejected] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
@@ -164,9 +158,9 @@ class _Phases:
 
     def decode(self, encoding: Encoding, total: Words) -> Sum:
         """What the opened sum says."""
-        if self.shares is None:
+        if self.noise is None:
             return encoding.decode(total)
-        guard, expected = self.shares
+        guard, expected = self.noise
         return decode_whole(total, guard.share_step, expected)
 
     def ask(
@@ -228,15 +222,16 @@ class _Phases:
             "secure_threshold": degree.threshold,
             "secure_lost": len(self.training) - len(server.present),
             "secure_cut": found.cut,
-            **(
-                {"secure_error": encoding.error(found.clients, found.examples)} if self.shares is None else {}
-            ),
+            **({"secure_error": encoding.error(found.clients, found.examples)} if self.noise is None else {}),
         }
 
-    def result(self, valid: list[Message], clients: int, facts: Mapping[str, float | str]) -> Secured:
+    def result(
+        self, valid: list[Message], clients: int, facts: Mapping[str, float | str]
+    ) -> tuple[Collected, int]:
         """What the round's loop goes on with."""
-        found = Collected(valid, clients, tuple(self.rejected), self.bytes_up, set_digest(valid))
-        return Secured(found, self.bytes_down, facts)
+        rejected = tuple(self.rejected)
+        found = Collected(valid, clients, rejected, self.bytes_up, set_digest(valid), facts)
+        return found, self.bytes_down
 
 
 def _contents(records: Mapping[int, ConfigRecord]) -> dict[int, RecordDict]:

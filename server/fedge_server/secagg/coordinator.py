@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +28,7 @@ class Coordinator:
     least: int  # clients in a sum that is opened, from 3
     draw: random.Random  # decides the graph
     corrupt: float = 0.1
-    dropouts: float = 0.3
+    dropouts: float = 0.2
     neighbours: int = 0
     signed: bool = False  # clients have identities
     degree: Degree | None = None
@@ -39,7 +39,10 @@ class Coordinator:
     _confirmed: dict[int, frozenset[int]] = field(default_factory=dict)
     _partners: dict[int, frozenset[int]] = field(default_factory=dict)
     _present: set[int] = field(default_factory=set)
-    _revealed: dict[int, Revealed] = field(default_factory=dict)
+    _revealed: set[int] = field(default_factory=set)
+    # Shares of what must be opened, by the holder's place: seeds of those present, keys of those lost.
+    _seeds: dict[int, dict[int, bytes]] = field(default_factory=dict)
+    _lost: dict[int, dict[int, bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.least < LEAST:
@@ -163,9 +166,11 @@ class Coordinator:
         """
         self._enough(self._present, "sent a change")
         here = self.present
-        for client, others in self._partners.items():
-            holders = len((others | {client}) & here)
-            if others & here and holders < self._threshold:
+        self._seeds = {client: {} for client in here}
+        self._lost = {c: {} for c, others in self._partners.items() if c not in here and others & here}
+        for client in (*self._seeds, *self._lost):
+            holders = len((self._partners[client] | {client}) & here)
+            if holders < self._threshold:
                 raise RoundError(
                     f"secure aggregation: {holders} that hold shares of client {client} are left, "
                     f"{self._threshold} are needed; nothing was opened"
@@ -184,17 +189,16 @@ class Coordinator:
             for dealer, share in shares.items():
                 if shamir.commitment(share) != self._committed(dealer, client, kind):
                     return f"shares: that of client {dealer} is not the one it was given"
-        self._revealed[client] = revealed
+        self._revealed.add(client)
+        for found, given in ((self._seeds, revealed.seeds), (self._lost, revealed.keys)):
+            for dealer, share in given.items():
+                found[dealer][places(dealer, self._graph[dealer])[client]] = share
         return None
 
     @property
     def ready(self) -> bool:
         """Whether enough shares are here to open the sum."""
-        return all(
-            len(shares) >= self._threshold
-            for secrets in (self._shares("seeds"), self._shares("keys"))
-            for shares in secrets.values()
-        )
+        return all(len(s) >= self._threshold for s in (*self._seeds.values(), *self._lost.values()))
 
     def open(self) -> Words:
         """The sum of the encoded changes of those that are present.
@@ -208,12 +212,12 @@ class Coordinator:
                 f"not {self._threshold} of every neighbourhood; the round's sum stays closed"
             )
         total = self.total.copy()
-        for client, shares in self._shares("seeds").items():
+        for client, shares in self._seeds.items():
             seed = shamir.combine(shares, self._threshold)
             if shamir.commitment(seed) != self._keys[client].seed:
                 raise _inconsistent(client)
             masks.add_mask(total, masks.self_key(seed, self.session), negative=True)
-        for client, shares in self._shares("keys").items():
+        for client, shares in self._lost.items():
             private = shamir.combine(shares, self._threshold)
             if masks.public_key(private) != self._keys[client].mask:
                 raise _inconsistent(client)
@@ -226,23 +230,6 @@ class Coordinator:
     def _threshold(self) -> int:
         assert self.degree is not None  # noqa: S101 - set with the graph
         return self.degree.threshold
-
-    def _shares(self, kind: str) -> dict[int, dict[int, bytes]]:
-        """What has been revealed of each secret that must be opened, by the holder's place."""
-        wanted = (
-            self._present
-            if kind == "seeds"
-            else {
-                c for c, others in self._partners.items() if c not in self._present and others & self._present
-            }
-        )
-        found: dict[int, dict[int, bytes]] = {client: {} for client in wanted}
-        place_of = {client: places(client, self._graph[client]) for client in wanted}
-        for holder, revealed in self._revealed.items():
-            shares: Mapping[int, bytes] = getattr(revealed, kind)
-            for dealer, share in shares.items():
-                found[dealer][place_of[dealer][holder]] = share
-        return found
 
     def _committed(self, dealer: int, holder: int, kind: str) -> bytes:
         dealt = self._dealt[dealer]

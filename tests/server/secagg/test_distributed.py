@@ -11,7 +11,7 @@ from fedge.learning.guard import Guard, noised_share
 from fedge.noise import derived_key
 from fedge.secagg.encoding import EXTRAS, decode_whole, encode_whole
 from fedge_server import strategies
-from fedge_server.privacy.protection import guard_of_shares
+from fedge_server.privacy.rules import guard_of_shares
 from fedge_server.rounds.secure import encoding_of
 
 ORIGIN = {"w": np.zeros((40, 50), np.float32), "b": np.zeros(7, np.float32)}
