@@ -1,6 +1,7 @@
 """Aggregation rules by name: Flower's Message-API strategies, taken from Flower as they are, and ours.
 
-Those that are a weighted mean, or start from one, have it computed tensor by tensor (`fedavg`).
+Those that are a weighted mean, or start from one, have it computed tensor by tensor (`fedavg`). Those that
+some clients cannot spoil stand in `robust`.
 
 FedXgb* are left out: they aggregate trees. So are Flower's wrappers for differential privacy, whose noise
 shrinks with every missing reply: `[privacy]` works with every strategy that is linear, and keeps count.
@@ -22,6 +23,7 @@ from fedge.learning.messages import TRAIN_LOSS, Update
 from fedge_server.privacy.rules import check as check_privacy
 from fedge_server.strategies import fedavg
 from fedge_server.strategies.fedsgd import FedSgd
+from fedge_server.strategies.robust import RULES
 
 PLAIN: Mapping[str, type[FedAvg]] = {
     **{
@@ -38,6 +40,7 @@ PLAIN: Mapping[str, type[FedAvg]] = {
             fedavg.FedAdagrad,
             fedavg.FedAdam,
             fedavg.FedYogi,
+            *RULES,
         )
     },
     "fedsgd": FedSgd,
