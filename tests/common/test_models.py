@@ -103,3 +103,15 @@ def test_a_builder_gives_a_fresh_model_each_time() -> None:
     first, second = build(TABLE), build(TABLE)
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     assert not any(a.data_ptr() == b.data_ptr() for a, b in pairs)
+
+
+def test_the_cnn_pools_before_the_relu_and_is_still_mcmahans():
+    torch.manual_seed(0)
+    network = models.cnn(MNIST).double()
+    as_published = nn.Sequential(*[network[i] for i in (0, 2, 1, 3, 5, 4, 6, 7, 8, 9)])  # ReLU, then pooling
+    x, y = torch.rand(4, 1, 28, 28, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
+    found, expected = network(x), as_published(x)
+    gradients = torch.autograd.grad(cross_entropy(found, y), list(network.parameters()))
+    wanted = torch.autograd.grad(cross_entropy(expected, y), list(network.parameters()))
+    assert torch.equal(found, expected)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, wanted, strict=True))

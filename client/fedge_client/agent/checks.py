@@ -27,7 +27,8 @@ from fedge_client.agent.settings import OfferedTask
 
 Check = Callable[[], str]
 
-_TRIES: Final = 5  # to hear the hub's reason
+_TRIES: Final = 10  # to hear the hub's reason
+_PAUSE_S: Final = 0.2  # between them: on a busy device the next one would end the same way
 _MAX_SKEW_S: Final = 300.0
 _PROBE_TIMEOUT_S: Final = 600
 
@@ -93,6 +94,7 @@ def _skew(home: Path) -> float:
         except grpc.RpcError as error:
             # A call that is refused while it still sends may end as INTERNAL instead of with the reason.
             if tries_left and error.code() == grpc.StatusCode.INTERNAL:
+                time.sleep(_PAUSE_S)
                 continue
             found = diagnose(identity, identity.hub.link_address)
             why = said(error) if found.kind == "ok" else f"{found.kind}: {found.detail}"

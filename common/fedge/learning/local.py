@@ -114,7 +114,7 @@ def order_keys(client: torch.Tensor, epoch: int) -> torch.Tensor:
     return draws.derive(draws.derive(client, _ORDER), epoch)
 
 
-def step_keys(client: torch.Tensor, step: int) -> torch.Tensor:
+def step_keys(client: torch.Tensor, step: int | torch.Tensor) -> torch.Tensor:
     """What decides augmentation and dropout of step number `step`, counted over all passes."""
     return draws.derive(draws.derive(client, _STEP), step)
 

@@ -18,6 +18,7 @@ import torch
 
 from fedge_simulations.trainers import Client
 
+BLOCK = 2**15  # values that are weighted at a time
 LANES = 16  # more processes than these have nothing to do; fewer would leave them waiting for the last
 
 
@@ -93,10 +94,18 @@ class Sums:
             self.clients[lane] += 1
         weights = torch.tensor([len(client.indices) for client in clients], dtype=torch.float64)
         for start, stop in _runs(lane_of):
-            # Two operations, so that no fused multiplication rounds otherwise in one shape than in another.
-            weighted = rows[start:stop] * weights[start:stop, None]
             first = lane_of[start]
-            self.values[first : first + stop - start].add_(weighted)
+            self._add_weighted(
+                rows[start:stop], weights[start:stop, None], slice(first, first + stop - start)
+            )
+
+    def _add_weighted(self, rows: torch.Tensor, weights: torch.Tensor, lanes: slice) -> None:
+        """Some columns at a time, so that what is in between stays in the processor's cache."""
+        columns = max(1, BLOCK // len(rows))
+        for start in range(0, rows.shape[1], columns):
+            here = slice(start, start + columns)
+            # Two operations, so that no fused multiplication rounds otherwise in one shape than in another.
+            self.values[lanes, here].add_(rows[:, here] * weights)
 
     def take(self, other: Sums) -> None:
         """Add another part's lanes to this one's only lane, in their order."""

@@ -121,28 +121,31 @@ def train(stepper: Stepper, flat: torch.Tensor, data: Stacked, settings: Train, 
         settings: the run's `[train]`.
         least: smallest batch that may stand at the end of a pass; above 1 only with equal lengths.
     """
-    starts = data.lengths.cumsum(0) - data.lengths
-    total = torch.zeros(len(flat), dtype=torch.float64)
+    steps = -(-int(data.lengths.max()) // settings.batch_size) * settings.epochs
+    keys = local.step_keys(
+        data.keys, torch.arange(steps)[:, None]
+    )  # (T, K): in one go, since each call costs
+    losses = torch.zeros(steps, len(flat), dtype=torch.float64)
+    seen = torch.zeros(steps, len(flat), dtype=torch.float64)
     stepper.begin(flat)
-    for step, (positions, valid) in enumerate(schedule(data.lengths, data.keys, settings, least)):
-        k, rows = positions.shape
-        index = data.rows[(positions + starts[:k, None]).reshape(-1)]  # (k * R,)
-        keys = local.step_keys(data.keys[:k], step)
-        x = data.x.index_select(0, index)
+    for step, (index, valid) in enumerate(schedule(data, settings, least)):
+        k, rows = index.shape
+        chosen = index.reshape(-1)  # (k * R,)
+        x = data.x.index_select(0, chosen)
         if settings.augment:
-            x = augment(x, settings.augment, local.example_keys(keys, rows).reshape(-1))
-        y = data.y.index_select(0, index).view(k, rows)
+            x = augment(x, settings.augment, local.example_keys(keys[step, :k], rows).reshape(-1))
+        y = data.y.index_select(0, chosen).view(k, rows)
         weight = None if valid is None else valid.to(flat.dtype)
-        loss = stepper.step(x.view(k, rows, *x.shape[1:]), y, weight, keys)
-        total[:k] += loss.double() * (rows if valid is None else valid.sum(1))
+        losses[step, :k] = stepper.step(x.view(k, rows, *x.shape[1:]), y, weight, keys[step, :k])
+        seen[step, :k] = rows if valid is None else valid.sum(1)
     stepper.end()
-    return total / (data.lengths * settings.epochs)
+    return (losses * seen).sum(0) / (data.lengths * settings.epochs)
 
 
 def schedule(
-    lengths: torch.Tensor, keys: torch.Tensor, settings: Train, least: int
+    data: Stacked, settings: Train, least: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The batches of each step: positions (k, R) among each client's examples, and which are none, or None.
+    """The batches of each step: examples (k, R) of the data, and which of them are none, or None.
 
     Every client makes its passes at its own pace, so that those still active are the first k and have all
     made the same number of steps.
@@ -150,16 +153,20 @@ def schedule(
     Raises:
         ValueError: unequal lengths with `least` above 1.
     """
+    lengths, keys = data.lengths, data.keys
+    starts = (lengths.cumsum(0) - lengths)[:, None]
     if int(lengths.min()) == int(lengths.max()):
         n = int(lengths[0])
         for epoch in range(settings.epochs):
             order = draws.permutation(local.order_keys(keys, epoch), n)  # (K, N)
-            for part in torch.split(order, local.batch_sizes(n, settings.batch_size, least=least), dim=1):
+            own = data.rows[order + starts]
+            for part in torch.split(own, local.batch_sizes(n, settings.batch_size, least=least), dim=1):
                 yield part, None
         return
     if least > 1:
         raise ValueError("clients of unequal size cannot be stacked where batches depend on their size")
-    yield from _unequal(lengths, keys, settings)
+    for positions, valid in _unequal(lengths, keys, settings):
+        yield data.rows[positions + starts[: len(positions)]], valid
 
 
 def _unequal(
