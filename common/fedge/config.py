@@ -45,7 +45,11 @@ _PARTITION = re.compile(
     r"(iid|natural|dirichlet:(?=.*[1-9])(\d+(\.\d+)?|\.\d+)|shards:[1-9]\d*"
     r"|draw:[1-9]\d{0,8}(:(?=.*[1-9])(\d+(\.\d+)?|\.\d+))?)"
 )
-ATTACK = re.compile(r"(sign_flip|nan|label_flip|free_rider|scale:-?\d+(\.\d+)?|noise:\d+(\.\d+)?)")
+_NUMBER = r"\d+(\.\d+)?"
+ATTACK = re.compile(
+    rf"(sign_flip|nan|label_flip|free_rider|mimic|scale:-?{_NUMBER}|noise:{_NUMBER}|ipm:{_NUMBER}"
+    rf"|alie(:{_NUMBER})?|backdoor:\d{{1,5}})"
+)
 _TARGET = re.compile(r"(accuracy|macro_f1|auc|loss)\s*(>=|<=)\s*(\d*\.?\d+)")
 
 
@@ -65,7 +69,11 @@ PartitionName = Annotated[
 ]
 Attack = Annotated[
     str,
-    _matching(ATTACK, "'sign_flip', 'scale:FACTOR', 'noise:STD', 'nan', 'label_flip', 'free_rider'"),
+    _matching(
+        ATTACK,
+        "'sign_flip', 'scale:FACTOR', 'noise:STD', 'nan', 'label_flip', 'free_rider', 'ipm:EPSILON', 'alie', "
+        "'alie:Z', 'mimic', 'backdoor:CLASS'",
+    ),
 ]
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 
-from fedge.dataset import Indices
-
-Labels = npt.NDArray[np.int64]
+from fedge.dataset import Examples, Indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +18,14 @@ class Fate:
     arrives_s: float  # seconds after sending until its answer is there; infinite: never
     lost: str = ""  # why there is no answer but an error
     attack: str = ""  # what the client does to its update
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """Those who make the same attack on the same round."""
+
+    answers: tuple[ArrayRecord, ...]  # what each has honestly learned, by node id
+    asked: int  # clients of the round, honest ones too
 
 
 class Course(Protocol):
@@ -66,19 +70,19 @@ class Course(Protocol):
         """What the client holds then, of all that it ever holds."""
         ...
 
-    def labels(
+    def believed(
         self,
         node_id: int,
-        labels: Labels,
+        own: Examples,
         classes: int,
         *,
         round: int,  # noqa: A002 - as above
-    ) -> Labels:
-        """What the client takes for the labels of its examples."""
+    ) -> Examples:
+        """What the client takes for its examples."""
         ...
 
-    def attack(self, fate: Fate, sent: Message, reply: Message) -> Message:
-        """The answer of a client whose fate names an attack."""
+    def attack(self, fate: Fate, sent: Message, reply: Message, ring: Callable[[], Ring]) -> Message:
+        """The answer of a client whose fate names an attack; the ring is made up when it is asked for."""
         ...
 
 
@@ -120,17 +124,17 @@ class Steady:
         """All that it holds."""
         return indices
 
-    def labels(
+    def believed(
         self,
         node_id: int,
-        labels: Labels,
+        own: Examples,
         classes: int,
         *,
         round: int,  # noqa: A002 - the word of the domain
-    ) -> Labels:
+    ) -> Examples:
         """As they are."""
-        return labels
+        return own
 
-    def attack(self, fate: Fate, sent: Message, reply: Message) -> Message:
+    def attack(self, fate: Fate, sent: Message, reply: Message, ring: Callable[[], Ring]) -> Message:
         """Nobody attacks."""
         return reply

@@ -8,20 +8,19 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedge.dataset import Indices
+from fedge.dataset import Examples, Indices
 from fedge.learning.local import Job
-from fedge.learning.messages import CLIENTS, METRICS
-from fedge.wire.arrays import records_of
+from fedge.learning.messages import ARRAYS, arrays_named
 from fedge_server.rounds.closing import payload_bytes
 from fedge_server.rounds.grids import OwnGrid
-from fedge_simulations.course import Course, Fate, Labels, Steady
+from fedge_simulations.course import Course, Fate, Ring, Steady
 from fedge_simulations.states import States
-from fedge_simulations.summing import Holders, failure, sum_of, sum_of_moments
+from fedge_simulations.summing import Holders, clients_in, failure, sum_of, sum_of_moments
 from fedge_simulations.trainers import OneByOne, Trainers, Turn
 
 UserConfig = dict[str, bool | float | int | str]
@@ -89,6 +88,9 @@ class VectorGrid(OwnGrid):
         self._course: Course = course or Steady()
         self._holders, self._sums, self._states = holders, sums, states or States()
         self._pending: dict[str, _Pending] = {}
+        self._asked = 0  # messages that were sent together
+        self._attackers: list[_Pending] = []  # of these
+        self._rings: dict[str, Ring] = {}  # likewise, by attack
         self._sequence = 0
         self.round = 0
         self.sent_s = 0.0  # simulated seconds of the run when the last messages were sent
@@ -137,6 +139,7 @@ class VectorGrid(OwnGrid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send; each reply arrives when the clients' course says, on the simulated clock."""
         self.sent_s = self.elapsed_s
+        self._forget_rings()
         ids = []
         for (kind, size), group in itertools.groupby(sized(messages), key=lambda each: each[0]):
             sent = [message for _, message in group]
@@ -146,8 +149,11 @@ class VectorGrid(OwnGrid):
                 message_id = f"m{self._sequence}"
                 message.metadata.__dict__["_message_id"] = message_id  # as Flower's in-memory Grid sets it
                 arrives = self.clock_s + fate.arrives_s
-                self._pending[message_id] = _Pending(arrives, self._sequence, message, fate)
+                item = self._pending[message_id] = _Pending(arrives, self._sequence, message, fate)
+                if fate.attack and not fate.lost:
+                    self._attackers.append(item)
                 ids.append(message_id)
+        self._asked = len(ids)
         return ids
 
     def _fates(self, node_ids: Sequence[int], kind: str, bytes_down: int) -> list[Fate]:
@@ -191,6 +197,7 @@ class VectorGrid(OwnGrid):
 
     def _restart(self) -> None:
         self._pending.clear()
+        self._forget_rings()
         # Each call's clock starts at 0: durations then compare with the deadline alike in every round.
         self._before_s, self.clock_s = self._before_s + self.clock_s, 0.0
 
@@ -219,8 +226,24 @@ class VectorGrid(OwnGrid):
             except Exception as error:  # noqa: BLE001 - a client's failure is its reply, whatever it was
                 return _error(item.message, error)
         if item.fate.attack and not item.reply.has_error():
-            return self._course.attack(item.fate, item.message, item.reply)
+            return self._course.attack(item.fate, item.message, item.reply, lambda: self._ring_of(item))
         return item.reply
+
+    def _ring_of(self, item: _Pending) -> Ring:
+        """Those who make an attacker's attack, whether or not their answers will be waited for."""
+        attack = item.fate.attack
+        if attack not in self._rings:
+            mates = [mate for mate in self._attackers if mate.fate.attack == attack]
+            mates.sort(key=lambda mate: mate.message.metadata.dst_node_id)
+            for i, mate in enumerate(mates):
+                self._work(mate, mates[i + 1 :])
+            replies = [mate.reply for mate in mates if mate.reply is not None and mate.reply.has_content()]
+            answers = tuple(arrays_named(reply.content, ARRAYS) for reply in replies)
+            self._rings[attack] = Ring(answers, self._asked)
+        return self._rings[attack]
+
+    def _forget_rings(self) -> None:
+        self._attackers, self._rings = [], {}
 
     def _work(self, item: _Pending, later: Sequence[_Pending]) -> None:
         """Let a client work, and those that come after it along with it as far as that is worth while."""
@@ -275,9 +298,9 @@ class VectorGrid(OwnGrid):
         """Positions of the examples that a node held when it was last sent something."""
         return self._holders_there().indices(node_id, self.round, self.sent_s)
 
-    def believed_by(self, node_id: int, labels: Labels, classes: int) -> Labels:
-        """What a node takes for the labels of its examples."""
-        return self._course.labels(node_id, labels, classes, round=self.round)
+    def believed_by(self, node_id: int, own: Examples, classes: int) -> Examples:
+        """What a node takes for its examples."""
+        return self._course.believed(node_id, own, classes, round=self.round)
 
     @property
     def can_sum(self) -> bool:
@@ -362,11 +385,6 @@ def sized(messages: Iterable[Message]) -> Iterator[tuple[tuple[str, int], Messag
         if id(content) not in sizes:
             sizes[id(content)] = (content, payload_bytes(message))
         yield (message.metadata.message_type, sizes[id(content)][1]), message
-
-
-def clients_in(reply: Message) -> int:
-    """How many clients' updates a partial sum holds."""
-    return int(records_of(reply.content, MetricRecord)[METRICS][CLIENTS])  # type: ignore[arg-type]  # a number
 
 
 def _error(message: Message, error: Exception) -> Message:

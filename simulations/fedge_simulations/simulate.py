@@ -9,10 +9,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import Context, RecordDict
 
 from fedge.config import Config
@@ -38,6 +39,7 @@ from fedge_server.registry.database import Registry
 from fedge_server.release import KEYS, PUBLISHED
 from fedge_server.rounds.loop import Learned, Observer
 from fedge_server.rounds.record import Metric, RoundRecord
+from fedge_server.rounds.scoring import probabilities_of
 from fedge_server.rounds.stopping import why_stop
 from fedge_simulations import ray
 from fedge_simulations.devices import DEVICES, DeviceHome, DeviceResult, deliver
@@ -45,6 +47,7 @@ from fedge_simulations.engine.measured import PLAN
 from fedge_simulations.grid import RUN_ID, SERVER_NODE
 from fedge_simulations.runs import LOCK, run_id_of
 from fedge_simulations.scenario import EVENTS
+from fedge_simulations.scenario.backdoor import brightest, target_of, triggered
 from fedge_simulations.states import FOLDER
 from fedge_simulations.world import World, prepare
 
@@ -142,7 +145,11 @@ def run(
             outcomes,
             clients=len(world.clients),
             holdings=Holdings(world.dataset, world.clients, world.names),
-            further={"leave_one_client_out": left_out, "devices": [device.to_json() for device in devices]},
+            further={
+                "leave_one_client_out": left_out,
+                "devices": [device.to_json() for device in devices],
+                "backdoors": backdoors(world, learned.model),
+            },
         )
         return Result(summary, learned, outcomes, devices, out)
 
@@ -194,6 +201,19 @@ def _leave_one_out(world: World, say: Say) -> list[dict[str, Any]]:
         scalars = {key: value for key, value in metrics.items() if isinstance(value, float)}
         found.append({"client": name, "examples": len(held.server.test), **scalars})
         say(f"left out client {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in scalars.items()))
+    return found
+
+
+def backdoors(world: World, model: WholeModel) -> list[dict[str, Any]]:
+    """Of test images that are not of a backdoor's class: the share that its pixel leads there."""
+    course, found = world.course(None), []
+    for target in sorted(t for kind in course.kinds if (t := target_of(kind)) is not None):
+        others = world.server.test.take(np.flatnonzero(world.server.test.y != target))
+        shown = replace(others, x=triggered(others.x, brightest(world.dataset.x)))
+        success, without = (
+            float((probabilities_of(model, images).argmax(1) == target).mean()) for images in (shown, others)
+        )
+        found.append({"class": target, "success": success, "without_trigger": without})
     return found
 
 

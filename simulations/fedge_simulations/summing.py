@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Error, Message
+from flwr.app import Error, Message, MetricRecord
 from flwr.common.constant import ErrorCode
 
 from fedge.dataset import Examples, Indices
 from fedge.learning import messages
 from fedge.learning.local import Job
-from fedge.learning.messages import Instructions
+from fedge.learning.messages import CLIENTS, METRICS, Instructions
 from fedge.statistics import Moments
 from fedge.task import Task
+from fedge.wire.arrays import records_of
 from fedge_client.app import client_seeds
 from fedge_simulations.course import Course
 from fedge_simulations.population import Population
@@ -89,3 +90,8 @@ def failure(message: Message, node_id: int, reason: str) -> Message:
     """The error reply of one of the nodes that the message was sent to."""
     own = Message(message.content, node_id, message.metadata.message_type)
     return Message(Error(ErrorCode.UNKNOWN, reason), reply_to=own)
+
+
+def clients_in(reply: Message) -> int:
+    """How many clients' updates a partial sum holds."""
+    return int(records_of(reply.content, MetricRecord)[METRICS][CLIENTS])  # type: ignore[arg-type]  # a number

@@ -27,13 +27,13 @@ from fedge_server.privacy.protection import expected_clients
 from fedge_server.privacy.rules import check_model, check_population
 from fedge_server.rounds.sampling import cohort_size
 from fedge_server.rounds.stopping import check_target
-from fedge_simulations.course import Course
 from fedge_simulations.engine import Engine
 from fedge_simulations.grid import ClientCall, UserConfig, VectorGrid
 from fedge_simulations.lazy import Lazy
 from fedge_simulations.partition import people
 from fedge_simulations.population import Population
 from fedge_simulations.scenario import Scenario, check
+from fedge_simulations.scenario.backdoor import brightest
 from fedge_simulations.states import FOLDER, States
 from fedge_simulations.summing import Holders
 from fedge_simulations.trainers import OneByOne, Trainers, hand_over
@@ -98,14 +98,19 @@ class World:
     def share_at(
         self, grid: VectorGrid, context: Context, instructions: Instructions
     ) -> tuple[Task, Examples]:
-        """The same, as much of it as the client holds by the Grid's clock, labelled as it believes."""
+        """The same, as much of it as the client holds by the Grid's clock, and as it believes it to be."""
         own = self.dataset.examples.take(grid.held_by(context.node_id))
-        believed = grid.believed_by(context.node_id, own.y, instructions.spec.classes)
-        return self.task, own if believed is own.y else replace(own, y=believed)
+        return self.task, grid.believed_by(context.node_id, own, instructions.spec.classes)
 
-    def course(self, home: Path | None) -> Course:
+    def course(self, home: Path | None) -> Scenario:
         """What befalls the clients; it is recorded in that folder, if any."""
-        return Scenario(self.config, clients=len(self.clients), labels=self.dataset.y, folder=home)
+        return Scenario(
+            self.config,
+            clients=len(self.clients),
+            labels=self.dataset.y,
+            trigger=brightest(self.dataset.x),
+            folder=home,
+        )
 
     def without(self, client: int) -> World:
         """The same world without one client, tested on all data of that client, held out or not."""
@@ -146,7 +151,7 @@ def prepare(config: Config) -> World:
             f"rounds.min_updates = {config.rounds.min_updates}: a round asks only "
             f"{cohort} of {len(clients)} clients"
         )
-    check(config, len(clients))
+    check(config, len(clients), dataset.spec)
     natural = config.clients.partition == "natural"
     names = dataset.clients if natural else Lazy(len(clients), str)
     world = World(config, task, dataset, server_part(dataset, parts), clients, names)

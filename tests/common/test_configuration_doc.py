@@ -96,6 +96,12 @@ def test_the_keys_and_defaults_of_a_section_are_those_of_the_code(name: str) -> 
         assert type(default) is type(keys_of(CODE[name])[key]), key
 
 
+ATTACKS = (
+    *("sign_flip", "scale", "noise", "nan", "label_flip", "free_rider"),
+    *("ipm", "alie", "mimic", "backdoor"),
+)
+
+
 def strategy_rows() -> list[tuple[str, str, str]]:
     return [
         (name.strip("`"), option.strip("`"), default)
@@ -125,7 +131,7 @@ def test_every_strategy_stands_in_the_document_with_its_options_and_defaults() -
     [
         ("train", "loss", typing.get_args(config.LossName)),
         ("train", "augmentation", ("flip", "shift", "noise", "mask")),
-        ("scenario", "attack", ("sign_flip", "scale", "noise", "nan", "label_flip", "free_rider")),
+        ("scenario", "attack", ATTACKS),
         ("clients", "partition", ("iid", "dirichlet", "shards", "natural", "draw")),
     ],
 )

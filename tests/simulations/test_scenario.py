@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from fedge.config import Config
+from fedge.dataset import Examples
 from fedge.errors import ConfigError, DataError, RoundError
 from fedge_simulations.course import Fate
-from fedge_simulations.scenario import EVENTS, Scenario, attacked, attacked_labels, drift
+from fedge_simulations.scenario import EVENTS, Scenario, attacked, drift
 from fedge_simulations.scenario.draws import log_normal, uniform
 from fedge_simulations.scenario.events import Recorder, Recording, Sending
 
@@ -221,10 +222,10 @@ def test_a_share_of_the_clients_attacks_always_and_only_in_training():
     assert not any(fate.attack for fate in ask(course, MANY, kind="evaluate"))
     assert course.attacks
     assert not scenario().attacks
-    y = np.array([0, 1, 3])
+    own = Examples(np.zeros((3, 1)), np.array([0, 1, 3]))
     flips, honest = kinds.index("label_flip") + 1, kinds.index("") + 1
-    assert course.labels(flips, y, 4, round=1).tolist() == attacked_labels(y, 4).tolist() == [3, 2, 0]
-    assert course.labels(honest, y, 4, round=1) is y
+    assert course.believed(flips, own, 4, round=1).y.tolist() == [3, 2, 0]
+    assert course.believed(honest, own, 4, round=1) is own
 
 
 TWENTY = np.arange(5, 25)
@@ -293,9 +294,10 @@ def test_a_recording_says_who_trains_with_wrong_labels(tmp_path):
     recorded = scenario(tmp_path, clients=100, attackers=0.5, attacks=["label_flip"])
     recorded.begin_round(0)
     kinds = [fate.attack for fate in ask(recorded, range(1, 101))]
-    replayed, y = scenario(clients=100, replay=str(tmp_path / EVENTS)), np.array([0, 3])
+    replayed = scenario(clients=100, replay=str(tmp_path / EVENTS))
+    own = Examples(np.zeros((2, 1)), np.array([0, 3]))
     for node, kind in enumerate(kinds, start=1):
-        assert replayed.labels(node, y, 4, round=1).tolist() == ([3, 0] if kind else [0, 3])
+        assert replayed.believed(node, own, 4, round=1).y.tolist() == ([3, 0] if kind else [0, 3])
 
 
 def test_what_a_recording_does_not_have_is_named(tmp_path):
@@ -380,8 +382,8 @@ BUSY = {
     "recharge_s": 400.0,
     "day_s": 200.0,
     "online_share": 0.6,
-    "attackers": 0.3,
-    "attacks": ["scale:2", "label_flip"],
+    "attackers": 0.6,
+    "attacks": ["scale:2", "label_flip", "ipm:0.5", "alie", "mimic", "backdoor:3"],
     "data": "growing",
     "data_over_s": 300.0,
     "pause_s": 10.0,

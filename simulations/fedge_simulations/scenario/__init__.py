@@ -7,7 +7,8 @@ the order of asking changes nothing. Only batteries remember: what committed rou
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -17,19 +18,23 @@ from flwr.app import Message, MessageType
 
 from fedge.config import Config
 from fedge.config import Scenario as Settings
-from fedge.dataset import Indices
+from fedge.dataset import Examples, Indices
 from fedge.errors import ConfigError, DataError
 from fedge.learning import messages
 from fedge.learning.messages import Instructions
-from fedge_simulations.course import Fate
+from fedge.learning.state import NamedArrays
+from fedge.spec import Spec
+from fedge_simulations.course import Fate, Ring
 from fedge_simulations.scenario import drift
 from fedge_simulations.scenario.attacks import attacked, attacked_labels
+from fedge_simulations.scenario.backdoor import poisoned, target_of
 from fedge_simulations.scenario.battery import Batteries
+from fedge_simulations.scenario.collusion import agreed, colludes
 from fedge_simulations.scenario.draws import Floats, Nodes
 from fedge_simulations.scenario.events import EVENTS, Recorder, Recording, Sending
 from fedge_simulations.scenario.traits import Of, Traits
 
-__all__ = ["EVENTS", "Scenario", "attacked", "attacked_labels", "check"]
+__all__ = ["EVENTS", "Scenario", "attacked", "check"]
 
 _LOOK: Final = 1 / 3  # of a training pass: one without a backward pass
 _REASONS: Final = ("dropped out", "battery empty", "went offline")
@@ -44,6 +49,7 @@ class Scenario:
         *,
         clients: int,
         labels: npt.NDArray[np.int64],
+        trigger: float = 255.0,
         folder: Path | None = None,
     ) -> None:
         """Open the recording that is replayed, if any.
@@ -52,6 +58,7 @@ class Scenario:
             config: of the run.
             clients: how many there are.
             labels: of the whole data set.
+            trigger: what a backdoor's pixel is set to.
             folder: where events.jsonl is written; None: nowhere.
 
         Raises:
@@ -60,7 +67,7 @@ class Scenario:
         """
         settings = self.settings = config.scenario
         _check(config)
-        self._epochs, self._labels = config.train.epochs, labels
+        self._epochs, self._labels, self._trigger = config.train.epochs, labels, trigger
         self._traits = Traits(settings, config.seed)
         self._replay = None if settings.replay is None else Recording(Path(settings.replay), clients=clients)
         if self._replay is not None and settings.battery_s is not None and not self._replay.has_work:
@@ -75,7 +82,10 @@ class Scenario:
         self._round: int | None = None  # None: not begun
         self._worked: list[Sending] = []  # of the round, for the batteries
         self.pause_s = settings.pause_s
-        self.attacks = self._replay.attacks if self._replay is not None else settings.attackers > 0
+        drawn = frozenset(settings.attacks if settings.attackers else ())
+        self.kinds = drawn if self._replay is None else frozenset(self._replay.kinds)  # of attacks
+        self.attacks = bool(self.kinds)
+        self._agreed: dict[str, tuple[Ring, NamedArrays]] = {}  # by attack: what its last ring has agreed on
 
     def begin_round(self, number: int) -> None:
         """Let what earlier rounds did count, and forget what was recorded of this one or a later one.
@@ -233,33 +243,46 @@ class Scenario:
         key = self._traits.key(Of.DATA, node_id)
         return drift.part(self.settings, indices, self._labels, key=key, clock_s=clock_s)
 
-    def labels(
+    def believed(
         self,
         node_id: int,
-        labels: npt.NDArray[np.int64],
+        own: Examples,
         classes: int,
         *,
         round: int,  # noqa: A002 - the word of the domain
-    ) -> npt.NDArray[np.int64]:
-        """What the client takes for the labels of its examples."""
+    ) -> Examples:
+        """What the client takes for its examples."""
         if not self.attacks:
-            return labels
+            return own
         if self._replay is not None:
             attack = self._replay.attack_of(round, node_id)
         else:
             attack = str(self._traits.attacks(np.array([node_id]))[0])
-        return attacked_labels(labels, classes) if attack == "label_flip" else labels
+        if (target := target_of(attack)) is not None:
+            return poisoned(own, target, self._trigger)
+        return replace(own, y=attacked_labels(own.y, classes)) if attack == "label_flip" else own
 
-    def attack(self, fate: Fate, sent: Message, reply: Message) -> Message:
+    def attack(self, fate: Fate, sent: Message, reply: Message, ring: Callable[[], Ring]) -> Message:
         """The answer of a client whose fate names an attack."""
         asked = Instructions.of(sent)
         record = messages.arrays_named(reply.content, messages.ARRAYS)
         state = messages.from_record(messages.arrays_named(sent.content, messages.ARRAYS))
-        honest = messages.from_record(record)
-        seed = self._traits.key(Of.NOISE, sent.metadata.dst_node_id, asked.round)
-        changed = attacked(honest, {} if asked.update == "gradient" else state, fate.attack, seed)
+        start = {} if asked.update == "gradient" else state
+        if colludes(fate.attack):
+            changed = self._agreed_on(fate.attack, start, ring())
+        else:
+            seed = self._traits.key(Of.NOISE, sent.metadata.dst_node_id, asked.round)
+            changed = attacked(messages.from_record(record), start, fate.attack, seed)
         reply.content[messages.ARRAYS] = messages.to_record(changed, shared=False)
         return reply
+
+    def _agreed_on(self, attack: str, start: NamedArrays, ring: Ring) -> NamedArrays:
+        """What each of a ring sends, worked out once: arrays of its own, which a strategy may write to."""
+        known = self._agreed.get(attack)
+        if known is None or known[0] is not ring:
+            answers = [messages.from_record(answer) for answer in ring.answers]
+            known = self._agreed[attack] = (ring, agreed(answers, start, attack, ring.asked))
+        return {name: value.copy() for name, value in known[1].items()}
 
 
 def _seconds(size: int, bytes_per_s: float | None, speed: Floats) -> Floats:
@@ -279,14 +302,20 @@ def _check(config: Config) -> None:
         )
 
 
-def check(config: Config, clients: int) -> None:
+def check(config: Config, clients: int, spec: Spec) -> None:
     """Refuse a scenario that cannot be played, before anything is written.
 
     Raises:
-        ConfigError: settings that contradict each other.
+        ConfigError: settings that contradict each other, or the data.
         DataError: the recording cannot be used.
     """
-    Scenario(config, clients=clients, labels=np.zeros(0, np.int64))
+    for attack in sorted(Scenario(config, clients=clients, labels=np.zeros(0, np.int64)).kinds):
+        target = target_of(attack)
+        if target is not None and (spec.kind != "image" or target >= spec.classes):
+            raise ConfigError(
+                f"scenario.attacks: {attack!r} is a pixel on images that leads to a class from 0 to "
+                f"{spec.classes - 1}, and the data are {spec.kind}; take another class or attack"
+            )
 
 
 def plain(settings: Settings) -> bool:

@@ -18,15 +18,15 @@ def attacked(arrays: NamedArrays, state: NamedArrays, attack: str, seed: int) ->
         state: what it started from; zeros where clients send gradients. A name that is not in it counts
             from zero.
         attack: as in `scenario.attacks`: sign_flip and scale:FACTOR change the update (arrays - state),
-            noise:STD adds to it, nan replaces it, free_rider sends the state back. label_flip changes
-            nothing here: the client has trained with wrong labels.
+            noise:STD adds to it, nan replaces it, free_rider sends the state back. label_flip and backdoor
+            change nothing here: the client has trained with wrong examples.
         seed: of the noise.
     """
     kind, _, value = attack.partition(":")
     rng = np.random.default_rng(seed)
     found: NamedArrays = {}
     for name, array in arrays.items():
-        if not np.issubdtype(array.dtype, np.floating) or kind == "label_flip":
+        if not np.issubdtype(array.dtype, np.floating) or kind in ("label_flip", "backdoor"):
             found[name] = array
             continue
         start = np.asarray(state.get(name, np.zeros_like(array)), array.dtype)

@@ -182,7 +182,7 @@ class Recording:
         """
         self._path = path
         self._places: dict[tuple[int, str], list[int]] = {}
-        self.attacks = False  # whether anybody attacks in it
+        self.kinds: set[str] = set()  # of attacks in it
         self.has_work = True  # whether it says how long clients worked
         try:
             with path.open("rb") as file:
@@ -226,7 +226,7 @@ class Recording:
                     "or delete the line if it is the last of a run that was killed"
                 ) from error
             self._places.setdefault((sending.round, sending.kind), []).append(place)
-            self.attacks = self.attacks or any(fate.attack for fate in sending.fates)
+            self.kinds |= {fate.attack for fate in sending.fates if fate.attack}
             self.has_work = self.has_work and sending.work_s is not None
 
     def fates(self, number: int, kind: str, node_ids: Sequence[int]) -> tuple[list[Fate], list[float]]:
