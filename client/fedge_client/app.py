@@ -12,12 +12,14 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedge.dataset import Dataset, Examples
 from fedge.errors import ConfigError, DataError, FormatError
+from fedge.holdout import kept_back, places
 from fedge.learning import draws, local, messages
 from fedge.learning.guard import guarded, noised_share, reference
 from fedge.learning.local import Job, Trained, Trainer
@@ -144,7 +146,7 @@ def build(
     @client.query("moments")
     def moments(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
-        _, examples = share(context, instructions)
+        _, examples = trained_on(share(context, instructions), instructions)
         return messages.moments_reply(message, Moments.of(examples.x, instructions.spec), len(examples))
 
     masking.answer_queries(
@@ -154,7 +156,8 @@ def build(
     @client.train()
     def train(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
-        job = _job(message, instructions, *share(context, instructions), context.node_id)
+        own = trained_on(share(context, instructions), instructions)
+        job = _job(message, instructions, *own, context.node_id)
         if instructions.guard is not None:
             if instructions.guard.kind == "distributed" and not masking.is_asked_for(message):
                 raise FormatError("guard distributed: a share of the noise hides nothing without masks")
@@ -164,15 +167,43 @@ def build(
     @client.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
-        job = _job(message, instructions, *share(context, instructions), context.node_id)
+        own = evaluated_on(share(context, instructions), instructions)
+        job = _job(message, instructions, *own, context.node_id)
         model, x, y = local.prepared(job)
         found = evaluate_metrics(local.logits(model, x).softmax(1).numpy(), y.numpy(), ("accuracy",))
         loss, accuracy = found["loss"], found["accuracy"]
         assert isinstance(loss, float)  # noqa: S101 - narrows the union for the type checker
         assert isinstance(accuracy, float)  # noqa: S101 - likewise
-        return messages.evaluate_reply(message, examples=len(y), loss=loss, accuracy=accuracy)
+        return messages.evaluate_reply(
+            message, examples=len(y), loss=loss, accuracy=accuracy, held_out=instructions.holdout > 0
+        )
 
     return client
+
+
+def trained_on(own: tuple[Task, Examples], instructions: Instructions) -> tuple[Task, Examples]:
+    """The task and what is left of a client's examples to train on, and to take moments of."""
+    return _divided(own, instructions, back=False) if instructions.holdout else own
+
+
+def evaluated_on(own: tuple[Task, Examples], instructions: Instructions) -> tuple[Task, Examples]:
+    """The task and what a client evaluates on: what it keeps back, or else all that it trains with.
+
+    Raises:
+        DataError: it has so few examples that it keeps none back.
+    """
+    if not instructions.holdout:
+        return own
+    task, examples = _divided(own, instructions, back=True)
+    if not len(examples):
+        raise DataError(f"data: none of {len(own[1])} examples is kept back (evaluate.client_holdout)")
+    return task, examples
+
+
+def _divided(own: tuple[Task, Examples], instructions: Instructions, *, back: bool) -> tuple[Task, Examples]:
+    task, examples = own
+    held = kept_back(places(examples.x, instructions.seed), instructions.holdout)
+    return task, examples.take(np.flatnonzero(held == back))
 
 
 def _answer(message: Message, context: Context, job: Job, done: Trained) -> Message:

@@ -29,6 +29,8 @@ Positive = Annotated[float, Field(gt=0, strict=True)]
 NotNegative = Annotated[float, Field(ge=0, strict=True)]
 Count = Annotated[int, Field(ge=1, lt=2**53, strict=True)]
 WholeOrNone = Annotated[int, Field(ge=0, lt=2**31, strict=True)]  # 0: chosen by fedge
+Confidence = Annotated[float, Field(gt=0.5, lt=1, strict=True)]
+Resamples = Annotated[int, Field(ge=200, le=100_000, strict=True)]
 
 TierName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 LedgerName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
@@ -153,8 +155,11 @@ class Rounds:
     min_updates: Count = 1  # fewer valid updates than this: the round does not count
     deadline_s: Positive | None = None  # after this it closes with what has come
     target: Annotated[str, AfterValidator(_parses_as_target)] | None = None  # "accuracy>=0.97"
+    # reached once it holds with this certainty, one-sided, over the test data; None: once the figure does
+    target_confidence: Confidence | None = None
     patience: Count | None = None  # stop after so many rounds without a gain of min_gain
     min_gain: NotNegative = 0.001  # of the target's metric, or accuracy
+    smooth: Count = 1  # patience looks at the mean of so many last rounds
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -265,8 +270,14 @@ class Evaluate:
     holdout_fraction: Share = 0.2  # of all data, stratified, where the file has no split of its own
     gate_fraction: Fraction = 0.5  # of the hold-out: for the release gate and nothing else
     proxy_fraction: Share = 0.1  # of the training data: the server's own, to distil and calibrate with
-    federated: bool = False  # also let all clients evaluate the global model, on the data they train with
-    leave_one_client_out: bool = False  # also train without each client and test on it
+    # also let all clients evaluate the global model: on what they keep back, else on what they train with
+    federated: bool = False
+    client_holdout: Share = 0.0  # of each client's own examples that it keeps back from training
+    # also train so many times without a part of the data and test on it: whole natural clients, else examples
+    folds: Annotated[int, Field(ge=2, le=1000, strict=True)] | None = None
+    leave_one_client_out: bool = False  # the same without each natural client in turn
+    confidence: Confidence = 0.95  # of intervals, two-sided
+    resamples: Resamples = 1000  # of the bootstrap
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -297,10 +308,8 @@ class Prune:
 class Gate:
     """`[compress.gate]`: how sure the evidence must be."""
 
-    confidence: Annotated[float, Field(gt=0.5, lt=1, strict=True)] = (
-        0.95  # one-sided, over all attempts of a tier
-    )
-    resamples: Annotated[int, Field(ge=200, le=100_000, strict=True)] = 4000
+    confidence: Confidence = 0.95  # one-sided, over all attempts of a tier
+    resamples: Resamples = 4000
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from fedge.config import Config
-from fedge.dataset import Dataset, Examples, Split, split
+from fedge.dataset import Dataset, Examples, Indices, Split, split
+from fedge.errors import ConfigError
 from fedge.spec import Spec
 from fedge.task import Source, Task
 
@@ -23,6 +24,7 @@ class ServerData:
     proxy: Examples  # in the training distribution: distillation and calibration; may be empty
     test: Examples  # accuracy of each round, and when to stop
     gate: Examples  # the release gate, and nothing else
+    test_owners: Indices | None = None  # natural client of each test example; None: not known
 
     def digest(self) -> str:
         """SHA-256 over spec and examples by purpose: a resumed run must find the same data again."""
@@ -45,8 +47,23 @@ def source_of(config: Config) -> Source:
 
 
 def split_of(config: Config, dataset: Dataset) -> Split:
-    """The configuration's split of a data set by purpose."""
+    """The configuration's split of a data set by purpose.
+
+    Raises:
+        ConfigError: clients were to keep examples back, and the data's share values.
+        DataError: too few examples.
+    """
     settings = config.evaluate
+    if settings.client_holdout and not settings.federated:
+        raise ConfigError(
+            "evaluate.client_holdout: nothing is measured on what clients keep back; set evaluate.federated "
+            "= true, or leave it out"
+        )
+    if settings.client_holdout and dataset.overlap:
+        raise ConfigError(
+            "evaluate.client_holdout: this task's examples overlap, so those kept back would share values "
+            "with those trained on; leave it out"
+        )
     return split(
         dataset,
         holdout=settings.holdout_fraction,
@@ -59,7 +76,10 @@ def split_of(config: Config, dataset: Dataset) -> Split:
 def server_part(dataset: Dataset, parts: Split) -> ServerData:
     """The server's share of a data set that a simulation divides among server and clients."""
     whole = dataset.examples
-    return ServerData(dataset.spec, whole.take(parts.proxy), whole.take(parts.test), whole.take(parts.gate))
+    owners = None if dataset.client is None else dataset.client[parts.test]
+    return ServerData(
+        dataset.spec, whole.take(parts.proxy), whole.take(parts.test), whole.take(parts.gate), owners
+    )
 
 
 def own_data(config: Config, task: Task) -> ServerData:

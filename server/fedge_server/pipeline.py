@@ -19,6 +19,7 @@ from fedge.files import write_atomically
 from fedge.task import Task
 from fedge_server.compression import TierOutcome, compress
 from fedge_server.data import ServerData
+from fedge_server.evaluation.intervals import Answered, stated
 from fedge_server.plots import Holdings
 from fedge_server.privacy import accounting
 from fedge_server.privacy.report import PrivacyReport, privacy_report
@@ -28,6 +29,7 @@ from fedge_server.release import publish_outcomes
 from fedge_server.report import Report, write_report
 from fedge_server.rounds.loop import Learned, Observer
 from fedge_server.rounds.record import RoundRecord
+from fedge_server.rounds.scoring import probabilities_of
 from fedge_server.summary import summarise
 
 SUMMARY, HISTORY, MODEL, REPORT = "summary.json", "history.jsonl", "model.safetensors", "report.html"
@@ -133,6 +135,7 @@ def conclude(
         clients=clients,
         seconds=time.perf_counter() - place.started,
         privacy=privacy,
+        intervals=_intervals(place, learned),
         further=further or {},
     )
     report = Report.of(place.config, place.server.spec, learned, outcomes, summary, privacy, holdings)
@@ -140,6 +143,19 @@ def conclude(
     write_atomically(place.folder / PRIVACY, json.dumps(privacy.to_json(), indent=2).encode())
     write_atomically(place.folder / SUMMARY, json.dumps(summary, indent=2).encode())
     return summary
+
+
+def _intervals(place: Place, learned: Learned) -> dict[str, Any]:
+    """How sure the final metrics are."""
+    settings, test = place.config.evaluate, place.server.test
+    answers = probabilities_of(learned.model, test)
+    return stated(
+        [name for name, value in learned.records[-1].metrics.items() if isinstance(value, float)],
+        Answered.of(answers, test.y, place.server.test_owners),
+        confidence=settings.confidence,
+        resamples=settings.resamples,
+        seed=place.config.seed,
+    )
 
 
 def _privacy(place: Place, records: Sequence[RoundRecord]) -> PrivacyReport:

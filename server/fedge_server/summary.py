@@ -25,6 +25,7 @@ def summarise(
     clients: int,
     seconds: float,
     privacy: PrivacyReport,
+    intervals: dict[str, Any],
     further: dict[str, Any],
 ) -> dict[str, Any]:
     """What `summary.json` holds; absent parts are left out.
@@ -36,6 +37,7 @@ def summarise(
         clients: how many there were.
         seconds: wall time of the whole run.
         privacy: who could see what.
+        intervals: of the global model's metrics, as `evaluation.intervals.stated` gives them.
         further: parts that only some worlds have, such as devices.
     """
     last = learned.records[-1]
@@ -54,10 +56,12 @@ def summarise(
         "bytes_down": sum(record.bytes_down for record in learned.records),
         "global_model": {
             **scalars,
+            **({"intervals": intervals} if intervals else {}),
             "parameters": parameters(learned.model.network),
             "bytes": fp32_bytes(learned.model.network),
             "sha256": learned.model_sha256,
         },
+        "on_clients": dict(last.client_metrics),
         "privacy": privacy.to_json(),
         **further,
         "variants": [_tier(outcome) for outcome in outcomes],

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fedge.config import Target
+from fedge.config import Rounds, Target
 from fedge.errors import UserError
 from fedge_server.rounds.record import RoundRecord
+from fedge_server.rounds.stopping import reached_target_at
 from fedge_simulations import runs
 from fedge_simulations.runs import Past
 from fedge_simulations.statistics import CONFIDENCE, Estimate, estimate
@@ -34,6 +35,7 @@ class Group:
     runs: tuple[Past, ...]  # by seed
     figures: Mapping[str, Estimate]  # final, best, seconds, bytes, ...
     reached: int | None  # so many of the runs reached the target; None: there is no target
+    interval: tuple[float, float] | None  # of the final metric over the test data, where there is one run
     curve: tuple[Estimate, ...]  # the metric after round 1 .. the last that all runs have
 
 
@@ -204,11 +206,16 @@ def _group(members: Sequence[Past], keys: Sequence[str], metric: str, target: Ta
         runs=tuple(members),
         figures={name: estimate(each) for name, each in values.items()},
         reached=None if target is None else sum(number is not None for number in at),
+        interval=members[0].records[-1].intervals.get(metric) if len(members) == 1 else None,
         curve=tuple(estimate([scalar(p.records[i], metric) for p in members]) for i in range(length)),
     )
 
 
 def _reached(past: Past, target: Target) -> int | None:
+    """By the bound where the run itself asked for that target with a confidence."""
+    own, sure = past.settings.get("rounds.target"), past.settings.get("rounds.target_confidence")
+    if own and sure and Target.parse(str(own)) == target:
+        return reached_target_at(past.records, Rounds(target=str(own), target_confidence=float(sure)))
     for record in past.records:
         scalars = {name: value for name, value in record.metrics.items() if isinstance(value, float)}
         if target.reached(scalars):
@@ -246,6 +253,8 @@ def _cautions(found: Sequence[Past], keys: Sequence[str], groups: Sequence[Group
         notes.append("the groups differ only in how they use the machine")
     if all(len(group.runs) == 1 for group in groups):
         notes.append("one seed each: a difference may be chance; run more seeds for intervals")
+    if any(group.interval for group in groups):
+        notes.append("in brackets: one run's interval over its test data, which other seeds may leave")
     return notes
 
 
@@ -259,6 +268,7 @@ def _group_json(group: Group) -> dict[str, Any]:
         ],
         "n": len(group.runs),
         **{name: figure.to_json() for name, figure in group.figures.items()},
+        **({} if group.interval is None else {"test_interval": list(group.interval)}),
         **({} if group.reached is None else {"reached_target": group.reached}),
         "curve": [point.to_json() for point in group.curve],
     }

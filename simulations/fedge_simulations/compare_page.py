@@ -39,7 +39,7 @@ def row(comparison: Comparison, group: Group) -> list[str]:
     return [
         group.label,
         str(len(group.runs)),
-        written(figures["final"], 4),
+        written(figures["final"], 4) + _bracketed(group),
         written(figures["best"], 4),
         *target,
         counted(figures["rounds"]),
@@ -58,6 +58,10 @@ def written(figure: Estimate, digits: int, *, unit: float = 1.0, sign: str = "")
     """A mean with its interval; without one where a single run gives none."""
     mean = f"{figure.mean / unit:{sign},.{digits}f}"
     return mean if figure.half_width is None else f"{mean} \u00b1 {figure.half_width / unit:,.{digits}f}"
+
+
+def _bracketed(group: Group) -> str:
+    return "" if group.interval is None else " [{:.4f}, {:.4f}]".format(*group.interval)
 
 
 def counted(figure: Estimate) -> str:

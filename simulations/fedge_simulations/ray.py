@@ -56,8 +56,10 @@ def check(config: Config) -> None:
         raise ConfigError(
             "scenario: simulation.engine = 'ray' has no simulated clock; leave all but its pace out"
         )
-    if config.evaluate.leave_one_client_out:
-        raise ConfigError("evaluate.leave_one_client_out: not with simulation.engine = 'ray'; leave one out")
+    if config.evaluate.leave_one_client_out or config.evaluate.folds:
+        raise ConfigError(
+            "evaluate.folds, evaluate.leave_one_client_out: not with simulation.engine = 'ray'; leave one out"
+        )
 
 
 def run(server: ServerApp, world: World, settings: UserConfig) -> None:

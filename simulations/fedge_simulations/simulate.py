@@ -44,6 +44,7 @@ from fedge_server.rounds.stopping import why_stop
 from fedge_simulations import ray
 from fedge_simulations.devices import DEVICES, DeviceHome, DeviceResult, deliver
 from fedge_simulations.engine.measured import PLAN
+from fedge_simulations.folds import FOLDS, cross_validate
 from fedge_simulations.grid import RUN_ID, SERVER_NODE
 from fedge_simulations.runs import LOCK, run_id_of
 from fedge_simulations.scenario import EVENTS
@@ -138,7 +139,7 @@ def run(
         learned = learn(world, folder, place.run_id, observer(place, observe))
         outcomes, released = release(place, learned)
         devices = _deliver(folder, outcomes, world) if released else ()
-        left_out = _leave_one_out(world, say) if config.evaluate.leave_one_client_out else []
+        validated = cross_validate(world, folder / FOLDS, learn, say)
         summary = conclude(
             place,
             learned,
@@ -146,7 +147,7 @@ def run(
             clients=len(world.clients),
             holdings=Holdings(world.dataset, world.clients, world.names),
             further={
-                "leave_one_client_out": left_out,
+                "cross_validation": validated,
                 "devices": [device.to_json() for device in devices],
                 "backdoors": backdoors(world, learned.model),
             },
@@ -188,20 +189,6 @@ def _deliver(folder: Path, outcomes: tuple[TierOutcome, ...], world: World) -> t
     scored = {o.tier: o.variant.probabilities for o in outcomes if o.variant is not None}
     homes = [DeviceHome(f"{tier}-1", tier, folder / DEVICES / f"{tier}-1") for tier in scored]
     return deliver(folder, homes, scored, world.server.gate, world.server.spec.labels)
-
-
-def _leave_one_out(world: World, say: Say) -> list[dict[str, Any]]:
-    """Train without each client in turn and test on all of its data."""
-    found = []
-    for i, name in enumerate(world.names):
-        held = world.without(i)
-        with tempfile.TemporaryDirectory(prefix="fedge-") as home:
-            learned = learn(held, Path(home), f"without-{i}", lambda _: None)
-        metrics = learned.records[-1].metrics
-        scalars = {key: value for key, value in metrics.items() if isinstance(value, float)}
-        found.append({"client": name, "examples": len(held.server.test), **scalars})
-        say(f"left out client {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in scalars.items()))
-    return found
 
 
 def backdoors(world: World, model: WholeModel) -> list[dict[str, Any]]:
@@ -249,7 +236,7 @@ def _remove_run(folder: Path) -> None:
     """Delete what a run writes, and nothing that somebody else put beside it."""
     for name in (SUMMARY, HISTORY, MODEL, REPORT, PRIVACY, EVENTS, PLAN):
         (folder / name).unlink(missing_ok=True)
-    for name in ("store", PUBLISHED, KEYS, DEVICES, FOLDER):
+    for name in ("store", PUBLISHED, KEYS, DEVICES, FOLDER, FOLDS):
         shutil.rmtree(folder / name, ignore_errors=True)
     for database in folder.glob("fedge.db*"):
         database.unlink()

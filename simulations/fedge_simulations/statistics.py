@@ -33,8 +33,27 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, quantile(n - 1) * deviation / math.sqrt(n), n)
 
 
-def quantile(degrees: int) -> float:
-    """Of Student's t, for a two-sided interval at CONFIDENCE."""
+def corrected(values: Sequence[float], ratio: float, confidence: float) -> dict[str, float]:
+    """Mean, deviation and interval over the parts of a cross-validation.
+
+    Nadeau and Bengio 2003, Inference for the Generalization Error: trainings that share data agree more than
+    independent ones would, so the variance of their mean is (1/k + n_test/n_train) s^2 and not s^2/k,
+    with Student's t of k - 1 degrees.
+
+    Args:
+        values: of a metric, one for each of k parts, at least two.
+        ratio: examples tested on over examples trained on, of a part.
+        confidence: of the interval, two-sided.
+    """
+    k = len(values)
+    mean = math.fsum(values) / k
+    variance = math.fsum((value - mean) ** 2 for value in values) / (k - 1)
+    half = quantile(k - 1, confidence) * math.sqrt((1 / k + ratio) * variance)
+    return {"mean": mean, "std": math.sqrt(variance), "low": mean - half, "high": mean + half}
+
+
+def quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
+    """Of Student's t, for a two-sided interval."""
     from scipy.special import stdtrit  # half a second, which --help must not take
 
-    return float(stdtrit(degrees, (1 + CONFIDENCE) / 2))
+    return float(stdtrit(degrees, (1 + confidence) / 2))

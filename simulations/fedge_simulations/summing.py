@@ -9,6 +9,7 @@ from flwr.app import Error, Message, MetricRecord
 from flwr.common.constant import ErrorCode
 
 from fedge.dataset import Examples, Indices
+from fedge.holdout import Places, kept_back
 from fedge.learning import messages
 from fedge.learning.local import Job
 from fedge.learning.messages import CLIENTS, METRICS, Instructions
@@ -29,6 +30,8 @@ class Holders:
     examples: Examples  # the whole data set
     population: Population
     course: Course  # may say that a client does not hold all of it yet
+    held_out: Places | None = None  # of the examples, where clients keep some back from training
+    holdout: float = 0.0  # share of them
 
     def size(self, node_id: int) -> int:
         """How many examples a node ever holds."""
@@ -38,6 +41,14 @@ class Holders:
         """Positions of the examples that a node holds in a round."""
         own = self.population[node_id - 1]
         return self.course.examples(node_id, own, round=number, clock_s=clock_s)
+
+    def trained_on(self, node_id: int, number: int, clock_s: float) -> Indices:
+        """Those of them that the node does not keep back, as its app leaves them out too."""
+        own = self.indices(node_id, number, clock_s)
+        if self.held_out is None:
+            return own
+        found: Indices = own[~kept_back(self.held_out[own], self.holdout)]
+        return found
 
 
 def sum_of(
@@ -62,7 +73,7 @@ def sum_of(
     state = messages.from_record(messages.arrays_named(message.content, messages.ARRAYS))
     seeds = client_seeds(instructions.seed, instructions.round, node_ids)
     clients = [
-        Client(node_id, holders.indices(node_id, number, clock_s), seed)
+        Client(node_id, holders.trained_on(node_id, number, clock_s), seed)
         for node_id, seed in zip(node_ids, seeds, strict=True)
     ]
     found = trainers.sum(Job(holders.task, instructions, state, holders.examples, 0), clients)
@@ -80,7 +91,7 @@ def sum_of_moments(
     """The moments of these nodes' data together; one node's examples are in memory at a time."""
     spec, parts, total = Instructions.of(message).spec, [], 0
     for node_id in node_ids:
-        own = holders.examples.take(holders.indices(node_id, number, clock_s))
+        own = holders.examples.take(holders.trained_on(node_id, number, clock_s))
         parts.append(Moments.of(own.x, spec))
         total += len(own)
     return messages.moments_reply(message, Moments.sum(parts), total)

@@ -13,6 +13,7 @@ from flwr.app import Context
 from fedge.config import Config
 from fedge.dataset import Dataset, Examples
 from fedge.errors import ConfigError
+from fedge.holdout import places
 from fedge.learning.augment import augment
 from fedge.learning.messages import Instructions
 from fedge.noise import derived_key
@@ -73,11 +74,17 @@ class World:
             run_config,
             trainers=trainers or self.trainers(home),
             course=course,
-            holders=Holders(self.task, self.dataset.examples, self.clients, course),
+            holders=self.holders(course),
             sums=around is None,
             states=States(home / FOLDER if home else None),
         )
         return grid
+
+    def holders(self, course: Scenario) -> Holders:
+        """Who holds what, and keeps what of it back."""
+        share, examples = self.config.evaluate.client_holdout, self.dataset.examples
+        held_out = places(examples.x, self.config.seed) if share else None
+        return Holders(self.task, examples, self.clients, course, held_out, share)
 
     def trainers(self, home: Path | None = None) -> Trainers:
         """Who does the clients' jobs, as the configuration says; what it measures is kept in that folder."""
@@ -112,15 +119,15 @@ class World:
             folder=home,
         )
 
-    def without(self, client: int) -> World:
-        """The same world without one client, tested on all data of that client, held out or not."""
+    def without(self, clients: Sequence[int]) -> World:
+        """The same world without some natural clients, tested on all data of these, held out or not."""
         assert self.dataset.client is not None  # noqa: S101 - `prepare` has refused other partitions
-        members = np.flatnonzero(self.dataset.client == client)
-        test = self.dataset.examples.take(members)
-        rest = [i for i in range(len(self.clients)) if i != client]
+        members = np.flatnonzero(np.isin(self.dataset.client, clients))
+        test, owners = self.dataset.examples.take(members), self.dataset.client[members]
+        rest = [i for i in range(len(self.clients)) if i not in set(clients)]
         return replace(
             self,
-            server=replace(self.server, test=test),
+            server=replace(self.server, test=test, test_owners=owners),
             clients=Population.dealt([self.clients[i] for i in rest]),
             names=tuple(self.names[i] for i in rest),
         )
@@ -139,12 +146,11 @@ def prepare(config: Config) -> World:
         DataError: the data cannot be used.
     """
     task = resolve(config.task)
-    _check_leave_one_out(config)
+    _check_folds(config)
     dataset = task.read(source_of(config))
     parts = split_of(config, dataset)
     clients = people(dataset, parts.train, config.clients, config.seed)
-    if config.evaluate.leave_one_client_out and len(clients) < 2:
-        raise ConfigError("evaluate.leave_one_client_out: the data has one client; nobody is left to train")
+    _check_folds_of(config, dataset, len(clients))
     cohort = cohort_size(len(clients), config.rounds)
     if config.rounds.min_updates > cohort:
         raise ConfigError(
@@ -161,15 +167,38 @@ def prepare(config: Config) -> World:
     return world
 
 
-def _check_leave_one_out(config: Config) -> None:
-    if not config.evaluate.leave_one_client_out:
+def _check_folds(config: Config) -> None:
+    settings = config.evaluate
+    if settings.folds is None and not settings.leave_one_client_out:
         return
-    if config.clients.partition != "natural":
+    if settings.leave_one_client_out and settings.folds is not None:
+        raise ConfigError(
+            "evaluate.folds: with evaluate.leave_one_client_out each client is a fold; leave one out"
+        )
+    key = "evaluate.folds" if settings.folds else "evaluate.leave_one_client_out"
+    if settings.leave_one_client_out and config.clients.partition != "natural":
         raise ConfigError("evaluate.leave_one_client_out: needs clients.partition = 'natural'")
     if config.rounds.target is not None or config.rounds.patience is not None:
         raise ConfigError(
-            "evaluate.leave_one_client_out: leave rounds.target and rounds.patience out; they would stop "
-            "each run by its score on the very client that is left out"
+            f"{key}: leave rounds.target and rounds.patience out; they would stop each training by its score "
+            "on the very data that is left out"
+        )
+
+
+def _check_folds_of(config: Config, dataset: Dataset, clients: int) -> None:
+    settings, natural = config.evaluate, config.clients.partition == "natural"
+    if settings.leave_one_client_out and clients < 2:
+        raise ConfigError("evaluate.leave_one_client_out: the data has one client; nobody is left to train")
+    if settings.folds is None:
+        return
+    if natural and settings.folds > clients:
+        raise ConfigError(
+            f"evaluate.folds = {settings.folds}: there are {clients} clients to leave out; lower it"
+        )
+    if not natural and dataset.overlap:
+        raise ConfigError(
+            "evaluate.folds: this task's examples overlap, so a fold would share values with the others; set "
+            "clients.partition = 'natural' to leave whole clients out"
         )
 
 

@@ -116,8 +116,9 @@ def test_a_table_with_missing_values_leaves_out_each_hospital(tmp_path):
     )
     summary = run(config).summary
     assert summary["global_model"]["auc"] > 0.8
-    assert [entry["client"] for entry in summary["leave_one_client_out"]] == ["north", "south"]
-    assert all(entry["auc"] > 0.8 and entry["examples"] == 120 for entry in summary["leave_one_client_out"])
+    folds = summary["cross_validation"]["folds"]
+    assert [fold["clients"] for fold in folds] == [["north"], ["south"]]
+    assert all(fold["auc"] > 0.8 and fold["examples"] == 120 for fold in folds)
 
 
 @pytest.mark.slow

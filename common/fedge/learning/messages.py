@@ -5,7 +5,7 @@
 | query.ping | nothing | metrics: num-examples, 0 |
 | query.moments | config | moments (arrays), metrics: num-examples |
 | train | arrays (global state), config | arrays (state, or gradients), metrics: num-examples, train_loss |
-| evaluate | arrays (global state), config | metrics: num-examples, loss, accuracy |
+| evaluate | arrays (global state), config | metrics: num-examples, loss, accuracy, and held-out where told |
 
 Keys that Flower's own strategies add to the config (`server-round`, `proximal-mu`) are read here too.
 """
@@ -32,6 +32,7 @@ from fedge.wire.arrays import MemoryArray, put, records_of
 ARRAYS, CONFIG, METRICS, MOMENTS = "arrays", "config", "metrics", "moments"
 EXAMPLES, TRAIN_LOSS = "num-examples", "train_loss"  # Flower's own default names
 GUARDED = "guarded"  # 1: the client has protected itself as it was told to
+HELD_OUT = "held-out"  # 1: evaluated on examples that the client keeps back from training
 CLIENTS = "clients"  # how many clients' updates a partial sum holds; in no client's own answer
 MAX_EXAMPLES = 10**9  # of one client: keeps sums exact; it is no defence against a client that lies
 QUERY_MOMENTS = "query.moments"
@@ -58,6 +59,7 @@ class Instructions:
     proximal_mu: float = 0.0  # FedProx's mu; 0: no such term
     task_digest: str = ""  # the client's must be the same (fedge.task_digest); empty: not checked
     guard: Guard | None = None  # how the client protects what it sends; None: not at all
+    holdout: float = 0.0  # share of its examples that the client keeps back from training, to evaluate on
 
     def to_config(self) -> ConfigRecord:
         """The record that a strategy hands to its clients."""
@@ -77,6 +79,8 @@ class Instructions:
         if self.moments is not None:
             for name in ("count", "total", "squares"):
                 record[f"moments-{name}"] = [float(value) for value in getattr(self.moments, name)]
+        if self.holdout:
+            record["holdout"] = self.holdout
         if self.guard is not None:
             record["guard"] = self.guard.kind
             record["guard-clip-norm"] = self.guard.clip_norm
@@ -136,6 +140,7 @@ class Instructions:
             proximal_mu=float(_number(config, "proximal-mu", float)) if "proximal-mu" in config else 0.0,
             task_digest=_text(config, "task-digest") if "task-digest" in config else "",
             guard=_guard(config) if "guard" in config else None,
+            holdout=_share(config, "holdout") if "holdout" in config else 0.0,
         )
 
 
@@ -162,6 +167,13 @@ def _number(config: ConfigRecord, key: str, kind: type[T]) -> T:
     if not 0 <= value < 2**63:  # NaN neither
         raise ValueError(f"{key} = {value} is out of range")
     return kind(value)
+
+
+def _share(config: ConfigRecord, key: str) -> float:
+    value = _number(config, key, float)
+    if not value < 1:
+        raise ValueError(f"{key} = {value}: must be below 1")
+    return value
 
 
 def _guard(config: ConfigRecord) -> Guard:
@@ -305,7 +317,11 @@ def sum_reply(message: Message, mean: NamedArrays, *, examples: int, loss: float
     return reply
 
 
-def evaluate_reply(message: Message, *, examples: int, loss: float, accuracy: float) -> Message:
-    """A client's evaluation of the global model on its own data."""
+def evaluate_reply(
+    message: Message, *, examples: int, loss: float, accuracy: float, held_out: bool = False
+) -> Message:
+    """A client's evaluation of the global model on its own data, or on what it keeps back of it."""
     metrics = MetricRecord({EXAMPLES: examples, "loss": loss, "accuracy": accuracy})
+    if held_out:
+        metrics[HELD_OUT] = 1
     return Message(content=RecordDict({METRICS: metrics}), reply_to=message)

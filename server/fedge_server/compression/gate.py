@@ -11,7 +11,6 @@ Shapes: N examples, C classes, R resamples.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,10 +22,9 @@ from fedge.artefact import unpack
 from fedge.config import Gate, Tier
 from fedge.inference import CompactModel, Float32
 from fedge.spec import Spec
+from fedge_server.evaluation import bootstrap
 
 MAX_ATTEMPTS = 3  # candidates of one tier that may face the gate
-
-_TAIL_RESAMPLES = 20  # at least so many resamples lie beyond the bound, whatever the configuration says
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +178,8 @@ def bound(
     """
     if n == 0:
         return Bound(0, 0.0, 1.0)
-    enough = max(resamples, math.ceil(_TAIL_RESAMPLES / (1.0 - confidence)))
-    pool = np.array([losses + 1, wins, n - losses - wins], dtype=np.float64) / (n + 1)
-    drawn = rng.multinomial(n, pool, size=enough)  # (R, 3)
+    kinds = (losses + 1, wins, n - losses - wins)
+    drawn = bootstrap.drawn(kinds, n, bootstrap.enough(resamples, 1.0 - confidence), rng)  # (R, 3)
     drops = (drawn[:, 0] - drawn[:, 1]) / n
     upper = float(np.quantile(drops, confidence, method="inverted_cdf"))
     return Bound(n, (losses - wins) / n, min(upper, 1.0))

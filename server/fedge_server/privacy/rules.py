@@ -38,7 +38,7 @@ def check(config: Config, *, linear: bool) -> None:
     for wrong, message in (
         (config.model.standardise, _STANDARDISE),
         (config.evaluate.federated, _FEDERATED),
-        (config.evaluate.leave_one_client_out, _LEFT_OUT),
+        (config.evaluate.leave_one_client_out or config.evaluate.folds is not None, _LEFT_OUT),
         (config.rounds.sampling == "poisson" and config.rounds.cohort is not None, _POISSON_COHORT),
     ):
         if wrong:
@@ -93,7 +93,12 @@ def _check_secure(config: Config, *, linear: bool) -> None:
         (
             config.evaluate.federated,
             "evaluate.federated = true",
-            f"each client's loss and accuracy would be sent as they are; leave it out with {beside}",
+            f"each client's loss, accuracy and count would be sent as they are; leave it out with {beside}",
+        ),
+        (
+            config.evaluate.leave_one_client_out or config.evaluate.folds is not None,
+            "evaluate.leave_one_client_out, evaluate.folds",
+            f"sums that differ in few clients tell what these sent; leave them out with {beside}",
         ),
         (
             config.scenario.attackers > 0,
@@ -203,12 +208,12 @@ _STANDARDISE = (
     "epsilon covers; set model.standardise = false with a privacy.mechanism"
 )
 _FEDERATED = (
-    "evaluate.federated = true: clients' losses and accuracies would be sent without noise; leave it out "
-    "with a privacy.mechanism"
+    "evaluate.federated = true: clients' losses, accuracies and counts of examples would be sent without "
+    "noise; leave it out with a privacy.mechanism"
 )
 _LEFT_OUT = (
-    "evaluate.leave_one_client_out = true: each further training would spend the same clients' budget again; "
-    "leave it out with a privacy.mechanism"
+    "evaluate.leave_one_client_out, evaluate.folds: each further training would spend the same clients' "
+    "budget again; leave them out with a privacy.mechanism"
 )
 _POISSON_COHORT = (
     "rounds.cohort: with rounds.sampling = 'poisson' each client is asked with the probability "

@@ -32,6 +32,7 @@ from fedge.task import Task
 from fedge.task_digest import task_digest
 from fedge_server import strategies
 from fedge_server.data import ServerData
+from fedge_server.evaluation.clients import on_clients
 from fedge_server.privacy.protection import Protection
 from fedge_server.privacy.rules import check_model
 from fedge_server.registry.database import Registry
@@ -41,11 +42,10 @@ from fedge_server.rounds.grids import Identified, Simulated, Summing, nodes_of
 from fedge_server.rounds.moments import federated_moments, kept_moments, moments_arrays
 from fedge_server.rounds.record import Metric, RoundRecord
 from fedge_server.rounds.sampling import MANY, Cohort, cohort_size, draw, draw_each
-from fedge_server.rounds.scoring import Answers, is_finite, probabilities_of, score
+from fedge_server.rounds.scoring import Answers, Sureness, is_finite, probabilities_of, score, sureness
 from fedge_server.rounds.secure import encoding_of, secure_sum
 from fedge_server.rounds.stopping import check_target, why_stop
 from fedge_server.rounds.traffic import Traffic
-from fedge_server.rounds.validation import evaluation_fault
 from fedge_server.strategies.state import capture, restore
 
 Observer = Callable[[RoundRecord], None]
@@ -162,6 +162,7 @@ class _Run:
             update=chosen.update,
             task_digest=task_digest(config.task),
             guard=None if protection is None else protection.guard,
+            holdout=config.evaluate.client_holdout,
         )
         last = registry.last_round(run_id)
         if isinstance(grid, Simulated):
@@ -182,7 +183,7 @@ class _Run:
         told = replace(ask, moments=moments)
         run = cls(grid, config, data, registry, run_id, told, model, chosen, protection, arrays, "", [])
         if last is None:
-            run.commit(RoundRecord(0, run.evaluate_centrally(), simulated_s=run.simulated_s()))
+            run.commit(RoundRecord(0, run.evaluate_centrally()[0], simulated_s=run.simulated_s()))
         else:
             run.records = registry.records(run_id)
             run.model_sha256 = last.model_sha256
@@ -204,8 +205,8 @@ class _Run:
         if sufficient and self.protection is not None and self.protection.central:
             collected = self.protection.noised(number, collected, self.origin())
         metrics, counted = self.aggregate(number, collected) if sufficient else (None, False)
-        scores = self.evaluate_centrally()
-        on_clients = self.evaluate_on_clients(number) if self.config.evaluate.federated else {}
+        scores, sure = self.evaluate_centrally()
+        measured = self.evaluate_on_clients(number) if self.config.evaluate.federated else {}
         now = Traffic.of(self.grid)
         travelled = now.since(meter) if now and meter else None
         record = RoundRecord(
@@ -221,8 +222,10 @@ class _Run:
             late=0 if travelled is None else travelled.late,
             updates=collected.updates if counted else "",
             counted=counted,
-            client_metrics=on_clients,
+            client_metrics=measured,
             simulated_s=self.simulated_s(),
+            intervals=sure.intervals,
+            target_bound=sure.target_bound,
             privacy={**collected.facts, **({} if self.protection is None else self.protection.of_round())},
         )
         self.commit(record)
@@ -330,23 +333,21 @@ class _Run:
         self.answers = probabilities_of(self.model, self.data.test)
         return self.answers
 
-    def evaluate_centrally(self) -> dict[str, Metric]:
-        """Metrics of the global model on the server's test data."""
+    def evaluate_centrally(self) -> tuple[dict[str, Metric], Sureness]:
+        """Metrics of the global model on the server's test data, and how sure the one is that decides."""
         answers = self.ask_global() if self.answers is None else self.answers
-        return score(answers, self.data, self.config)
+        return score(answers, self.data, self.config), sureness(answers, self.data, self.config)
 
     def evaluate_on_clients(self, number: int) -> dict[str, float]:
-        """Metrics that clients measure on their own data, as the strategy averages them.
+        """Metrics that clients measure on their own data: as the strategy averages them, and over clients.
 
         All clients are asked, of more than 1,000 a sample of 1,000.
         """
         kind = MessageType.EVALUATE
         asked = list(self.configure(number, kind, self.draw(number, kind)))
         replies = self.grid.send_and_receive(asked, timeout=self.config.rounds.deadline_s)
-        by_client = {reply.metadata.src_node_id: reply for reply in replies if not evaluation_fault(reply)}
-        valid = [by_client[client] for client in sorted(by_client)]
-        found = self.chosen.strategy.aggregate_evaluate(number, valid) if valid else None
-        return {key: value for key, value in (found or {}).items() if isinstance(value, float)}
+        nodes = {message.metadata.dst_node_id for message in asked}
+        return on_clients(self.chosen.strategy, number, replies, nodes, self.config)
 
     def simulated_s(self) -> float | None:
         """Simulated seconds since the run began; None in real time."""

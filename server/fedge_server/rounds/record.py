@@ -35,6 +35,8 @@ class RoundRecord:
     counted: bool = True  # False: too few updates, so the global model stayed as it was
     client_metrics: Mapping[str, float] = field(default_factory=dict)  # of federated evaluation, if asked for
     simulated_s: float | None = None  # simulated seconds of the run until the round closed; None: real time
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of the metric that stops
+    target_bound: float | None = None  # of the target's metric, with rounds.target_confidence
     # With a mechanism: epsilon of its ledger after this round, delta, clip_norm, noise, next_clip_norm.
     privacy: Mapping[str, float | str] = field(default_factory=dict)
 
@@ -60,6 +62,8 @@ class RoundRecord:
             "updates": self.updates,
             "counted": self.counted,
             **({"client_metrics": dict(self.client_metrics)} if self.client_metrics else {}),
+            **({"intervals": {k: list(v) for k, v in self.intervals.items()}} if self.intervals else {}),
+            **({"target_bound": self.target_bound} if self.target_bound is not None else {}),
             **({"privacy": dict(self.privacy)} if self.privacy else {}),
             **({"simulated_s": self.simulated_s} if self.simulated_s is not None else {}),
         }
@@ -72,4 +76,5 @@ class RoundRecord:
         rejected = tuple(Rejected(item["client"], item["reason"]) for item in rest.pop("rejected"))
         names = set(cls.__dataclass_fields__) - {"metrics", "rejected"}
         own = {name: rest.pop(name) for name in list(rest) if name in names}
+        own["intervals"] = {name: (low, high) for name, (low, high) in own.pop("intervals", {}).items()}
         return cls(metrics=rest, rejected=rejected, **own)

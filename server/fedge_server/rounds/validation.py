@@ -13,7 +13,16 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 
 from fedge.errors import FedgeError
-from fedge.learning.messages import ARRAYS, CLIENTS, EXAMPLES, GUARDED, MAX_EXAMPLES, METRICS, TRAIN_LOSS
+from fedge.learning.messages import (
+    ARRAYS,
+    CLIENTS,
+    EXAMPLES,
+    GUARDED,
+    HELD_OUT,
+    MAX_EXAMPLES,
+    METRICS,
+    TRAIN_LOSS,
+)
 from fedge.wire import npy
 from fedge.wire.arrays import DirectArray, in_memory, put, records_of
 
@@ -44,22 +53,26 @@ def error_of(reply: Message) -> str:
     return _short(f"client error: {_last_line(reply.error.reason)}")
 
 
-def evaluation_fault(reply: Message) -> str | None:
-    """Why a client's evaluation must not be averaged, or None when it may."""
+def evaluation_fault(reply: Message, *, held_out: bool = False) -> str | None:
+    """Why a client's evaluation must not be averaged, or None when it may.
+
+    Args:
+        reply: a client's answer to an evaluate message.
+        held_out: clients were told to keep examples back, which an older one does not understand.
+    """
     if reply.has_error():
         return error_of(reply)
     try:
         metrics = records_of(reply.content, MetricRecord)[METRICS]
-        if sorted(reply.content) != [METRICS] or set(metrics) != {EXAMPLES, "loss", "accuracy"}:
-            return "records or metrics are not those of an evaluation"
-        return _examples_fault(metrics) or next(
-            (
-                f"{name} is out of range"
-                for name in ("loss", "accuracy")
-                if not _within(metrics[name], MAX_LOSS)
-            ),
-            None,
-        )
+        wanted = {EXAMPLES, "loss", "accuracy"} | ({HELD_OUT} if held_out else set())
+        if sorted(reply.content) != [METRICS] or set(metrics) != wanted:
+            return _short(f"metrics {sorted(metrics)} instead of {sorted(wanted)}")
+        if (found := _examples_fault(metrics)) is not None:
+            return _short(found)
+        for name, most in (("loss", MAX_LOSS), ("accuracy", 1.0)):
+            if not _within(metrics[name], most):
+                return _short(f"{name} is {metrics[name]!r}; it must be a number from 0 to {most:g}")
+        return _share_fault(metrics)
     except Exception as error:  # noqa: BLE001 - as above
         return _short(f"cannot be read ({type(error).__name__}: {error})")
 
@@ -95,6 +108,15 @@ def _metrics_fault(metrics: MetricRecord, clients: int | None, guarded: bool) ->
 
 def _within(value: object, maximum: float) -> bool:
     return isinstance(value, (int, float)) and 0 <= value <= maximum  # NaN is not
+
+
+def _share_fault(metrics: MetricRecord) -> str | None:
+    """An accuracy is so many of the examples; anything else was not counted."""
+    accuracy, examples = metrics["accuracy"], metrics[EXAMPLES]
+    right = float(accuracy) * float(examples)  # type: ignore[arg-type]  # both are numbers by now
+    if abs(right - round(right)) > 1e-6 * float(examples):  # type: ignore[arg-type]  # likewise
+        return f"accuracy is {accuracy!r}, which no whole number of {examples} examples gives"
+    return None
 
 
 def _examples_fault(metrics: MetricRecord, clients: int = 1) -> str | None:

@@ -68,7 +68,7 @@ def tables(summary: dict[str, Any]) -> None:
     model = summary["global_model"]
     auc = f", AUC {model['auc']:.4f}" if "auc" in model else ""
     say(
-        f"\nglobal model: accuracy {model['accuracy']:.4f}{auc} on held-out data, "
+        f"\nglobal model: accuracy {model['accuracy']:.4f}{_between(model)}{auc} on held-out data, "
         f"{model['parameters']:,} parameters, {model['bytes']:,} bytes"
     )
     if variants := summary.get("variants"):
@@ -79,10 +79,34 @@ def tables(summary: dict[str, Any]) -> None:
             f"device {entry['id']}: release {entry['release']}, accuracy {entry['accuracy']:.4f}, "
             f"{same} answers as the gate scored"
         )
-    for entry in summary.get("leave_one_client_out", []):
-        auc = f"AUC {entry['auc']:.3f}, " if "auc" in entry else ""
-        scores = f"{auc}accuracy {entry['accuracy']:.3f}"
-        say(f"without client {entry['client']}, tested on its {entry['examples']}: {scores}")
+    if "accuracy_mean" in (own := summary.get("on_clients", {})):
+        say(
+            f"on {own['clients']:.0f} clients' own data: accuracy {own['accuracy_mean']:.4f} on average, "
+            f"{own['accuracy_worst_decile']:.4f} on the worst tenth, {own['accuracy_min']:.4f} at least"
+        )
+    if "cross_validation" in summary:
+        _cross_validation(summary["cross_validation"])
+
+
+def _between(model: dict[str, Any]) -> str:
+    found = model.get("intervals", {})
+    if "accuracy" not in found:
+        return ""
+    low, high = found["accuracy"]
+    return f" ({low:.4f} to {high:.4f} at {100 * found['confidence']:g} % over {found['over']})"
+
+
+def _cross_validation(found: dict[str, Any]) -> None:
+    for fold in found["folds"]:
+        auc = f"AUC {fold['auc']:.3f}, " if "auc" in fold else ""
+        who = f"client {', '.join(fold['clients'])}" if "clients" in fold else f"part {fold['fold']}"
+        say(f"without {who}, tested on its {fold['examples']}: {auc}accuracy {fold['accuracy']:.3f}")
+    accuracy = found["metrics"]["accuracy"]
+    say(
+        f"{len(found['folds'])} trainings without a part, tested on it: accuracy {accuracy['mean']:.4f}, "
+        f"deviation {accuracy['std']:.4f}, {accuracy['low']:.4f} to {accuracy['high']:.4f} "
+        f"at {100 * found['confidence']:g} %"
+    )
 
 
 def _tier_table(variants: list[dict[str, Any]], teacher_bytes: int) -> None:

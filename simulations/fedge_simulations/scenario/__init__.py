@@ -294,8 +294,10 @@ def _check(config: Config) -> None:
     settings = config.scenario
     if settings.attackers and not settings.attacks:
         raise ConfigError("scenario.attacks: name what scenario.attackers do, such as ['sign_flip']")
-    if settings.replay is not None and config.evaluate.leave_one_client_out:
-        raise ConfigError("scenario.replay: a recording has all clients; leave leave_one_client_out out")
+    if settings.replay is not None and (config.evaluate.leave_one_client_out or config.evaluate.folds):
+        raise ConfigError(
+            "scenario.replay: a recording has all clients; leave folds and leave_one_client_out out"
+        )
     if settings.battery_s is not None and not settings.record:
         raise ConfigError(
             "scenario.record = false: batteries need the record to go on after an interruption; leave it out"

@@ -43,6 +43,7 @@ def test_noise_on_a_sum_goes_with_every_linear_strategy_and_no_other(name: str) 
         ({"model": {"standardise": True}}, "means and deviations would go into the model without noise"),
         ({"evaluate": {"federated": True}}, "sent without noise"),
         ({"evaluate": {"leave_one_client_out": True}}, "spend the same clients' budget again"),
+        ({"evaluate": {"folds": 5}}, "spend the same clients' budget again"),
         ({"rounds": {"quorum": 0.9}}, "moves the sum by twice privacy.clip_norm"),
         ({"rounds": {"sampling": "poisson", "cohort": 5}}, "leave rounds.cohort out"),
         ({"strategy": {"name": "dp-client-adaptive"}}, "privacy.mechanism = 'central'"),
