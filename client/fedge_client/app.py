@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -23,15 +24,16 @@ from fedge.holdout import kept_back, places
 from fedge.learning import draws, local, messages
 from fedge.learning.guard import guarded, noised_share, reference
 from fedge.learning.local import Job, Trained, Trainer
-from fedge.learning.messages import Instructions, NamedArrays
+from fedge.learning.messages import Instructions
 from fedge.learning.metrics import evaluate as evaluate_metrics
+from fedge.learning.state import NamedArrays
 from fedge.noise import KEY_BYTES
 from fedge.secagg.encoding import encode_whole, flat
 from fedge.secagg.protocol import Signer
 from fedge.statistics import Moments
 from fedge.task import Source, Task, resolve
 from fedge.task_digest import task_digest
-from fedge_client import masking
+from fedge_client import keeping, masking
 
 Share = Callable[[Context, Instructions], tuple[Task, Examples]]
 """The task that this client offers and its own examples for it; raises ConfigError when it offers none of
@@ -157,19 +159,22 @@ def build(
     def train(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
         own = trained_on(share(context, instructions), instructions)
-        job = _job(message, instructions, *own, context.node_id)
+        job = keeping.begun(_job(message, context, instructions, *own), message, context)
         if instructions.guard is not None:
             if instructions.guard.kind == "distributed" and not masking.is_asked_for(message):
                 raise FormatError("guard distributed: a share of the noise hides nothing without masks")
             job = replace(job, secret=secret(instructions, context.node_id))
-        return _answer(message, context, job, trainer(job))
+        done = trainer(job)
+        control = keeping.done(job, done, message, context, trainer)
+        return _answer(message, context, job, done, control)
 
     @client.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
         own = evaluated_on(share(context, instructions), instructions)
-        job = _job(message, instructions, *own, context.node_id)
-        model, x, y = local.prepared(job)
+        job = _job(message, context, instructions, *own)
+        personal = keeping.personal_state(instructions, context, job.state)
+        model, x, y = local.prepared(replace(job, state=personal))
         found = evaluate_metrics(local.logits(model, x).softmax(1).numpy(), y.numpy(), ("accuracy",))
         loss, accuracy = found["loss"], found["accuracy"]
         assert isinstance(loss, float)  # noqa: S101 - narrows the union for the type checker
@@ -206,9 +211,12 @@ def _divided(own: tuple[Task, Examples], instructions: Instructions, *, back: bo
     return task, examples.take(np.flatnonzero(held == back))
 
 
-def _answer(message: Message, context: Context, job: Job, done: Trained) -> Message:
+def _answer(
+    message: Message, context: Context, job: Job, done: Trained, control: NamedArrays | None
+) -> Message:
     """What leaves the device: protected as its guard says, and under masks where that is asked for."""
-    guard = job.instructions.guard
+    guard, terms = job.instructions.guard, job.instructions.terms
+    done = replace(done, arrays=terms.shared(done.arrays))
     loss = done.loss if guard is None else 0.0
     if guard is not None and guard.kind == "distributed":
         origin = _origin(job)
@@ -221,14 +229,16 @@ def _answer(message: Message, context: Context, job: Job, done: Trained) -> Mess
         noised = guarded(done.arrays, _origin(job), guard, job.secret)
         return messages.train_reply(message, noised, examples=1, loss=loss, guarded=True)
     return messages.train_reply(
-        message, done.arrays, examples=done.examples, loss=loss, guarded=guard is not None
-    )
+        message, done.arrays, examples=done.examples, loss=loss, guarded=guard is not None,
+        steps=done.steps if terms.steps else None, control=control,
+    )  # fmt: skip
 
 
-def _origin(job: Job) -> NamedArrays:
+def _origin(job: Job) -> Mapping[str, npt.NDArray[np.generic]]:
     """What the update's change is measured from."""
     model = local.blank(job.task, job.instructions.model, job.instructions.spec)
-    return reference(job.state, local.gradients_of(model, job.instructions.update))
+    state = job.instructions.terms.shared(job.state)
+    return reference(state, local.gradients_of(model, job.instructions.update))
 
 
 def client_seed(run_seed: int, server_round: int, node_id: int) -> int:
@@ -242,9 +252,12 @@ def client_seeds(run_seed: int, server_round: int, node_ids: Sequence[int]) -> l
     return [int(key) for key in keys.tolist()]
 
 
-def _job(message: Message, instructions: Instructions, task: Task, examples: Examples, node_id: int) -> Job:
-    state = messages.from_record(messages.arrays_named(message.content, messages.ARRAYS))
-    seed = client_seed(instructions.seed, instructions.round, node_id)
+def _job(
+    message: Message, context: Context, instructions: Instructions, task: Task, examples: Examples
+) -> Job:
+    travelled = messages.from_record(messages.arrays_named(message.content, messages.ARRAYS))
+    state = keeping.whole_state(task, instructions, context, travelled)
+    seed = client_seed(instructions.seed, instructions.round, context.node_id)
     return Job(task, instructions, state, examples, seed)
 
 

@@ -10,7 +10,7 @@ from flwr.common.constant import ErrorCode
 
 from fedge.dataset import Examples, Indices
 from fedge.holdout import Places, kept_back
-from fedge.learning import messages
+from fedge.learning import local, messages
 from fedge.learning.local import Job
 from fedge.learning.messages import CLIENTS, METRICS, Instructions
 from fedge.statistics import Moments
@@ -76,13 +76,32 @@ def sum_of(
         Client(node_id, holders.trained_on(node_id, number, clock_s), seed)
         for node_id, seed in zip(node_ids, seeds, strict=True)
     ]
-    found = trainers.sum(Job(holders.task, instructions, state, holders.examples, 0), clients)
-    for node_id, reason in found.failed.items():
-        yield failure(message, node_id, reason)
-    if found.clients:
-        yield messages.sum_reply(
-            message, found.mean, examples=found.examples, loss=found.loss, clients=found.clients
-        )
+    job = Job(holders.task, instructions, state, holders.examples, 0)
+    groups = _by_steps(clients, job) if instructions.terms.steps else [(None, clients)]
+    for steps, group in groups:
+        found = trainers.sum(job, group)
+        for node_id, reason in found.failed.items():
+            yield failure(message, node_id, reason)
+        if found.clients:
+            yield messages.sum_reply(
+                message,
+                found.mean,
+                examples=found.examples,
+                loss=found.loss,
+                clients=found.clients,
+                steps=steps,
+            )
+
+
+def _by_steps(clients: Sequence[Client], job: Job) -> list[tuple[int | None, list[Client]]]:
+    """Clients that make equally many steps: what weighs by steps (FedNova) is linear within a group."""
+    instructions, train = job.instructions, job.instructions.train
+    least = local.least_batch(local.blank(job.task, instructions.model, instructions.spec))
+    groups: dict[int | None, list[Client]] = {}
+    for client in clients:
+        steps = train.epochs * len(local.batch_sizes(len(client.indices), train.batch_size, least=least))
+        groups.setdefault(steps, []).append(client)
+    return sorted(groups.items(), key=lambda item: item[0] or 0)
 
 
 def sum_of_moments(

@@ -209,10 +209,9 @@ def _check_learnable(world: World) -> None:
     moments = Moments.of(spec.zeros(2), spec) if config.model.standardise and spec.numeric else None
     preprocess = world.task.preprocess(spec, moments, config.model.filter)
     network = world.task.model(config.model.name)(spec)
-    names = tuple(name for name, _ in network.named_parameters())
     check_model(config, network)
     check_target(config.rounds, config.evaluate.metrics, spec.classes)
-    strategies.build(config, parameter_names=names)
+    strategies.build(config, network=network, population=len(world.clients))
     if config.privacy.mechanism != "none":
         clients = len(world.clients)
         check_population(config, expected_clients(config, clients), clients)

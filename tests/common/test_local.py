@@ -12,7 +12,7 @@ from torch import nn
 
 from fedge.config import Train
 from fedge.learning import local
-from fedge.learning.local import batch_sizes, gradient, logits, losses, train
+from fedge.learning.local import Pull, batch_sizes, gradient, logits, losses, train
 
 N, F, K = 12, 5, 3
 
@@ -182,7 +182,7 @@ def test_the_proximal_term_pulls_towards_the_global_weights_as_worked_by_hand() 
     mu, rate, (x, y) = 0.5, 0.1, data()
     model = linear()
     start = weights(model)
-    train(model, x, y, settings(), seed=0, proximal_mu=mu)
+    train(model, x, y, settings(), seed=0, pull=Pull(mu))
     first = weights(model)
     plain = linear()
     train(plain, x, y, settings(), seed=0)
@@ -191,7 +191,7 @@ def test_the_proximal_term_pulls_towards_the_global_weights_as_worked_by_hand() 
     dw, db, _ = numpy_gradient(model, x, y)
     expected = first - rate * (np.concatenate([dw.ravel(), db]) + mu * (first - start))
     twice = linear()
-    train(twice, x, y, settings(epochs=2), seed=0, proximal_mu=mu)
+    train(twice, x, y, settings(epochs=2), seed=0, pull=Pull(mu))
     assert weights(twice) == pytest.approx(expected, abs=1e-6)
 
 
@@ -201,7 +201,7 @@ def test_a_strong_proximal_term_keeps_the_weights_near() -> None:
     for mu in (0.0, 1.0, 5.0):
         model = linear()
         start = weights(model)
-        train(model, x, y, settings(epochs=30), seed=0, proximal_mu=mu)
+        train(model, x, y, settings(epochs=30), seed=0, pull=Pull(mu))
         moved.append(float(np.linalg.norm(weights(model) - start)))
     assert moved[0] > 2 * moved[1] > 4 * moved[2]
 
@@ -212,7 +212,7 @@ def test_the_loss_that_is_reported_leaves_the_proximal_term_out() -> None:
     plain, pulled = linear(), linear()
     losses = [
         train(plain, x, y, chosen, seed=0).loss,
-        train(pulled, x, y, chosen, seed=0, proximal_mu=1e-9).loss,
+        train(pulled, x, y, chosen, seed=0, pull=Pull(1e-9)).loss,
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-7)
 
@@ -257,7 +257,7 @@ def test_what_is_frozen_gets_no_gradient_and_no_decay() -> None:
     assert found["0.weight"].abs().sum() == 0
     assert found["1.weight"].abs().sum() > 0
     before = model[0].weight.clone()
-    train(model, x, y, settings(weight_decay=0.1), seed=0, proximal_mu=0.1)
+    train(model, x, y, settings(weight_decay=0.1), seed=0, pull=Pull(0.1))
     assert torch.equal(model[0].weight, before)
 
 

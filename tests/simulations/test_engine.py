@@ -18,6 +18,7 @@ from fedge.learning import local, models
 from fedge.learning.local import Job
 from fedge.learning.messages import Instructions
 from fedge.learning.state import arrays_of
+from fedge.learning.terms import Terms
 from fedge.spec import Spec
 from fedge.task import Task
 from fedge_simulations.engine import Engine
@@ -127,10 +128,10 @@ def job(model: str, own: Examples | None = None, seed: int = 1, **changes: Any) 
     return Job(TASK, instructions, state, own or examples(10), seed)
 
 
-def found(make: Any, asked: Job, *, single: bool = False) -> str:
+def found(make: Any, asked: Job, *, single: bool = False, shifted: bool = False) -> str:
     instructions = asked.instructions
     model = TASK.models[instructions.model](SPEC).train()
-    recipe = Recipe(model, Layout.of(asked.state), instructions.train, instructions.proximal_mu)
+    recipe = Recipe(model, Layout.of(asked.state), instructions.train, instructions.proximal_mu, shifted)
     preprocess = TASK.preprocess(SPEC, None, "none")
     return difference(make, recipe, asked, preprocess, single=single)
 
@@ -169,6 +170,33 @@ def test_every_setting_of_a_step_is_the_devices_too(changes: dict[str, Any]) -> 
     assert found(Vmapped, job("mlp", **changes)) == ""
     assert found(Linears, job("mlp", **changes)) == ""
     assert found(Single, job("small_cnn", **changes), single=True) == ""
+
+
+@pytest.mark.parametrize("changes", [{}, {"momentum": 0.9}, {"mu": 0.1, "weight_decay": 0.1}])
+def test_what_is_added_to_each_clients_gradients_is_the_devices_too(changes: dict[str, Any]) -> None:
+    """SCAFFOLD's correction, and a proximal term around other weights than those at the start."""
+    assert found(Vmapped, job("mlp", **changes), shifted=True) == ""
+    assert found(Vmapped, job("everything", **changes), shifted=True) == ""
+    assert found(Linears, job("mlp", **changes), shifted=True) == ""
+    assert found(Single, job("small_cnn", **changes), single=True, shifted=True) == ""
+
+
+@pytest.mark.parametrize("model", ["mlp", "small_cnn", "peeking"])
+def test_clients_with_pulls_of_their_own_get_what_each_would_get_alone(model: str) -> None:
+    jobs = []
+    for i in range(4):
+        asked = job(model, examples(7 + 3 * (i % 2), seed=i), seed=i, mu=0.1)
+        asked = replace(asked, instructions=replace(asked.instructions, terms=Terms(control=True)))
+        rng = np.random.default_rng(i)
+        noise = {n: rng.normal(size=v.shape).astype(np.float32) for n, v in asked.state.items()}
+        jobs.append(replace(asked, anchor=noise, shift=noise))
+    together = Engine(Simulation(workers=1), examples(30), say=lambda _: None).train(jobs)
+    for asked, done in zip(jobs, together, strict=True):
+        alone = local.fit(asked)
+        plain = local.fit(replace(asked, anchor=None, shift=None))
+        for name, value in alone.arrays.items():
+            assert done.arrays[name] == pytest.approx(value, abs=1e-5)
+        assert any(np.abs(plain.arrays[n] - v).max() > 0.01 for n, v in alone.arrays.items())
 
 
 @pytest.mark.parametrize("model", ["everything", "dropout"])

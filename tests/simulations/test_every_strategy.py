@@ -19,7 +19,18 @@ OPTIONS = {
     "krum": {"num_malicious_nodes": 1, "mixing": 0.2},
     "bulyan": {"num_malicious_nodes": 0},
     "fedtrimmedavg": {"mixing": 0.2},
+    "ditto": {"pull": 0.5},
+    "fedper": {"layers": 2},
 }
+MODELS = {"fedper": "mlp", "fedbn": "mlp-bn"}  # what they need; else the smallest
+
+
+def named(name):
+    """The sections of a configuration with this strategy."""
+    return {
+        "strategy": {"name": name, **OPTIONS.get(name, {})},
+        "model": {"name": MODELS.get(name, "logistic")},
+    }
 
 
 def without_time(records):
@@ -28,7 +39,7 @@ def without_time(records):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_keeps_the_models_form_and_resumes_bit_for_bit(name, small, learn, tmp_path):
-    config = small(strategy={"name": name, **OPTIONS.get(name, {})}, rounds={"count": 4, "fraction": 0.8})
+    config = small(**named(name), rounds={"count": 4, "fraction": 0.8})
     whole = learn(config, tmp_path / "whole")
     with pytest.raises(Exception, match=r"^$"):  # the fixture's Interrupted
         learn(config, tmp_path / "cut", stop_after=2)
@@ -52,7 +63,7 @@ def test_a_client_that_sends_nan_is_rejected_and_the_round_goes_on(name, small, 
         )
         return reply
 
-    config = small(strategy={"name": name, **OPTIONS.get(name, {})}, rounds={"count": 2})
+    config = small(**named(name), rounds={"count": 2})
     learned = learn(config, tmp_path, tamper={2: nan})
     for record in learned.records:
         assert record.clients == 4
@@ -96,7 +107,8 @@ def test_every_strategy_of_flower_but_trees_and_wrappers_has_a_name():
 
     left_out = ("Result", "Strategy"), ("Xgb", "DifferentialPrivacy")  # [privacy] takes the latter's place
     wanted = {n for n in flower.__all__ if n not in left_out[0] and not any(w in n for w in left_out[1])}
-    assert {name.lower() for name in wanted} == set(NAMES) - {"fedsgd", "geometricmedian", "centredclipping"}
+    ours = {"fedsgd", "fednova", "scaffold", "fedper", "fedbn", "ditto", "geometricmedian", "centredclipping"}
+    assert {name.lower() for name in wanted} == set(NAMES) - ours
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ class Costly:
     def __init__(self, fixed_s: float, square_s: float) -> None:
         self.fixed_s, self.square_s = fixed_s, square_s
 
-    def begin(self, flat: torch.Tensor) -> None:
+    def begin(self, flat, pull=None) -> None:
         pass
 
     def step(self, x, y, weight, keys):

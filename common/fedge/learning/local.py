@@ -34,6 +34,8 @@ from fedge.task import Task
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits (B, K) and class indices (B,) to the loss of each example (B,)."""
 
+Named = dict[str, torch.Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -45,6 +47,8 @@ class Job:
     examples: Examples  # the client's own, raw
     seed: int  # decides order, augmentation and dropout of this client in this round
     secret: bytes = b""  # decides noise, and the batches of DP-SGD; of a client that guards something
+    anchor: NamedArrays | None = None  # what the proximal term pulls to; None: the state
+    shift: NamedArrays | None = None  # added to each step's gradient, by parameter (SCAFFOLD's c - c_i)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,20 @@ class LocalResult:
     steps: int  # optimiser steps made
 
 
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """What is added to each step's gradient: mu (w - anchor) + shift.
+
+    The first is FedProx's (Li et al. 2020, Federated Optimization in Heterogeneous Networks), which stands in
+    the loss as mu / 2 |w - anchor|^2; the second SCAFFOLD's c - c_i.
+    """
+
+    mu: float = 0.0
+    anchor: Named | None = None  # by parameter; None: the model as it is at first
+    shift: Named | None = None  # by parameter; None: nothing
+
+
+NO_PULL = Pull()
 _ORDER, _STEP = 0, 1  # streams of a client's key
 
 
@@ -147,7 +165,7 @@ def train(
     settings: Train,
     *,
     seed: int,
-    proximal_mu: float = 0.0,
+    pull: Pull = NO_PULL,
 ) -> LocalResult:
     """Train the model in place on one client's data.
 
@@ -157,11 +175,11 @@ def train(
         y: (N,) class indices.
         settings: the run's `[train]`.
         seed: decides order, augmentation and dropout of this client in this round.
-        proximal_mu: FedProx's term mu/2 * ||w - w_global||^2 is added to the loss when it is not 0
-            (Li et al. 2020, Federated Optimization in Heterogeneous Networks).
+        pull: what is added to each step's gradient.
     """
     loss_of, opt = losses(settings), optimizer([p for p in model.parameters() if p.requires_grad], settings)
-    anchors = [p.detach().clone() for p in model.parameters()] if proximal_mu else []
+    anchors = _anchors(model, pull.anchor) if pull.mu else []
+    shifted = [(p, pull.shift[n]) for n, p in model.named_parameters() if pull.shift and p.requires_grad]
     total, steps, client = 0.0, 0, draws.key(seed)
     sizes = batch_sizes(len(y), settings.batch_size, least=least_batch(model))
     with _seeded(model, seed), fitted(model, settings.batch_size):
@@ -173,8 +191,10 @@ def train(
                 opt.zero_grad(set_to_none=True)
                 with draws.keyed_dropout(model, own):
                     loss = loss_of(model(inputs), y[indices]).mean()  # forward
-                objective = loss + proximal_mu / 2 * _distance(model, anchors) if anchors else loss
+                objective = loss + pull.mu / 2 * _distance(model, anchors) if anchors else loss
                 objective.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
+                for p, value in shifted:
+                    p.grad = value.clone() if p.grad is None else p.grad.add_(value)
                 opt.step()
                 total, steps = total + loss.item() * len(indices), steps + 1
     return LocalResult(total / (len(y) * settings.epochs), len(y), steps)
@@ -192,7 +212,8 @@ def fit(job: Job) -> Trained:
         gradients, result = gradient(model, x, y, instructions.train, seed=job.seed)
         arrays = {**arrays_of(model), **{name: value.numpy() for name, value in gradients.items()}}
     else:
-        result = train(model, x, y, instructions.train, seed=job.seed, proximal_mu=instructions.proximal_mu)
+        pull = Pull(instructions.proximal_mu, _tensors(job.anchor), _tensors(job.shift))
+        result = train(model, x, y, instructions.train, seed=job.seed, pull=pull)
         arrays = arrays_of(model)
     return Trained(arrays, result.loss, result.examples, result.steps)
 
@@ -240,6 +261,18 @@ def _cached_blank(build_model: Callable[[Spec], nn.Module], spec: Spec) -> nn.Mo
 def blank(task: Task, name: str, spec: Spec) -> nn.Module:
     """A model whose weights are about to be overwritten, so that one instance serves all rounds."""
     return _cached_blank(task.model(name), spec)
+
+
+@lru_cache(maxsize=4)
+def _cached_first(build_model: Callable[[Spec], nn.Module], spec: Spec, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model(spec)
+
+
+def first(task: Task, name: str, spec: Spec, seed: int) -> nn.Module:
+    """A model with a run's first weights, which its seed alone decides; one instance serves all: copy it."""
+    return _cached_first(task.model(name), spec, seed)
 
 
 @contextmanager
@@ -297,6 +330,16 @@ def gradient(
 def gradients_of(model: nn.Module, update: Update) -> frozenset[str]:
     """Entries of a model's state in whose place a client sends a gradient."""
     return frozenset(n for n, _ in model.named_parameters()) if update == "gradient" else frozenset()
+
+
+def _tensors(arrays: NamedArrays | None) -> Named | None:
+    return None if arrays is None else {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
+
+
+def _anchors(model: nn.Module, anchor: Named | None) -> list[torch.Tensor]:
+    if anchor is None:
+        return [p.detach().clone() for p in model.parameters()]
+    return [anchor[name] for name, _ in model.named_parameters()]
 
 
 def _distance(model: nn.Module, anchors: list[torch.Tensor]) -> torch.Tensor:

@@ -7,7 +7,8 @@
 | train | arrays (global state), config | arrays (state, or gradients), metrics: num-examples, train_loss |
 | evaluate | arrays (global state), config | metrics: num-examples, loss, accuracy, and held-out where told |
 
-Keys that Flower's own strategies add to the config (`server-round`, `proximal-mu`) are read here too.
+What travels besides for some strategies is in `terms`. Keys that Flower's own strategies add to the config
+(`server-round`, `proximal-mu`) are read here too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from fedge.config import FilterName, Train, parse_train
 from fedge.errors import FormatError
 from fedge.learning.guard import KINDS, Guard
+from fedge.learning.terms import CONTROL, PLAIN, STEPS, VOID, Terms
 from fedge.spec import Spec
 from fedge.statistics import Moments
 from fedge.wire.arrays import MemoryArray, put, records_of
@@ -60,6 +62,8 @@ class Instructions:
     task_digest: str = ""  # the client's must be the same (fedge.task_digest); empty: not checked
     guard: Guard | None = None  # how the client protects what it sends; None: not at all
     holdout: float = 0.0  # share of its examples that the client keeps back from training, to evaluate on
+    terms: Terms = PLAIN  # what the strategy asks for besides
+    void: int | None = None  # what this client sent from that round on was not counted; None: all was
 
     def to_config(self) -> ConfigRecord:
         """The record that a strategy hands to its clients."""
@@ -88,6 +92,9 @@ class Instructions:
             record["guard-min-examples"] = self.guard.min_examples
             if self.guard.kind == "distributed":
                 record["guard-least"] = self.guard.least
+        record.update(_terms_values(self.terms))
+        if self.void is not None:
+            record[VOID] = self.void
         return record
 
     @classmethod
@@ -141,6 +148,8 @@ class Instructions:
             task_digest=_text(config, "task-digest") if "task-digest" in config else "",
             guard=_guard(config) if "guard" in config else None,
             holdout=_share(config, "holdout") if "holdout" in config else 0.0,
+            terms=_terms(config),
+            void=_number(config, VOID, int) if VOID in config else None,
         )
 
 
@@ -187,6 +196,22 @@ def _guard(config: ConfigRecord) -> Guard:
     examples = _number(config, "guard-min-examples", int)
     least = max(_number(config, "guard-least", int), 1) if kind == "distributed" else 1
     return Guard(kind, clip_norm, noise_multiplier, examples, least)  # type: ignore[arg-type]  # checked above
+
+
+def _terms_values(terms: Terms) -> dict[str, Any]:
+    """What is asked for; nothing of what is not, so that older devices go on reading all else."""
+    said = {"terms-steps": terms.steps, "terms-control": terms.control, "terms-pull": terms.pull}
+    found: dict[str, Any] = {key: value for key, value in said.items() if value}
+    return {**found, **({"terms-own": list(terms.own)} if terms.own else {})}
+
+
+def _terms(config: ConfigRecord) -> Terms:
+    own = config.get("terms-own", [])
+    if not isinstance(own, list) or not all(isinstance(name, str) for name in own):
+        raise ValueError("terms-own is no list of names")
+    pull = float(_number(config, "terms-pull", float)) if "terms-pull" in config else 0.0
+    steps, control = config.get("terms-steps", False), config.get("terms-control", False)
+    return Terms(steps is True, control is True, tuple(map(str, own)), pull)
 
 
 def _moments(config: ConfigRecord, spec: Spec) -> Moments | None:
@@ -292,17 +317,46 @@ def _possible(moments: Moments, examples: int, spec: Spec) -> bool:
 
 
 def train_reply(
-    message: Message, arrays: NamedArrays, *, examples: int, loss: float, guarded: bool = False
+    message: Message,
+    arrays: NamedArrays,
+    *,
+    examples: int,
+    loss: float,
+    guarded: bool = False,
+    steps: int | None = None,
+    control: NamedArrays | None = None,
 ) -> Message:
-    """A client's update, whose arrays nobody else uses; QFedAvg needs the loss, so it is always sent."""
+    """A client's update, whose arrays nobody else uses; QFedAvg needs the loss, so it is always sent.
+
+    Args:
+        message: that it answers.
+        arrays: state, or gradients.
+        examples: its weight.
+        loss: mean over the examples seen.
+        guarded: the client has protected itself.
+        steps: that it made, where the terms ask for them.
+        control: change of its control variate, likewise.
+    """
     metrics = MetricRecord({EXAMPLES: examples, TRAIN_LOSS: loss})
     if guarded:
         metrics[GUARDED] = 1
+    if steps is not None:
+        metrics[STEPS] = steps
     content = RecordDict({ARRAYS: to_record(arrays, shared=False), METRICS: metrics})
+    if control is not None:
+        content[CONTROL] = to_record(control, shared=False)
     return Message(content=content, reply_to=message)
 
 
-def sum_reply(message: Message, mean: NamedArrays, *, examples: int, loss: float, clients: int) -> Message:
+def sum_reply(
+    message: Message,
+    mean: NamedArrays,
+    *,
+    examples: int,
+    loss: float,
+    clients: int,
+    steps: int | None = None,
+) -> Message:
     """The updates of several clients in one reply: their mean, and the weight that they have together.
 
     Args:
@@ -311,8 +365,9 @@ def sum_reply(message: Message, mean: NamedArrays, *, examples: int, loss: float
         examples: of all of them.
         loss: the weighted mean of their training losses.
         clients: how many they are.
+        steps: that each of them made, where the terms ask for them.
     """
-    reply = train_reply(message, mean, examples=examples, loss=loss)
+    reply = train_reply(message, mean, examples=examples, loss=loss, steps=steps)
     records_of(reply.content, MetricRecord)[METRICS][CLIENTS] = clients
     return reply
 

@@ -27,17 +27,21 @@ def logistic(spec: Spec) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(_features(spec), spec.classes))
 
 
-def mlp(*hidden: int) -> Builder:
+def mlp(*hidden: int, norm: bool = False) -> Builder:
     """A multi-layer perceptron with ReLU; 200 and 200 hidden units make McMahan's 2NN, 199,210 on 28x28.
 
     McMahan et al. 2017, Communication-Efficient Learning of Deep Networks from Decentralized Data.
+
+    Args:
+        hidden: units of each hidden layer.
+        norm: with batch normalisation (Ioffe and Szegedy 2015) before each ReLU.
     """
 
     def build(spec: Spec) -> nn.Module:
         sizes = (_features(spec), *hidden)
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in pairwise(sizes):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+            layers += [nn.Linear(inputs, outputs), *([nn.BatchNorm1d(outputs)] if norm else []), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(sizes[-1], spec.classes))
 
     return build
@@ -64,15 +68,23 @@ def cnn(spec: Spec) -> nn.Module:
     )
 
 
-def small_cnn(width: int, hidden: int) -> Builder:
-    """A student of the CNN's family: 3x3 convolutions of `width` and 2 * `width`, strided, dense `hidden`."""
+def small_cnn(width: int, hidden: int, *, norm: bool = False) -> Builder:
+    """A student of the CNN's family: 3x3 convolutions of `width` and 2 * `width`, strided, dense `hidden`.
+
+    Args:
+        width: channels of the first convolution.
+        hidden: units of the dense layer.
+        norm: with batch normalisation (Ioffe and Szegedy 2015) after each convolution.
+    """
 
     def build(spec: Spec) -> nn.Module:
         h, w = _sides(spec, "small_cnn")
         return nn.Sequential(
             nn.Conv2d(spec.channels, width, 3, stride=2, padding=1),
+            *([nn.BatchNorm2d(width)] if norm else []),
             nn.ReLU(),
             nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            *([nn.BatchNorm2d(2 * width)] if norm else []),
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(2 * width * -(-h // 4) * -(-w // 4), hidden),

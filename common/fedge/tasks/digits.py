@@ -41,7 +41,12 @@ def read(source: Source) -> Dataset:
 TASK = Task(
     name="digits",
     read=read,
-    models={"mlp": models.mlp(200, 200), "cnn": models.cnn, "logistic": models.logistic},
+    models={
+        "mlp": models.mlp(200, 200),
+        "mlp-bn": models.mlp(200, 200, norm=True),
+        "cnn": models.cnn,
+        "logistic": models.logistic,
+    },
     default_model="mlp",
     students={"mlp-64": models.mlp(64), "mlp-32": models.mlp(32)},
 )

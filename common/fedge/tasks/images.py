@@ -21,7 +21,13 @@ def read(source: Source) -> Dataset:
 TASK = Task(
     name="images",
     read=read,
-    models={"cnn": models.cnn, "mlp": models.mlp(200, 200), "logistic": models.logistic},
+    models={
+        "cnn": models.cnn,
+        "cnn-bn": models.small_cnn(16, 64, norm=True),
+        "mlp": models.mlp(200, 200),
+        "mlp-bn": models.mlp(200, 200, norm=True),
+        "logistic": models.logistic,
+    },
     default_model="cnn",
     students={
         "cnn-16-64": models.small_cnn(16, 64),

@@ -10,6 +10,7 @@ from fedge.config import Config
 from fedge.errors import ConfigError
 from fedge.learning.guard import Guard
 from fedge.learning.local import least_batch
+from fedge.learning.terms import Terms
 from fedge_server.privacy.central import Settings
 from fedge_server.secagg.graph import LEAST
 
@@ -63,6 +64,32 @@ def check(config: Config, *, linear: bool) -> None:
             "strategy.name = 'fedsgd': privacy.mechanism = 'example' protects the steps that a device makes, "
             "and here the server makes them; take 'fedavg'"
         )
+
+
+def check_terms(config: Config, terms: Terms) -> None:
+    """Refuse what a strategy has clients send or keep where it does not go with the rest.
+
+    Raises:
+        ConfigError: noise or masks do not cover what they send besides; or compression and stopping need a
+            whole model on the server, and parts of it stay on devices.
+    """
+    name, protected = config.strategy.name, config.privacy
+    if (terms.steps or terms.control) and (protected.mechanism != "none" or protected.secure_aggregation):
+        raise ConfigError(
+            f"strategy.name = {name!r}: clients send {'their steps' if terms.steps else 'control variates'} "
+            "besides, which neither noise nor masks of [privacy] cover; take one that averages"
+        )
+    wrong = [
+        ("tiers", config.tiers),
+        ("rounds.target", config.rounds.target),
+        ("rounds.patience", config.rounds.patience),
+    ]
+    for key, value in wrong:
+        if terms.own and value:
+            raise ConfigError(
+                f"{key}: with strategy.name = {name!r} the server has no whole model: what stays on devices "
+                "is there as it was at first; leave it out, and set evaluate.federated = true"
+            )
 
 
 def _check_secure(config: Config, *, linear: bool) -> None:

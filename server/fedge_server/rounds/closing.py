@@ -11,9 +11,10 @@ from functools import lru_cache
 from flwr.app import ArrayRecord, Message, MetricRecord
 
 from fedge.learning.messages import ARRAYS, CLIENTS, EXAMPLES, METRICS
+from fedge.learning.terms import CONTROL, STEPS, Beside
 from fedge.wire.arrays import nbytes_of, pieces, raw_bytes, records_of
 from fedge_server.rounds.record import Rejected
-from fedge_server.rounds.validation import Arrays, fault
+from fedge_server.rounds.validation import NOTHING, Arrays, fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ def collect(
     quorum: float,
     at_least: int = 1,
     guarded: bool = False,
+    beside: Beside = NOTHING,
 ) -> Collected:
     """Take replies until a share `quorum` of those asked has sent a valid update, or there are no more.
 
@@ -49,6 +51,7 @@ def collect(
         quorum: above 0, at most 1.
         at_least: never close earlier than with so many (the round would not count).
         guarded: clients were told to protect themselves; an update that does not say so is rejected.
+        beside: what the strategy's terms ask for besides.
     """
     needed = enough(len(asked), quorum, at_least)
     valid: dict[int, Message] = {}
@@ -61,7 +64,7 @@ def collect(
             rejected.append(Rejected(client, "was not asked"))
         elif client in valid:
             rejected.append(Rejected(client, "answered twice; the first answer counts"))
-        elif (reason := fault(reply, like, guarded=guarded)) is not None:
+        elif (reason := fault(reply, like, guarded=guarded, beside=beside)) is not None:
             rejected.append(Rejected(client, reason))
         else:
             valid[client] = reply
@@ -78,7 +81,14 @@ def enough(asked: int, quorum: float, at_least: int) -> int:
     return max(math.ceil(quorum * asked - 1e-9), at_least)
 
 
-def collect_sums(replies: Iterable[Message], *, like: Arrays, asked: set[int], needed: int) -> Collected:
+def collect_sums(
+    replies: Iterable[Message],
+    *,
+    like: Arrays,
+    asked: set[int],
+    needed: int,
+    beside: Beside = NOTHING,
+) -> Collected:
     """The same where partial sums were asked for, each of which holds the updates of several clients.
 
     Args:
@@ -86,13 +96,14 @@ def collect_sums(replies: Iterable[Message], *, like: Arrays, asked: set[int], n
         like: the global state, against which each sum is held.
         asked: node ids that were asked; no more clients than these are counted.
         needed: nobody is waited for once the sums hold so many.
+        beside: as in `collect`.
     """
     valid: list[Message] = []
     rejected: list[Rejected] = []
     clients, received, failed = 0, 0, set[int]()
     for reply in replies:
         client = reply.metadata.src_node_id
-        reason = fault(reply, like, clients=len(asked) - clients - len(failed))
+        reason = fault(reply, like, clients=len(asked) - clients - len(failed), beside=beside)
         if not reply.has_error() and reason is None:
             held = int(records_of(reply.content, MetricRecord)[METRICS][CLIENTS])  # type: ignore[arg-type]
             received += held * payload_bytes(reply)  # each of them has sent as much to whoever added it up
@@ -133,9 +144,12 @@ def _digest(message: Message) -> str:
     """Over examples, a sum's clients, names, dtypes, shapes and values: the same however the arrays came."""
     metrics = records_of(message.content, MetricRecord)[METRICS]
     counted = f" in {metrics[CLIENTS]} clients" if CLIENTS in metrics else ""
-    sha = hashlib.sha256(f"{metrics[EXAMPLES]}{counted}".encode())
-    for name, array in records_of(message.content, ArrayRecord)[ARRAYS].items():
-        sha.update(_label(name, array.dtype, tuple(array.shape)))
-        for _, piece in pieces(array):
-            sha.update(raw_bytes(piece))
+    steps = f" after {metrics[STEPS]} steps" if STEPS in metrics else ""
+    sha = hashlib.sha256(f"{metrics[EXAMPLES]}{counted}{steps}".encode())
+    records = records_of(message.content, ArrayRecord)
+    for record in (ARRAYS, CONTROL) if CONTROL in records else (ARRAYS,):
+        for name, array in records[record].items():
+            sha.update(_label(name, array.dtype, tuple(array.shape)))
+            for _, piece in pieces(array):
+                sha.update(raw_bytes(piece))
     return sha.hexdigest()

@@ -8,6 +8,7 @@ holds its own); `_initialise` **initialises** the global model; a client's local
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from flwr.app import Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from torch import nn
@@ -26,6 +26,7 @@ from fedge.learning import local, messages
 from fedge.learning.guard import reference
 from fedge.learning.messages import Instructions
 from fedge.learning.state import NamedArrays, arrays_of, cast_like, load_arrays, names_of, share_arrays
+from fedge.learning.terms import Beside
 from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
 from fedge.task import Task
@@ -138,11 +139,10 @@ class _Run:
     ) -> _Run:
         """Go on from the last committed round, or ask for moments and commit the initial model as round 0."""
         network = _initialise(task, config, data)
-        names = tuple(name for name, _ in network.named_parameters())
         check_model(config, network)
         if config.privacy.secure_aggregation:
             encoding_of(config, cohort_size(len(nodes_of(grid)), config.rounds))
-        chosen = strategies.build(config, parameter_names=names)
+        chosen = strategies.build(config, network=network, population=len(nodes_of(grid)))
         protection = Protection.of(
             config,
             Ledger(registry.engine, config.privacy.ledger),
@@ -163,6 +163,7 @@ class _Run:
             task_digest=task_digest(config.task),
             guard=None if protection is None else protection.guard,
             holdout=config.evaluate.client_holdout,
+            terms=chosen.terms,
         )
         last = registry.last_round(run_id)
         if isinstance(grid, Simulated):
@@ -239,7 +240,7 @@ class _Run:
         """
         rounds = self.config.rounds
         if not nodes:  # Poisson sampling may ask nobody
-            return collect((), like=self.arrays, asked=set(), quorum=1.0), 0
+            return collect((), like=self.shared, asked=set(), quorum=1.0), 0
         if self.config.privacy.secure_aggregation:
             return secure_sum(
                 self.grid,
@@ -252,21 +253,24 @@ class _Run:
                 simulated=isinstance(self.grid, Simulated),
                 signed=isinstance(self.grid, Identified) and self.grid.identified,
             )
-        summed = self.chosen.linear and self.protection is None  # clipping is for each client by itself
+        summed = self.chosen.sums and self.protection is None  # clipping is for each client by itself
         if summed and isinstance(self.grid, Summing) and self.grid.can_sum:
             (asked,) = self.configure(number, MessageType.TRAIN, nodes[:1])
             needed = enough(len(nodes), rounds.quorum, rounds.min_updates)
             sums = self.grid.sum_updates(asked, nodes, timeout=rounds.deadline_s, enough=needed)
-            collected = collect_sums(sums, like=self.arrays, asked=set(nodes), needed=needed)
+            collected = collect_sums(
+                sums, like=self.shared, asked=set(nodes), needed=needed, beside=self.beside()
+            )
             return collected, len(nodes) * payload_bytes(asked)
         sent = list(self.configure(number, MessageType.TRAIN, nodes))
         collected = collect(
             self.grid.send_and_receive(sent, timeout=rounds.deadline_s),
-            like=self.arrays,
+            like=self.shared,
             asked=set(nodes),
             quorum=rounds.quorum,
             at_least=rounds.min_updates,
             guarded=self.instructions.guard is not None,
+            beside=self.beside(),
         )
         one = payload_bytes(sent[0]) if sent else 0
         same = all(message.content is sent[0].content for message in sent)
@@ -274,7 +278,17 @@ class _Run:
 
     def origin(self) -> Mapping[str, npt.NDArray[np.generic]]:
         """What clients' changes are measured from."""
-        return reference(self.arrays, local.gradients_of(self.model.network, self.chosen.update))
+        return reference(self.shared, local.gradients_of(self.model.network, self.chosen.update))
+
+    @property
+    def shared(self) -> NamedArrays:
+        """The part of the global state that travels; the rest stays on devices, and here as at first."""
+        return self.chosen.terms.shared(self.arrays)
+
+    def beside(self) -> Beside:
+        """What each reply must hold besides."""
+        parameters = {name: self.arrays[name] for name, _ in self.model.network.named_parameters()}
+        return Beside.of(self.chosen.terms, parameters, self.config.train.epochs * messages.MAX_EXAMPLES)
 
     def draw(self, number: int, kind: str) -> list[int]:
         """The clients that this round asks: its cohort to train, all or MANY of them to evaluate."""
@@ -293,7 +307,7 @@ class _Run:
         strategy = self.chosen.strategy
         make = strategy.configure_train if kind == MessageType.TRAIN else strategy.configure_evaluate
         record = self.instructions.to_config()
-        return make(number, messages.to_record(self.arrays), record, Cohort(self.grid, nodes))
+        return make(number, messages.to_record(self.shared), record, Cohort(self.grid, nodes))
 
     def aggregate(self, number: int, collected: Collected) -> tuple[MetricRecord | None, bool]:
         """Let the strategy turn the updates into the next global state; False: it declined, or spoilt it.
@@ -308,7 +322,8 @@ class _Run:
             if found is None:
                 return None, False
             pieces, found = dict(found), None  # where the strategy keeps none of them, each goes once read
-            self.arrays = cast_like(messages.from_record(pieces, consume=True), before)
+            shared = cast_like(messages.from_record(pieces, consume=True), self.shared)
+            self.arrays = {name: shared.get(name, value) for name, value in before.items()}
         except FedgeError:
             raise
         except Exception as error:  # a strategy may be anyone's code
@@ -407,9 +422,7 @@ def recall(registry: Registry, run_id: str, config: Config, task: Task, spec: Sp
 
 def _initialise(task: Task, config: Config, data: ServerData) -> nn.Module:
     """The global model's first weights, decided by the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return task.model(config.model.name)(data.spec)
+    return copy.deepcopy(local.first(task, config.model.name, data.spec, config.seed))
 
 
 def _reseed(seed: int, number: int, purpose: str) -> None:

@@ -23,15 +23,24 @@ from fedge.learning.messages import (
     METRICS,
     TRAIN_LOSS,
 )
+from fedge.learning.terms import Beside
 from fedge.wire import npy
 from fedge.wire.arrays import DirectArray, in_memory, put, records_of
 
 MAX_LOSS = 1e6  # of one client; QFedAvg raises it to a power
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
+NOTHING = Beside()
 
 
-def fault(reply: Message, like: Arrays, *, clients: int | None = None, guarded: bool = False) -> str | None:
+def fault(
+    reply: Message,
+    like: Arrays,
+    *,
+    clients: int | None = None,
+    guarded: bool = False,
+    beside: Beside = NOTHING,
+) -> str | None:
     """Why the update must not be used, or None when it may.
 
     Args:
@@ -40,9 +49,10 @@ def fault(reply: Message, like: Arrays, *, clients: int | None = None, guarded: 
         like: the global state; names, shapes and dtypes must be the same.
         clients: None: one client's update. A number: a partial sum was asked for, of so many at most.
         guarded: clients were told to protect themselves, which an older one does not understand.
+        beside: what the strategy's terms ask for besides.
     """
     try:
-        found = _fault(reply, like, clients, guarded)
+        found = _fault(reply, like, clients, guarded, beside)
     except Exception as error:  # noqa: BLE001 - it rejects the client, not the round
         found = f"cannot be read ({type(error).__name__}: {error})"
     return None if found is None else _short(found)
@@ -77,33 +87,47 @@ def evaluation_fault(reply: Message, *, held_out: bool = False) -> str | None:
         return _short(f"cannot be read ({type(error).__name__}: {error})")
 
 
-def _fault(reply: Message, like: Arrays, clients: int | None, guarded: bool) -> str | None:
+def _fault(reply: Message, like: Arrays, clients: int | None, guarded: bool, beside: Beside) -> str | None:
     if reply.has_error():
         return f"client error: {_last_line(reply.error.reason)}"
-    if sorted(reply.content) != sorted((ARRAYS, METRICS)):
-        return f"records {sorted(reply.content)} instead of {[ARRAYS, METRICS]}"
-    arrays, metrics = reply.content[ARRAYS], reply.content[METRICS]
-    if not isinstance(arrays, ArrayRecord) or not isinstance(metrics, MetricRecord):
+    wanted = {ARRAYS: like, **beside.arrays}
+    if sorted(reply.content) != sorted((*wanted, METRICS)):
+        return f"records {sorted(reply.content)} instead of {sorted((*wanted, METRICS))}"
+    metrics = reply.content[METRICS]
+    if not isinstance(metrics, MetricRecord):
         return "records of the wrong kind"
-    return _metrics_fault(metrics, clients, guarded) or _arrays_fault(arrays, like)
+    found = _metrics_fault(metrics, clients, guarded, beside)
+    for name, expected in wanted.items():
+        arrays = reply.content[name]
+        if not isinstance(arrays, ArrayRecord):
+            return "records of the wrong kind"
+        found = found or _arrays_fault(arrays, expected)
+    return found
 
 
-def _metrics_fault(metrics: MetricRecord, clients: int | None, guarded: bool) -> str | None:
-    wanted = {EXAMPLES, TRAIN_LOSS} | ({CLIENTS} if clients is not None else set())
+def _metrics_fault(metrics: MetricRecord, clients: int | None, guarded: bool, beside: Beside) -> str | None:
+    wanted = {EXAMPLES, TRAIN_LOSS, *beside.metrics} | ({CLIENTS} if clients is not None else set())
     wanted |= {GUARDED} if guarded else set()
     if set(metrics) != wanted:
         return f"metrics {sorted(metrics)} instead of {sorted(wanted)}"
     count = 1
     if clients is not None:
         stated = metrics[CLIENTS]
-        if isinstance(stated, bool) or not isinstance(stated, int) or not 1 <= stated <= clients:
+        if not _is_whole(stated, 1, clients):
             return f"{CLIENTS} is {stated!r}; it must be a whole number from 1 to {clients}, as many as asked"
-        count = stated
+        count = int(stated)  # type: ignore[arg-type]  # it is one
     if (found := _examples_fault(metrics, count)) is not None:
         return found
     if not _within(metrics[TRAIN_LOSS], MAX_LOSS):
         return f"{TRAIN_LOSS} is {metrics[TRAIN_LOSS]!r}; it must be a number from 0 to {MAX_LOSS:g}"
+    for name, most in beside.metrics.items():
+        if not _is_whole(metrics[name], 1, most):
+            return f"{name} is {metrics[name]!r}; it must be a whole number from 1 to {most}"
     return None
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _within(value: object, maximum: float) -> bool:
@@ -121,7 +145,7 @@ def _share_fault(metrics: MetricRecord) -> str | None:
 
 def _examples_fault(metrics: MetricRecord, clients: int = 1) -> str | None:
     examples, most = metrics.get(EXAMPLES), clients * MAX_EXAMPLES
-    if isinstance(examples, bool) or not isinstance(examples, int) or not clients <= examples <= most:
+    if not _is_whole(examples, clients, most):
         return f"{EXAMPLES} is {examples!r}; it must be a whole number from {clients} to {most}"
     return None
 

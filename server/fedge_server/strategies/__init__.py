@@ -16,14 +16,21 @@ from typing import Any
 
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg, Strategy
+from torch import nn
 
 from fedge.config import Config, StrategyConfig, Train, suggestion
 from fedge.errors import ConfigError
 from fedge.learning.messages import TRAIN_LOSS, Update
+from fedge.learning.terms import PLAIN as PLAIN_TERMS
+from fedge.learning.terms import Terms
 from fedge_server.privacy.rules import check as check_privacy
+from fedge_server.privacy.rules import check_terms
 from fedge_server.strategies import fedavg
+from fedge_server.strategies.fednova import FedNova
 from fedge_server.strategies.fedsgd import FedSgd
+from fedge_server.strategies.personal import Ditto, FedBn, FedPer
 from fedge_server.strategies.robust import RULES
+from fedge_server.strategies.scaffold import Scaffold
 
 PLAIN: Mapping[str, type[FedAvg]] = {
     **{
@@ -43,9 +50,9 @@ PLAIN: Mapping[str, type[FedAvg]] = {
             *RULES,
         )
     },
-    "fedsgd": FedSgd,
+    **{found.__name__.lower(): found for found in (FedSgd, FedNova, Scaffold, FedPer, FedBn, Ditto)},
 }
-# Those that use no more of the updates than their weighted mean: one reply may stand for many clients. The
+# Those that use no more of the updates than their weighted mean: noise and masks may hide single ones. The
 # classes themselves and not their subclasses, which may look at single updates.
 LINEAR: frozenset[type[Strategy]] = frozenset(
     (
@@ -56,8 +63,13 @@ LINEAR: frozenset[type[Strategy]] = frozenset(
         fedavg.FedAdam,
         fedavg.FedYogi,
         FedSgd,
+        FedPer,
+        FedBn,
+        Ditto,
     )
 )
+# Those that take partial sums besides: what FedNova makes of clients with equal steps is linear too.
+SUMS: frozenset[type[Strategy]] = LINEAR | {FedNova}
 NAMES = tuple(sorted(PLAIN))
 
 # Set by fedge from the rest of the configuration, so not a user's option.
@@ -65,31 +77,33 @@ _OURS = {
     "self", "fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes",
     "min_available_nodes", "weighted_by_key", "arrayrecord_key", "configrecord_key", "train_loss_key",
     "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "parameter_names", "selection_rule", "kwargs",
-    "args",
+    "args", "network", "population", "train",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A strategy ready to run, and what clients send to it."""
+    """A strategy ready to run, and all that it asks of clients."""
 
     strategy: Strategy
-    update: Update  # what clients send
+    update: Update  # what clients send in place of the state
+    terms: Terms = PLAIN_TERMS  # what they do, send and keep besides
 
     @property
-    def linear(self) -> bool:
-        """Whether it takes partial sums: it uses only the weighted mean."""
-        return type(self.strategy) in LINEAR
+    def sums(self) -> bool:
+        """Whether one reply may stand for many clients: it uses only means, and their apps need not run."""
+        return type(self.strategy) in SUMS and not self.terms.keeps
 
 
-def build(config: Config, *, parameter_names: tuple[str, ...]) -> Chosen:
+def build(config: Config, *, network: nn.Module, population: int = 1) -> Chosen:
     """The strategy that `[strategy]` names, with its own options.
 
     It asks whoever its Grid lists: which clients those are is decided in `rounds.sampling`.
 
     Args:
         config: the run's configuration.
-        parameter_names: trainable entries of the model's state; the others are buffers.
+        network: the global model.
+        population: clients that there are.
 
     Raises:
         ConfigError: unknown name or option (the line names the nearest), a value the strategy refuses, or a
@@ -104,11 +118,13 @@ def build(config: Config, *, parameter_names: tuple[str, ...]) -> Chosen:
     if chosen.name not in PLAIN:
         raise ConfigError(f"strategy.name = {chosen.name!r}: {suggestion(chosen.name, NAMES)}")
     check_privacy(config, linear=PLAIN[chosen.name] in LINEAR)
-    made, update = _plain(config, chosen, parameter_names)
-    return Chosen(made, update)
+    made = _plain(config, chosen, network, population)
+    terms = getattr(made, "terms", PLAIN_TERMS)
+    check_terms(config, terms)
+    return Chosen(made, "gradient" if chosen.name == "fedsgd" else "weights", terms)
 
 
-def _plain(config: Config, chosen: StrategyConfig, parameter_names: tuple[str, ...]) -> tuple[FedAvg, Update]:
+def _plain(config: Config, chosen: StrategyConfig, network: nn.Module, population: int) -> FedAvg:
     found = PLAIN[chosen.name]
     ours: dict[str, Any] = {
         "fraction_train": 1.0,
@@ -118,15 +134,19 @@ def _plain(config: Config, chosen: StrategyConfig, parameter_names: tuple[str, .
         "train_metrics_aggr_fn": fedavg.weighted_metrics,
         "evaluate_metrics_aggr_fn": fedavg.weighted_metrics,
     }
+    taken = inspect.signature(found.__init__).parameters
+    names = tuple(name for name, _ in network.named_parameters())
+    given = {"parameter_names": names, "network": network, "population": population, "train": config.train}
+    ours |= {key: value for key, value in given.items() if key in taken}
     if chosen.name == "fedsgd":
         _refuse_what_fedsgd_ignores(config.train)
-        ours["parameter_names"] = parameter_names
     if chosen.name == "qfedavg":
         ours |= {"train_loss_key": TRAIN_LOSS}
         chosen = StrategyConfig(
             name=chosen.name, options={"client_learning_rate": config.train.learning_rate, **chosen.options}
         )
-    return _construct(found, chosen, ours), "gradient" if chosen.name == "fedsgd" else "weights"
+    made: FedAvg = _construct(found, chosen, ours)
+    return made
 
 
 def _refuse_what_fedsgd_ignores(train: Train) -> None:

@@ -23,14 +23,14 @@ from fedge.dataset import Array, Examples, Indices
 from fedge.learning import draws, local
 from fedge.learning.local import Job, Trained
 from fedge.learning.messages import Instructions
-from fedge.learning.state import cast_like
+from fedge.learning.state import NamedArrays, cast_like
 from fedge.learning.threads import limited
 from fedge.statistics import Moments
 from fedge_simulations.engine import gradients
 from fedge_simulations.engine.choice import Way, choose
 from fedge_simulations.engine.lanes import Part, Sums, cut
 from fedge_simulations.engine.measured import Plan, fastest
-from fedge_simulations.engine.stack import Layout, Stacked, in_order, rows_of, train
+from fedge_simulations.engine.stack import NO_PULL, Layout, Pull, Stacked, in_order, rows_of, train
 from fedge_simulations.engine.steppers import Recipe
 from fedge_simulations.engine.workers import PAYS_S, Workers
 from fedge_simulations.trainers import Client, Sum, attempt
@@ -109,7 +109,9 @@ class Engine:
             np.concatenate([job.examples.x for job in jobs]), np.concatenate([job.examples.y for job in jobs])
         )
         lengths = [len(job.examples) for job in jobs]
-        losses = self._train(prepared, flat, own, np.arange(len(own)), lengths, [job.seed for job in jobs])
+        pull = _pull(prepared.recipe, jobs)
+        seeds = [job.seed for job in jobs]
+        losses = self._train(prepared, flat, own, np.arange(len(own)), lengths, seeds, pull)
         if losses is None:
             return [attempt(job) for job in jobs]
         return [
@@ -242,6 +244,7 @@ class Engine:
         indices: Indices,
         lengths: Sequence[int],
         seeds: Sequence[int],
+        pull: Pull = NO_PULL,
     ) -> list[float] | None:
         """Train a stack in place; its losses, or None when one of its clients spoilt it for all."""
         assert prepared.way.stepper is not None  # noqa: S101 - the callers have asked
@@ -250,7 +253,7 @@ class Engine:
                 keys = draws.key(torch.tensor(seeds, dtype=torch.int64))
                 data = Stacked(*self._inputs(prepared, examples, indices), torch.tensor(lengths), keys)
                 return train(
-                    prepared.way.stepper, flat, data, prepared.recipe.settings, prepared.least
+                    prepared.way.stepper, flat, data, prepared.recipe.settings, prepared.least, pull
                 ).tolist()
         except Exception:  # noqa: BLE001 - a user's module may raise anything; whose fault it was shows one by one
             return None
@@ -269,7 +272,10 @@ class Engine:
 
     def _prepare(self, job: Job) -> _Prepared:
         instructions = job.instructions
-        key = (replace(instructions, round=0, seed=0, moments=None), _bytes_of(instructions.moments))
+        key = (
+            replace(instructions, round=0, seed=0, moments=None, void=None),
+            _bytes_of(instructions.moments),
+        )
         found = self._prepared.get(key)
         if found is None:
             model = local.blank(job.task, instructions.model, instructions.spec).train()
@@ -278,7 +284,8 @@ class Engine:
             )
             whole = instructions.update == "gradient"
             settings = gradients.in_batches(instructions.train) if whole else instructions.train
-            recipe = Recipe(model, Layout.of(job.state), settings, instructions.proximal_mu)
+            shifted = instructions.terms.control
+            recipe = Recipe(model, Layout.of(job.state), settings, instructions.proximal_mu, shifted)
             some = self.data.take(np.arange(min(len(self.data), TRIED)))
             with limited(1):
                 choosing = gradients.choose if whole else choose
@@ -292,6 +299,20 @@ class Engine:
             found = _Prepared(recipe, preprocess, way, local.least_batch(model), keep)
             self._prepared[key] = found
         return found
+
+
+def _pull(recipe: Recipe, jobs: Sequence[Job]) -> Pull:
+    """What is added to the gradients of these jobs' clients."""
+
+    def stacked(entries: Sequence[NamedArrays | None]) -> torch.Tensor | None:
+        if all(arrays is None for arrays in entries):
+            return None
+        found = rows_of(len(entries), recipe.layout.size)
+        for row, arrays in zip(found, entries, strict=True):
+            row.copy_(recipe.layout.scattered(arrays or {}))
+        return found
+
+    return Pull(stacked([job.anchor for job in jobs]), stacked([job.shift for job in jobs]))
 
 
 def _preprocessed(preprocess: torch.nn.Module, x: Array) -> torch.Tensor:

@@ -14,16 +14,16 @@ from torch import nn
 
 from fedge.learning import draws, local
 from fedge.learning.local import Job
-from fedge_simulations.engine.stack import Layout, Named, Stacked, Stepper, train
+from fedge_simulations.engine.stack import Layout, Named, Pull, Stacked, Stepper, train
 from fedge_simulations.engine.steppers import Linears, Recipe, Single, linear_layers
 from fedge_simulations.engine.vmapped import Vmapped
 
 TOLERANCE = 1e-9  # of the change that steps in float64 make, relative
 
 Make = Callable[[Recipe], Stepper]
-Alone = Callable[[nn.Module, torch.Tensor, torch.Tensor, int], tuple[Named, float]]
-"""What a device does with a model at the global weights, examples, classes and a seed: the state, or the
-gradients and buffers, that it sends, and its loss."""
+Alone = Callable[[nn.Module, torch.Tensor, torch.Tensor, int, local.Pull], tuple[Named, float]]
+"""What a device does with a model at the global weights, examples, classes, a seed and a pull: the state, or
+the gradients and buffers, that it sends, and its loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,10 @@ def difference(make: Make, recipe: Recipe, job: Job, preprocess: nn.Module, *, s
         recipe.settings, epochs=min(recipe.settings.epochs, 2), batch_size=min(recipe.settings.batch_size, 4)
     )
 
-    def alone(model: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int) -> tuple[Named, float]:
-        result = local.train(model, x, y, settings, seed=seed, proximal_mu=recipe.mu)
+    def alone(
+        model: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int, pull: local.Pull
+    ) -> tuple[Named, float]:
+        result = local.train(model, x, y, settings, seed=seed, pull=pull)
         return model.state_dict(), result.loss
 
     far = distance(
@@ -135,17 +137,42 @@ def distance(
     flat = start.expand(len(sizes), -1).clone()
     rows = torch.cat([torch.arange(n) for n in sizes])
     data = Stacked(x, y, rows, torch.tensor(sizes), draws.key(torch.tensor(seeds)))
+    pull = _some_pull(recipe, start, len(sizes))
     with torch.no_grad():
-        losses = train(make(double), flat, data, recipe.settings, least)
+        losses = train(make(double), flat, data, recipe.settings, least, pull)
     far = []
     for i, (n, seed) in enumerate(zip(sizes, seeds, strict=True)):
         model = copy.deepcopy(double.model)
         _load(model, recipe.layout, start)
-        state, loss = alone(model, x[:n], y[:n], seed)
+        state, loss = alone(model, x[:n], y[:n], seed, _pull_of(recipe, pull, i))
         expected = torch.cat([state[name].reshape(-1) for name in recipe.layout.shapes])
         length = (expected - start if moves else expected).norm().clamp(min=1e-12)
         far += [float((flat[i] - expected).norm() / length), abs(float(losses[i]) - loss) / max(1.0, loss)]
     return max(far, key=lambda value: math.inf if math.isnan(value) else value)
+
+
+def _some_pull(recipe: Recipe, start: torch.Tensor, k: int) -> Pull:
+    """Anchors and shifts of k clients that differ, where the recipe has such: (k, D) each."""
+    by = torch.arange(1, k + 1, dtype=start.dtype)[:, None] / 10
+    anchor = start * (1 - by) if recipe.mu else None
+    if not recipe.shifted:
+        return Pull(anchor)
+    shift = torch.cos(torch.arange(len(start), dtype=start.dtype)) * by
+    for name, value in recipe.layout.views(shift).items():
+        if name not in recipe.trainable:
+            value.zero_()
+    return Pull(anchor, shift)
+
+
+def _pull_of(recipe: Recipe, pull: Pull, client: int) -> local.Pull:
+    """The pull of one of a stack's clients, as a device takes it."""
+
+    def named(stacked: torch.Tensor | None) -> Named | None:
+        if stacked is None:
+            return None
+        return {name: value[client] for name, value in recipe.layout.views(stacked).items()}
+
+    return local.Pull(recipe.mu, named(pull.anchor), named(pull.shift))
 
 
 def _load(model: nn.Module, layout: Layout, flat: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ from fedge.config import Train
 from fedge.learning import local
 from fedge.learning.local import Job
 from fedge_simulations.engine.choice import TOLERANCE, Make, Way, distance, first_that
-from fedge_simulations.engine.stack import Named
+from fedge_simulations.engine.stack import NO_PULL, Named, Pull
 from fedge_simulations.engine.steppers import Recipe
 from fedge_simulations.engine.vmapped import Vmapped
 
@@ -35,7 +35,7 @@ class Gradients(Vmapped):
         self._found: Named = {}
         self._seen = torch.empty(0)  # (K,) examples so far
 
-    def begin(self, flat: torch.Tensor) -> None:
+    def begin(self, flat: torch.Tensor, pull: Pull = NO_PULL) -> None:
         """Take over a stack at the weights where the gradients are wanted."""
         self._views = self._recipe.layout.views(flat)
         self._found = {name: torch.zeros_like(self._views[name]) for name in self._recipe.trainable}
@@ -90,7 +90,9 @@ def difference(make: Make, recipe: Recipe, job: Job, preprocess: nn.Module) -> s
     """How gradients differ from a device's, in one line; empty when they agree."""
     settings = replace(recipe.settings, batch_size=_SMALL)
 
-    def alone(model: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int) -> tuple[Named, float]:
+    def alone(
+        model: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int, pull: local.Pull
+    ) -> tuple[Named, float]:
         found, result = local.gradient(model, x, y, settings, seed=seed, at_least=_SMALL)
         return {**model.state_dict(), **found}, result.loss
 

@@ -68,7 +68,7 @@ class Plan:
 
 def _key(instructions: Instructions) -> str:
     """The model and how it is trained."""
-    same = replace(instructions, round=0, moments=None).to_config()
+    same = replace(instructions, round=0, moments=None, void=None).to_config()
     return hashlib.sha256(json.dumps(dict(same), sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -61,6 +61,11 @@ class Layout:
             start = stop
         return found
 
+    def scattered(self, arrays: NamedArrays) -> torch.Tensor:
+        """Some entries of a state as (D,) float32, with 0 for all others."""
+        nothing = {name: np.zeros(shape, np.float32) for name, shape in self.shapes.items()}
+        return self.flat({**nothing, **arrays}, torch.float32)
+
     def fill(self, flat: torch.Tensor, states: Sequence[NamedArrays]) -> None:
         """Put states into (K, D); one that consists of the very arrays of the first is not read again."""
         flat.copy_(self.flat(states[0], flat.dtype))
@@ -78,11 +83,22 @@ def rows_of(k: int, size: int) -> torch.Tensor:
     return torch.empty(k, -(-size // 16) * 16)[:, :size]
 
 
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """What is added to each client's gradients: mu (w - anchor), where the recipe has a mu, and shift."""
+
+    anchor: torch.Tensor | None = None  # (K, D); None: the weights at the start
+    shift: torch.Tensor | None = None  # (K, D), 0 for buffers; None: nothing
+
+
+NO_PULL = Pull()
+
+
 class Stepper(Protocol):
     """Trains the models of a stack, a step of all active ones at a time."""
 
-    def begin(self, flat: torch.Tensor) -> None:
-        """Take over (K, D) at the global weights; steps change it in place."""
+    def begin(self, flat: torch.Tensor, pull: Pull = NO_PULL) -> None:
+        """Take over (K, D) at the weights to start from; steps change it in place."""
 
     def step(
         self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, keys: torch.Tensor
@@ -111,7 +127,14 @@ class Stacked:
     keys: torch.Tensor  # (K,) of each client in this round
 
 
-def train(stepper: Stepper, flat: torch.Tensor, data: Stacked, settings: Train, least: int) -> torch.Tensor:
+def train(
+    stepper: Stepper,
+    flat: torch.Tensor,
+    data: Stacked,
+    settings: Train,
+    least: int,
+    pull: Pull = NO_PULL,
+) -> torch.Tensor:
     """Train all of a stack in place; each client's mean loss over the examples that it saw, (K,).
 
     Args:
@@ -120,6 +143,7 @@ def train(stepper: Stepper, flat: torch.Tensor, data: Stacked, settings: Train, 
         data: of the clients.
         settings: the run's `[train]`.
         least: smallest batch that may stand at the end of a pass; above 1 only with equal lengths.
+        pull: what is added to gradients.
     """
     steps = -(-int(data.lengths.max()) // settings.batch_size) * settings.epochs
     keys = local.step_keys(
@@ -127,7 +151,7 @@ def train(stepper: Stepper, flat: torch.Tensor, data: Stacked, settings: Train, 
     )  # (T, K): in one go, since each call costs
     losses = torch.zeros(steps, len(flat), dtype=torch.float64)
     seen = torch.zeros(steps, len(flat), dtype=torch.float64)
-    stepper.begin(flat)
+    stepper.begin(flat, pull)
     for step, (index, valid) in enumerate(schedule(data, settings, least)):
         k, rows = index.shape
         chosen = index.reshape(-1)  # (k * R,)

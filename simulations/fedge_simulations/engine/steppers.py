@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedge.config import Train
 from fedge.learning import draws, local
-from fedge_simulations.engine.stack import Layout, Named
+from fedge_simulations.engine.stack import NO_PULL, Layout, Named, Pull
 
 # Weights of a linear layer from which on a few rows are multiplied the other way round: by size and not by
 # measurement, since it rounds otherwise and the same seed shall give the same result.
@@ -36,6 +36,7 @@ class Recipe:
     layout: Layout
     settings: Train
     mu: float = 0.0  # FedProx's
+    shifted: bool = False  # something is added to each client's gradients (SCAFFOLD)
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -44,16 +45,26 @@ class Recipe:
 
     @property
     def plain_sgd(self) -> bool:
-        """Whether a step is w <- w - lr * gradient and nothing else."""
+        """Whether a step is w <- w - lr * gradient of the loss and nothing else."""
+        return self.bare and not self.mu and not self.shifted
+
+    @property
+    def bare(self) -> bool:
+        """Whether the optimiser keeps nothing and adds nothing."""
         settings = self.settings
-        return (settings.optimizer, settings.momentum, settings.weight_decay, self.mu) == ("sgd", 0, 0, 0)
+        return (settings.optimizer, settings.momentum, settings.weight_decay) == ("sgd", 0, 0)
 
 
 class Optimised:
     """The run's torch optimiser over the first k of the stacked parameters, with its state as k shrinks."""
 
-    def __init__(self, recipe: Recipe, flat: torch.Tensor) -> None:
+    def __init__(self, recipe: Recipe, flat: torch.Tensor, pull: Pull = NO_PULL) -> None:
         self._recipe, self._flat = recipe, flat
+        views, trainable = recipe.layout.views, recipe.trainable
+        anchors = views(flat.clone() if pull.anchor is None else pull.anchor) if recipe.mu else {}
+        self._anchors = {name: anchors[name] for name in trainable} if anchors else {}
+        shifts = {} if pull.shift is None else views(pull.shift)
+        self._shifts = {name: shifts[name] for name in trainable} if shifts else {}
         self.views: Named = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self.active(len(flat))
@@ -64,7 +75,7 @@ class Optimised:
             return self.views
         before, old = self._optimizer, [self.views[n] for n in self._recipe.trainable] if self.views else []
         self.views = self._recipe.layout.views(self._flat[:k])
-        if self._recipe.plain_sgd:  # `step` needs no optimiser
+        if self._recipe.bare:  # `step` needs no optimiser
             return self.views
         fresh = [self.views[name] for name in self._recipe.trainable]
         self._optimizer = local.optimizer(fresh, self._recipe.settings)
@@ -78,8 +89,13 @@ class Optimised:
         return self.views
 
     def step(self, gradients: Named) -> None:
-        """One step of the active clients."""
-        if self._recipe.plain_sgd:  # the same values, without the optimiser's own bookkeeping
+        """One step of the active clients along their gradients, to which the pull is added."""
+        for name, value in gradients.items():
+            if self._anchors:
+                value.add_(self.views[name] - self._anchors[name][: len(value)], alpha=self._recipe.mu)
+            if self._shifts:
+                value.add_(self._shifts[name][: len(value)])
+        if self._recipe.bare:  # the same values, without the optimiser's own bookkeeping
             torch._foreach_add_(
                 [self.views[name] for name in gradients],
                 list(gradients.values()),
@@ -136,13 +152,10 @@ class Linears:
         assert layers is not None  # noqa: S101 - the caller has asked
         self._layers = layers
         self._optimised: Optimised | None = None
-        self._anchors: Named = {}
 
-    def begin(self, flat: torch.Tensor) -> None:
+    def begin(self, flat: torch.Tensor, pull: Pull = NO_PULL) -> None:
         """Take over a stack."""
-        self._optimised = Optimised(self._recipe, flat)
-        views = self._optimised.views
-        self._anchors = {n: v.clone() for n, v in views.items()} if self._recipe.mu else {}
+        self._optimised = Optimised(self._recipe, flat, pull)
 
     def step(
         self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, keys: torch.Tensor
@@ -182,10 +195,6 @@ class Linears:
         gradients[name] = torch.bmm(error.mT, x)
         if bias:
             gradients[bias] = error.sum(1)
-        for own in (name, bias):
-            if own and self._anchors:
-                away = views[own] - self._anchors[own][: len(views[own])]
-                gradients[own].add_(away, alpha=self._recipe.mu)
 
     def end(self) -> None:
         """Nothing is left to do."""
@@ -283,7 +292,11 @@ class Single:
         for module in modules:
             module.requires_grad_(False)
         self._optimizer: torch.optim.Optimizer | None = None
+        self._names = [
+            n for n, p in self._model.named_parameters() if any(p is own for own in self._parameters)
+        ]
         self._anchors: list[torch.Tensor] = []
+        self._shifts: list[torch.Tensor] = []
 
     def _layer(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
         if x.dim() != 2:
@@ -292,16 +305,20 @@ class Single:
         made: torch.Tensor = _Linear.apply(x, w, b, lr)  # type: ignore[no-untyped-call]
         return made
 
-    def begin(self, flat: torch.Tensor) -> None:
+    def begin(self, flat: torch.Tensor, pull: Pull = NO_PULL) -> None:
         """Take over a stack of one."""
         self._flat = flat
         with torch.no_grad():
             state = self._model.state_dict()
             for name, value in self._recipe.layout.views(flat).items():
                 state[name].copy_(value[0])
-        if not self._recipe.plain_sgd:
+        if not self._recipe.bare:
             self._optimizer = local.optimizer(self._parameters, self._recipe.settings)
-        self._anchors = [p.detach().clone() for p in self._parameters] if self._recipe.mu else []
+        views, mu = self._recipe.layout.views, self._recipe.mu
+        anchors = views(flat.clone() if pull.anchor is None else pull.anchor) if mu else {}
+        self._anchors = [anchors[name][0] for name in self._names] if anchors else []
+        shifts = {} if pull.shift is None else views(pull.shift)
+        self._shifts = [shifts[name][0] for name in self._names] if shifts else []
 
     def step(
         self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, keys: torch.Tensor
@@ -315,12 +332,14 @@ class Single:
         stepping = Stepping(self._stepping, self._layer)
         with torch.enable_grad(), draws.keyed_dropout(self._model, keys[0]), stepping:
             loss = self._loss(self._model(inputs), labels).mean()
-            objective = loss
-            for p, anchor in zip(self._parameters, self._anchors, strict=False):
-                objective = objective + self._recipe.mu / 2 * (p - anchor).square().sum()
         stepping.check()
-        gradients = torch.autograd.grad(objective, self._parameters)
+        gradients = torch.autograd.grad(loss, self._parameters)
         with torch.no_grad():
+            if self._anchors:
+                away = torch._foreach_sub(self._parameters, self._anchors)
+                gradients = torch._foreach_add(gradients, away, alpha=self._recipe.mu)
+            if self._shifts:
+                gradients = torch._foreach_add(gradients, self._shifts)
             if self._optimizer is None:
                 lr = self._recipe.settings.learning_rate
                 torch._foreach_add_(self._parameters, list(gradients), alpha=-lr)

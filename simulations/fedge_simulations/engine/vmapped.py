@@ -16,7 +16,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import functional_call, vjp, vmap
 
 from fedge.learning import draws, local
-from fedge_simulations.engine.stack import Named
+from fedge_simulations.engine.stack import NO_PULL, Named, Pull
 from fedge_simulations.engine.steppers import Optimised, Recipe, Stepping, output_error
 
 
@@ -50,7 +50,6 @@ class Vmapped:
         forward = self._decomposed if self._recurrent else self._logits
         self._forward = vmap(forward, in_dims=(0, 0, 0, 0), randomness="error")
         self._optimised: Optimised | None = None
-        self._anchors: Named = {}
         self._counts: Named = {}
         self._clients = 0  # of the step that is being made
 
@@ -108,11 +107,9 @@ class Vmapped:
         finally:
             torch._C._set_mkldnn_enabled(before)
 
-    def begin(self, flat: torch.Tensor) -> None:
+    def begin(self, flat: torch.Tensor, pull: Pull = NO_PULL) -> None:
         """Take over a stack."""
-        self._optimised = Optimised(self._recipe, flat)
-        views = self._optimised.views
-        self._anchors = {n: views[n].clone() for n in self._recipe.trainable} if self._recipe.mu else {}
+        self._optimised = Optimised(self._recipe, flat, pull)
         self._counts = {n: v.expand(len(flat), *v.shape).clone() for n, v in self._counters.items()}
 
     def step(
@@ -122,8 +119,6 @@ class Vmapped:
         assert self._optimised is not None  # noqa: S101 - `begin` has made it
         views = self._optimised.active(len(x))
         gradients, loss = self.gradients(views, x, y, weight, keys)
-        for name, anchor in self._anchors.items():
-            gradients[name].add_(views[name] - anchor[: len(x)], alpha=self._recipe.mu)
         if gradients:
             self._optimised.step(gradients)
         return loss

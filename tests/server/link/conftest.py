@@ -40,6 +40,7 @@ class SmallHub(RunsServicer):
         self.changed = threading.Condition()
         self.threads = futures.ThreadPoolExecutor(4)
         self.node_config: dict[str, Any] = {}
+        self.states: dict[int, RecordDict] = {}  # what each device remembers
         self.run_config: dict[str, Any] = {}
         self.default_deadline_s = 60.0
         home.root.mkdir(exist_ok=True)
@@ -162,7 +163,8 @@ class SmallHub(RunsServicer):
             ),
         )
         node_config = {**self.node_config, "partition-id": message.node_id - 1}
-        context = Context(RUN_ID, message.node_id, node_config, RecordDict(), self.run_config)
+        state = self.states.setdefault(message.node_id, RecordDict())
+        context = Context(RUN_ID, message.node_id, node_config, state, self.run_config)
         return self.devices[message.node_id](sent, context)
 
     def join(self, node_id: int, device: Device) -> None:

@@ -31,7 +31,10 @@ OPTIONS = {
     "multikrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 2},
     "krum": {"num_malicious_nodes": 1},
     "bulyan": {"num_malicious_nodes": 0},
+    "ditto": {"pull": 0.5},
+    "fedper": {"layers": 2},
 }
+MODELS = {"fedper": "mlp", "fedbn": "mlp-bn"}  # what they need; else the smallest
 
 
 def echo() -> ClientApp:
@@ -110,9 +113,10 @@ def test_push_and_pull_give_every_reply_once(any_grid):
 def test_a_strategy_learns_the_same_over_the_link_as_in_a_simulation(name, hub, tmp_path: Path):
     config = Config.from_mapping(
         {
-            "model": {"name": "logistic"},
+            "model": {"name": MODELS.get(name, "logistic")},
             "clients": {"count": 5},
-            "rounds": {"count": 2, "fraction": 0.8},
+            "rounds": {"count": 3, "fraction": 0.8},
+            "evaluate": {"federated": True},
             "train": {"epochs": 1},
             "strategy": {"name": name, **OPTIONS.get(name, {})},
             "simulation": {"engine": "sequential"},  # the device's own code, so equal to the bit
@@ -131,6 +135,9 @@ def test_a_strategy_learns_the_same_over_the_link_as_in_a_simulation(name, hub, 
     assert digest(arrays_of(linked[0].model.network)) == digest(arrays_of(simulated.model.network))
     assert [record.updates for record in linked[0].records] == [
         record.updates for record in simulated.records
+    ]
+    assert [record.client_metrics for record in linked[0].records] == [
+        record.client_metrics for record in simulated.records
     ]
     with Registry.open(hub.home.root) as registry:
         assert registry.run("run")["status"] == "done"

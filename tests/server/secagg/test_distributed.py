@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from torch import nn
 
 from fedge.config import Config
 from fedge.errors import ConfigError
@@ -15,6 +16,7 @@ from fedge_server.privacy.rules import guard_of_shares
 from fedge_server.rounds.secure import encoding_of
 
 ORIGIN = {"w": np.zeros((40, 50), np.float32), "b": np.zeros(7, np.float32)}
+NETWORK = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
 SECTIONS = {
     "privacy": {"mechanism": "distributed", "secure_aggregation": True, "secure_corrupt": 0.0},
     "model": {"standardise": False},
@@ -52,13 +54,13 @@ def test_corrupt_clients_shares_are_not_counted_on() -> None:
 
 
 def test_it_needs_masks_and_a_round_that_nobody_pushes_another_out_of() -> None:
-    strategies.build(config(), parameter_names=("w",))
+    strategies.build(config(), network=NETWORK)
     with pytest.raises(ConfigError, match=r"set privacy\.secure_aggregation = true"):
-        strategies.build(config(secure_aggregation=False), parameter_names=("w",))
+        strategies.build(config(secure_aggregation=False), network=NETWORK)
     with pytest.raises(ConfigError, match="pushes another out"):
-        strategies.build(Config.from_mapping({**SECTIONS, "rounds": {"quorum": 0.9}}), parameter_names=("w",))
+        strategies.build(Config.from_mapping({**SECTIONS, "rounds": {"quorum": 0.9}}), network=NETWORK)
     with pytest.raises(ConfigError, match="the server counts who is clipped"):
-        strategies.build(config(adaptive_clip=True), parameter_names=("w",))
+        strategies.build(config(adaptive_clip=True), network=NETWORK)
 
 
 def test_shares_that_could_overflow_are_refused_before_the_run() -> None:

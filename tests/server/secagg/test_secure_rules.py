@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from fedge.config import Config, override
 from fedge.errors import ConfigError
@@ -15,6 +16,7 @@ from fedge_server.rounds.secure import encoding_of
 from fedge_server.secagg.graph import degree_of
 from fedge_server.strategies import LINEAR, NAMES, PLAIN
 
+NETWORK = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
 PLAINLY = {"privacy": {"secure_aggregation": True}, "model": {"standardise": False}}
 PAGE = (Path(__file__).parents[3] / "docs" / "secure-aggregation.md").read_text("utf-8")
 
@@ -32,21 +34,21 @@ def test_each_row_of_the_documented_table_is_so(assignment: str, verdict: str, w
     key, _, value = assignment.strip("`").partition(" = ")
     made = Config.from_mapping(override(PLAINLY, [f"{key}={value}"]))
     if verdict == "allowed":
-        strategies.build(made, parameter_names=("w",))
+        strategies.build(made, network=NETWORK)
     else:
         assert verdict == "refused"
         with pytest.raises(ConfigError, match=key.rpartition(".")[2]):
-            strategies.build(made, parameter_names=("w",))
+            strategies.build(made, network=NETWORK)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_strategies_that_average_go_with_sums(name: str) -> None:
     made = Config.from_mapping({**PLAINLY, "strategy": {"name": name}})
     if PLAIN[name] in LINEAR:
-        strategies.build(made, parameter_names=("w",))
+        strategies.build(made, network=NETWORK)
     else:
         with pytest.raises(ConfigError, match="looks at single updates"):
-            strategies.build(made, parameter_names=("w",))
+            strategies.build(made, network=NETWORK)
 
 
 def test_the_documented_degrees_are_those_of_the_code() -> None:

@@ -1,0 +1,92 @@
+"""What a strategy asks of its clients beyond plain training: declared once, told them, held against replies.
+
+| term | for | a client gets besides | sends besides | keeps on the device |
+|---|---|---|---|---|
+| steps | FedNova | | metric: `steps` | |
+| control | SCAFFOLD | arrays `control` | arrays `control` | its control variate |
+| own | FedBN, FedPer | | | entries of the model's state, which do not travel |
+| pull | Ditto | | | a whole personal model |
+
+What travels besides is as large as the model's parameters, with their names; what is kept lies in
+`Context.state`, which never leaves the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from fedge.config import Train
+
+STEPS: Final = "steps"  # metric of a reply: optimiser steps that the client has made
+CONTROL: Final = "control"  # record of arrays: the server's control variate, or the change of a client's
+VOID: Final = "control-void"  # key of the config: what this client sent from that round on was not counted
+
+Arrays = Mapping[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What clients do, send and keep for a strategy."""
+
+    steps: bool = False  # they tell how many optimiser steps they made
+    control: bool = False  # their steps are corrected by control variates, whose changes they send
+    own: tuple[str, ...] = ()  # entries of the model's state that stay on the device
+    pull: float = 0.0  # weight of a personal model's pull towards the global one; 0: there is no such model
+
+    def __post_init__(self) -> None:
+        """Refuse a pull that is none."""
+        if not (math.isfinite(self.pull) and self.pull >= 0):
+            raise ValueError(f"pull {self.pull} must be a number from 0")
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a client has something to remember: its app must run, whoever does the training."""
+        return self.control or bool(self.own) or self.pull > 0
+
+    def shared(self, state: Arrays) -> dict[str, npt.NDArray[np.generic]]:
+        """The part of a model's state that travels."""
+        own = frozenset(self.own)
+        return {name: value for name, value in state.items() if name not in own}
+
+
+PLAIN: Final = Terms()
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What a reply must hold besides state, examples and loss."""
+
+    metrics: Mapping[str, int] = field(default_factory=dict)  # whole numbers from 1: the largest of each
+    arrays: Mapping[str, Arrays] = field(default_factory=dict)  # records, each like these
+
+    @classmethod
+    def of(cls, terms: Terms, parameters: Arrays, most_steps: int) -> Beside:
+        """What a strategy's terms ask for.
+
+        Args:
+            terms: of the strategy.
+            parameters: the trainable entries of the global state.
+            most_steps: that a client can make.
+        """
+        return cls({STEPS: most_steps} if terms.steps else {}, {CONTROL: parameters} if terms.control else {})
+
+
+def accumulated(steps: int, settings: Train) -> float:
+    """How many gradients' worth of way so many steps of SGD go: the norm |a|_1 of FedNova.
+
+    Wang et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization",
+    section 4: with momentum rho, gradient j of tau counts (1 - rho^(tau - j)) / (1 - rho) times in what the
+    weights have moved, in all [tau - rho (1 - rho^tau) / (1 - rho)] / (1 - rho); without, tau.
+
+    Args:
+        steps: tau, at least 1.
+        settings: the run's `[train]`; its optimiser is SGD.
+    """
+    rho = settings.momentum
+    return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
