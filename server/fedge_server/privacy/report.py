@@ -13,7 +13,6 @@ from typing import Any
 
 from fedge.config import Config
 from fedge.learning.guard import KINDS
-from fedge_server.privacy.rules import least_of
 from fedge_server.rounds.record import RoundRecord
 
 
@@ -115,7 +114,7 @@ def privacy_report(
         shares=_last(rounds, "secure_threshold"),
         cut=_last(rounds, "secure_cut"),
         aborted=sum("aborted" in record.privacy for record in rounds),
-        threshold=least_of(config) if privacy.secure_aggregation else config.rounds.min_updates,
+        threshold=_last(rounds, "secure_least") or config.rounds.min_updates,
         smallest_round=min(counted, default=None),
         asked=sum(record.asked for record in rounds),
         dropouts=sum(record.failures for record in rounds),

@@ -214,20 +214,31 @@ def settings_of(config: Config, clip_norm: float, expected: int) -> Settings:
 def guard_of_shares(config: Config, expected: int) -> Guard:
     """What devices are told of their share of a sum's noise.
 
-    The whole noise is that of as few clients as a sum is opened with, less those that may tell their shares.
+    The whole noise is that of as few clients as a sum is opened with, less those that may tell their shares:
+    with more there is more noise than promised.
 
     Args:
         config: of the run.
         expected: clients of a round.
     """
     privacy = config.privacy
-    honest = least_of(config) - math.floor(privacy.secure_corrupt * expected)
+    honest = least_of(config, expected) - math.floor(privacy.secure_corrupt * expected)
     return Guard("distributed", privacy.clip_norm, privacy.noise_multiplier, least=max(honest, 1))
 
 
-def least_of(config: Config) -> int:
-    """Clients in a sum that secure aggregation opens."""
-    return max(LEAST, config.rounds.min_updates)
+def least_of(config: Config, expected: int) -> int:
+    """Clients in a sum that secure aggregation opens.
+
+    Where devices share out the noise, as many as are left when `privacy.secure_dropouts` of them are lost.
+
+    Args:
+        config: of the run.
+        expected: clients of a round.
+    """
+    privacy, least = config.privacy, max(LEAST, config.rounds.min_updates)
+    if privacy.mechanism != "distributed":
+        return least
+    return max(least, expected - math.floor(privacy.secure_dropouts * expected))
 
 
 _STANDARDISE = (

@@ -87,13 +87,14 @@ def secure_sum(
         nonce, draw = secrets.token_bytes(wire.NONCE_BYTES), random.SystemRandom()
     clients = frozenset(message.metadata.dst_node_id for message in sent)
     size = sum(value.size for value in origin.values())
-    coordinator = Coordinator(
-        Session(run_id, number, nonce), clients, size + EXTRAS, least_of(config), draw,
-        privacy.secure_corrupt, privacy.secure_dropouts, privacy.secure_neighbours, signed,
-    )  # fmt: skip
     noise = None
     if protection is not None and protection.guard is not None and protection.guard.kind == "distributed":
         noise = protection.guard, protection.expected
+    least = least_of(config, len(clients) if noise is None else noise[1])
+    coordinator = Coordinator(
+        Session(run_id, number, nonce), clients, size + EXTRAS, least, draw,
+        privacy.secure_corrupt, privacy.secure_dropouts, privacy.secure_neighbours, signed,
+    )  # fmt: skip
     phases = _Phases(
         grid, config, coordinator, {message.metadata.dst_node_id: message for message in sent}, noise
     )
@@ -101,7 +102,7 @@ def secure_sum(
         found = phases.run()
     except RoundError as error:
         _log.warning("round %d: %s", number, error)
-        return phases.result([], 0, {"aborted": str(error)})
+        return phases.result([], 0, {"aborted": str(error), "secure_least": least})
     return phases.result([_message(found, origin)], found.clients, phases.facts(found))
 
 
@@ -220,6 +221,7 @@ class _Phases:
         return {
             "secure_neighbours": degree.neighbours,
             "secure_threshold": degree.threshold,
+            "secure_least": server.least,
             "secure_lost": len(self.training) - len(server.present),
             "secure_cut": found.cut,
             **({"secure_error": encoding.error(found.clients, found.examples)} if self.noise is None else {}),

@@ -12,7 +12,7 @@ from fedge.learning.guard import Guard, noised_share
 from fedge.noise import derived_key
 from fedge.secagg.encoding import EXTRAS, decode_whole, encode_whole
 from fedge_server import strategies
-from fedge_server.privacy.rules import guard_of_shares
+from fedge_server.privacy.rules import guard_of_shares, least_of
 from fedge_server.rounds.secure import encoding_of
 
 ORIGIN = {"w": np.zeros((40, 50), np.float32), "b": np.zeros(7, np.float32)}
@@ -47,10 +47,18 @@ def test_a_sum_of_the_least_clients_holds_the_whole_noise_and_one_of_more_holds_
 
 
 def test_corrupt_clients_shares_are_not_counted_on() -> None:
-    assert guard_of_shares(config(secure_corrupt=0.1), 100).least == 6
-    assert guard_of_shares(config(secure_corrupt=0.5), 100).least == 1
+    assert guard_of_shares(config(secure_corrupt=0.1), 100).least == 70
+    assert guard_of_shares(config(secure_corrupt=0.4, secure_dropouts=0.45), 100).least == 15
     few = Config.from_mapping({**SECTIONS, "rounds": {}})
-    assert guard_of_shares(few, 100).least == 3
+    assert guard_of_shares(few, 100).least == 80
+    assert guard_of_shares(few, 4).least == 4
+    assert guard_of_shares(config(), 18).least == 16  # rounds.min_updates
+
+
+def test_without_shares_of_noise_three_clients_hide_one_another() -> None:
+    plain = Config.from_mapping({"privacy": {"secure_aggregation": True}, "rounds": {"min_updates": 2}})
+    assert least_of(plain, 100) == 3
+    assert least_of(config(), 100) == 80
 
 
 def test_it_needs_masks_and_a_round_that_nobody_pushes_another_out_of() -> None:

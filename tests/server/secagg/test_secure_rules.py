@@ -65,7 +65,7 @@ def test_a_sum_that_could_overflow_is_refused_before_the_run() -> None:
 
 
 def test_the_report_says_who_sees_sums_alone_and_what_they_do_not_cover() -> None:
-    facts = {"secure_neighbours": 6, "secure_threshold": 5, "secure_cut": 1}
+    facts = {"secure_neighbours": 6, "secure_threshold": 5, "secure_cut": 1, "secure_least": 3}
     records = [RoundRecord(0, {}), RoundRecord(1, {}, clients=6, asked=7, privacy=facts)]
     records.append(RoundRecord(2, {}, asked=7, counted=False, privacy={"aborted": "too few"}))
     found = privacy_report(
