@@ -80,9 +80,10 @@ def round_line(config: Config, record: RoundRecord) -> str:
     missing = f"  {record.failures} without an update" if record.failures else ""
     why = f" ({record.rejected[0].reason})" if record.rejected else ""
     late = f"  {record.late} late" if record.late else ""
+    odd = f"  {record.standing_out}" if record.conspicuous else ""
     return (
         f"round {record.round:>{len(str(count))}}/{count}  {'  '.join(metrics)}  {record.clients} clients"
-        f"  {record.seconds:.2f} s{missing}{why}{late}"
+        f"  {record.seconds:.2f} s{missing}{why}{late}{odd}"
     )
 
 

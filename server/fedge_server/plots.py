@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fedge.dataset import Dataset, Indices
 from fedge_server.compression import TierOutcome
 from fedge_server.page import Plot, draw
-from fedge_server.rounds.record import RoundRecord
+from fedge_server.rounds.record import THRESHOLD, RoundRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,6 +106,28 @@ def answers(records: Sequence[RoundRecord]) -> Plot:
         axes.legend(loc="lower right")
 
     return draw("Answers", "Clients asked in each round, and updates that were used.", paint, height=2.0)
+
+
+def anomalies(records: Sequence[RoundRecord], clients: Sequence[int]) -> Plot:
+    """How much updates stood out by round: all of them as dots, some clients as lines."""
+    points = [(record.round, score.value) for record in records for score in record.anomalies]
+
+    def paint(axes: Axes) -> None:
+        axes.plot(*zip(*points, strict=True), ".", color="lightgrey", markersize=3)
+        for client in clients:
+            own = [(r.round, s.value) for r in records for s in r.anomalies if s.client == client]
+            axes.plot(*zip(*own, strict=True), label=f"client {client}", **_line(len(own)))
+        axes.axhline(THRESHOLD, color="grey", linestyle=":")
+        axes.set(xlabel="round", ylabel="robust deviations", yscale="symlog")
+        axes.legend(fontsize=7)
+
+    return draw(
+        "Who stands out",
+        f"How far each update lies from the others of its round; lines: the clients with the largest means. "
+        f"Dotted: {THRESHOLD:g}, from which on one should look. Honest clients with rare data stand out too.",
+        paint,
+        height=2.8,
+    )
 
 
 def holdings(held: Holdings) -> list[Plot]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from fedge_server.page import Plot, flat, write_page
 from fedge_server.plots import Holdings
 from fedge_server.privacy.report import PrivacyReport
 from fedge_server.rounds.loop import Learned
-from fedge_server.rounds.record import RoundRecord
+from fedge_server.rounds.record import RoundRecord, Score
 
 _MAX_REASONS = 12
+_MAX_STANDINGS, _DRAWN = 10, 5  # clients in the table, and in the picture
 _MAX_REASON = 160  # characters of a reason that are shown
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?", re.IGNORECASE)
 
@@ -33,6 +35,17 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """How much a client's updates stood out over all rounds that had them."""
+
+    client: int
+    rounds: int  # in which its update was held against the others'
+    stood_out: int  # of these
+    mean: float  # of its scores
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What the page shows."""
 
@@ -43,6 +56,7 @@ class Report:
     plots: tuple[Plot, ...]
     failures: tuple[Failure, ...]
     privacy: PrivacyReport
+    standings: tuple[Standing, ...]  # of the oddest clients, those first
 
     @classmethod
     def of(
@@ -68,7 +82,10 @@ class Report:
             drawn.append(plots.answers(records))
         if any(trial.accuracy is not None for outcome in outcomes for trial in outcome.tried):
             drawn.append(plots.candidates(outcomes, summary["global_model"]["bytes"]))
-        return cls(config, summary, records, outcomes, tuple(drawn), failures, privacy)
+        standings = standings_of(records)
+        if standings:
+            drawn.append(plots.anomalies(records, [each.client for each in standings[:_DRAWN]]))
+        return cls(config, summary, records, outcomes, tuple(drawn), failures, privacy, standings)
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -93,6 +110,25 @@ def failures_by_reason(records: Sequence[RoundRecord]) -> tuple[Failure, ...]:
     rest = sum(count for _, count in common[_MAX_REASONS:])
     found = [Failure(reason, count) for reason, count in common[:_MAX_REASONS]]
     return tuple([*found, Failure("other reasons", rest)] if rest else found)
+
+
+def standings_of(records: Sequence[RoundRecord]) -> tuple[Standing, ...]:
+    """The clients whose updates stood out most, by the mean of their scores."""
+    of_client: dict[int, list[Score]] = {}
+    for record in records:
+        for score in record.anomalies:
+            of_client.setdefault(score.client, []).append(score)
+    found = [
+        Standing(
+            client,
+            len(scores),
+            sum(score.stands_out for score in scores),
+            statistics.fmean(score.value for score in scores),
+            max(score.value for score in scores),
+        )
+        for client, scores in of_client.items()
+    ]
+    return tuple(sorted(found, key=lambda each: (-each.mean, each.client))[:_MAX_STANDINGS])
 
 
 def _kind(reason: str) -> str:

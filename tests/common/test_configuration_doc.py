@@ -70,7 +70,6 @@ CODE = {
     "train": config.Train,
     "strategy": StrategyConfig,
     "privacy": config.Privacy,
-    "communication": config.Communication,
     "simulation": config.Simulation,
     "scenario": config.Scenario,
     "evaluate": config.Evaluate,

@@ -125,13 +125,14 @@ def _show(arguments: argparse.Namespace) -> int:
     _, registry = open_registry(arguments.home)
     with registry:
         run = find_run(registry, arguments.which)
-        records = [record.to_json() for record in registry.records(run["id"])[1:]]
-        row = _row(registry, run) | {"config": run["config"], "history": records}
+        records = registry.records(run["id"])[1:]
+        history = [record.to_json() for record in records]
+        row = _row(registry, run) | {"config": run["config"], "history": history}
     lines = [f"{key}: {row[key]}" for key in ("id", "task", "seed", "status", "reason", "created")]
     lines += [
         f"round {r['round']}: accuracy {r['accuracy']:.4f}, loss {r['loss']:.4f}, {r['clients']} clients, "
-        f"{r['failures']} without an update"
-        for r in records
+        f"{r['failures']} without an update" + (f", {record.standing_out}" if record.conspicuous else "")
+        for r, record in zip(history, records, strict=True)
     ]
     return show(arguments, row, lines)
 

@@ -71,18 +71,13 @@ def check_terms(config: Config, terms: Terms) -> None:
 
     Raises:
         ConfigError: noise or masks do not cover what they send besides; or compression and stopping need a
-            whole model on the server, and parts of it stay on devices; or a codec would gain little.
+            whole model on the server, and parts of it stay on devices.
     """
     name, protected = config.strategy.name, config.privacy
     if (terms.steps or terms.control) and (protected.mechanism != "none" or protected.secure_aggregation):
         raise ConfigError(
             f"strategy.name = {name!r}: clients send {'their steps' if terms.steps else 'control variates'} "
             "besides, which neither noise nor masks of [privacy] cover; take one that averages"
-        )
-    if terms.control and config.communication.codec:
-        raise ConfigError(
-            f"communication.codec: with strategy.name = {name!r} control variates travel whole beside each "
-            "update; leave one of them out"
         )
     wrong = [
         ("tiers", config.tiers),
@@ -133,14 +128,14 @@ def _check_secure(config: Config, *, linear: bool) -> None:
             f"sums that differ in few clients tell what these sent; leave them out with {beside}",
         ),
         (
+            config.evaluate.anomalies is True,
+            "evaluate.anomalies = true",
+            f"nobody sees a single update that could stand out with {beside}; leave it out",
+        ),
+        (
             config.scenario.attackers > 0,
             "scenario.attackers",
             f"change what is sent on its way, which spoils a masked sum; leave it out with {beside}",
-        ),
-        (
-            bool(config.communication.codec),
-            f"communication.codec = {list(config.communication.codec)}",
-            f"masks are as long as the model whatever they hide; leave it out with {beside}",
         ),
         (
             rounds.quorum < 1 - privacy.secure_dropouts,
@@ -159,12 +154,10 @@ def _check_central(config: Config, *, linear: bool) -> None:
             "and this strategy looks at single updates, whose influence the noise does not cover; take one "
             "that averages, such as 'fedavg'"
         )
-    codec = config.communication.uplink
-    if codec is not None and codec.remembers and config.rounds.sampling == "poisson":
+    if config.evaluate.anomalies:
         raise ConfigError(
-            "communication.error_feedback = true: what a client sends then shows the rounds it was asked in "
-            "before, and the smaller epsilon of rounds.sampling = 'poisson' needs these to be secret; set it "
-            "to false, or take sampling 'fixed'"
+            "evaluate.anomalies = true: would write down of each update, without noise, how far it lies from "
+            "the others; leave it out with privacy.mechanism = 'central'"
         )
     _check_quorum(config)
 

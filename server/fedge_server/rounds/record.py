@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 Metric = float | list[float]
+_NAMED: Final = 5
+THRESHOLD: Final = 4.0  # robust deviations from which on an update stands out
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +17,29 @@ class Rejected:
 
     client: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How much a client's update stood out among those of its round (fedge_server.rounds.anomalies)."""
+
+    client: int
+    distance: float  # from the median update, in robust deviations; below 0: nearer than most
+    direction: float  # how far it went another way, likewise; below 0: less than most
+
+    def to_json(self) -> list[int | float]:
+        """Three numbers: a line of history holds all clients."""
+        return [self.client, self.distance, self.direction]
+
+    @property
+    def value(self) -> float:
+        """The larger of both."""
+        return max(abs(self.distance), self.direction)
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether somebody should look at the client."""
+        return self.value >= THRESHOLD
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +64,25 @@ class RoundRecord:
     target_bound: float | None = None  # of the target's metric, with rounds.target_confidence
     # With a mechanism: epsilon of its ledger after this round, delta, clip_norm, noise, next_clip_norm.
     privacy: Mapping[str, float | str] = field(default_factory=dict)
+    anomalies: tuple[Score, ...] = ()  # of each update, where they were held against each other
 
     @property
     def failures(self) -> int:
         """Clients asked whose update was not used: rejected, late, or never answered."""
         return self.asked - self.clients
+
+    @property
+    def conspicuous(self) -> tuple[int, ...]:
+        """Clients whose updates stood out, the oddest first."""
+        found = sorted((score for score in self.anomalies if score.stands_out), key=lambda s: -s.value)
+        return tuple(score.client for score in found)
+
+    @property
+    def standing_out(self) -> str:
+        """Who that was: the first five of them."""
+        clients = self.conspicuous
+        more = ", ..." if len(clients) > _NAMED else ""
+        return f"{len(clients)} stand out (clients {', '.join(map(str, clients[:_NAMED]))}{more})"
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain values."""
@@ -65,6 +104,7 @@ class RoundRecord:
             **({"intervals": {k: list(v) for k, v in self.intervals.items()}} if self.intervals else {}),
             **({"target_bound": self.target_bound} if self.target_bound is not None else {}),
             **({"privacy": dict(self.privacy)} if self.privacy else {}),
+            **({"anomalies": [s.to_json() for s in self.anomalies]} if self.anomalies else {}),
             **({"simulated_s": self.simulated_s} if self.simulated_s is not None else {}),
         }
 
@@ -77,4 +117,5 @@ class RoundRecord:
         names = set(cls.__dataclass_fields__) - {"metrics", "rejected"}
         own = {name: rest.pop(name) for name in list(rest) if name in names}
         own["intervals"] = {name: (low, high) for name, (low, high) in own.pop("intervals", {}).items()}
+        own["anomalies"] = tuple(Score(*each) for each in own.pop("anomalies", ()))
         return cls(metrics=rest, rejected=rejected, **own)
