@@ -18,6 +18,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedge.codecs.layout import Layout
 from fedge.dataset import Dataset, Examples
 from fedge.errors import ConfigError, DataError, FormatError
 from fedge.holdout import kept_back, places
@@ -33,7 +34,7 @@ from fedge.secagg.protocol import Signer
 from fedge.statistics import Moments
 from fedge.task import Source, Task, resolve
 from fedge.task_digest import task_digest
-from fedge_client import keeping, masking
+from fedge_client import coding, keeping, masking
 
 Share = Callable[[Context, Instructions], tuple[Task, Examples]]
 """The task that this client offers and its own examples for it; raises ConfigError when it offers none of
@@ -158,6 +159,8 @@ def build(
     @client.train()
     def train(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
+        if instructions.codec is not None and (sent := coding.answered(message, context, instructions)):
+            return sent
         own = trained_on(share(context, instructions), instructions)
         job = keeping.begun(_job(message, context, instructions, *own), message, context)
         if instructions.guard is not None:
@@ -214,7 +217,7 @@ def _divided(own: tuple[Task, Examples], instructions: Instructions, *, back: bo
 def _answer(
     message: Message, context: Context, job: Job, done: Trained, control: NamedArrays | None
 ) -> Message:
-    """What leaves the device: protected as its guard says, and under masks where that is asked for."""
+    """What leaves the device: protected as its guard says, then under masks or in a codec where asked for."""
     guard, terms = job.instructions.guard, job.instructions.terms
     done = replace(done, arrays=terms.shared(done.arrays))
     loss = done.loss if guard is None else 0.0
@@ -225,20 +228,30 @@ def _answer(
     if masking.is_asked_for(message):
         change = flat(done.arrays, _origin(job))
         return masking.answer_masked(message, context, lambda to: to.encode(change, done.examples, loss))
+    arrays, examples = done.arrays, done.examples
     if guard is not None and guard.kind == "local":
-        noised = guarded(done.arrays, _origin(job), guard, job.secret)
-        return messages.train_reply(message, noised, examples=1, loss=loss, guarded=True)
-    return messages.train_reply(
-        message, done.arrays, examples=done.examples, loss=loss, guarded=guard is not None,
-        steps=done.steps if terms.steps else None, control=control,
-    )  # fmt: skip
+        arrays, examples = guarded(done.arrays, _origin(job), guard, job.secret), 1
+    said: messages.Said = {"examples": examples, "loss": loss, "guarded": guard is not None}
+    if terms.steps:
+        said["steps"] = done.steps
+    if job.instructions.codec is not None:
+        return coding.answer(message, context, _layout(job), arrays, **said)
+    return messages.train_reply(message, arrays, control=control, **said)
 
 
 def _origin(job: Job) -> Mapping[str, npt.NDArray[np.generic]]:
     """What the update's change is measured from."""
-    model = local.blank(job.task, job.instructions.model, job.instructions.spec)
     state = job.instructions.terms.shared(job.state)
-    return reference(state, local.gradients_of(model, job.instructions.update))
+    return reference(state, local.gradients_of(_blank(job), job.instructions.update))
+
+
+def _layout(job: Job) -> Layout:
+    """What of the update a codec works on."""
+    return Layout.of(_origin(job), local.parameters_of(_blank(job)))
+
+
+def _blank(job: Job) -> torch.nn.Module:
+    return local.blank(job.task, job.instructions.model, job.instructions.spec)
 
 
 def client_seed(run_seed: int, server_round: int, node_id: int) -> int:

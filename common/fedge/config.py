@@ -18,6 +18,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
+from fedge.codecs.chain import Codec
 from fedge.errors import ConfigError
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -62,6 +63,12 @@ def _matching(pattern: re.Pattern[str], forms: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _parses_as_codec(stages: tuple[str, ...]) -> tuple[str, ...]:
+    if stages:
+        Codec.of(stages)
+    return stages
 
 
 Augmentation = Annotated[str, _matching(_AUGMENT, "'flip', 'shift:PIXELS', 'noise:STD', 'mask:SHARE'")]
@@ -216,6 +223,20 @@ class Privacy:
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
+class Communication:
+    """`[communication]`: what travels between server and clients, and in what form."""
+
+    # what is done to a client's change, in this order: topk:SHARE or randomk:SHARE, then int8 or sign
+    codec: Annotated[tuple[str, ...], AfterValidator(_parses_as_codec)] = ()
+    error_feedback: bool = True  # what a codec leaves out is kept on the device and added to its next change
+
+    @property
+    def uplink(self) -> Codec | None:
+        """The codec of updates, if there is one."""
+        return Codec.of(self.codec, feedback=self.error_feedback) if self.codec else None
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
 class Simulation:
     """`[simulation]`: how a simulation uses the machine; a deployment has no use for it."""
 
@@ -350,6 +371,7 @@ class Config:
     train: Train = Train()
     strategy: StrategyConfig = StrategyConfig()
     privacy: Privacy = Privacy()
+    communication: Communication = Communication()
     simulation: Simulation = Simulation()
     scenario: Scenario = Scenario()
     evaluate: Evaluate = Evaluate()

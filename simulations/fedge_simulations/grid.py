@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -19,6 +19,7 @@ from fedge.learning.messages import ARRAYS, arrays_named
 from fedge_server.rounds.closing import payload_bytes
 from fedge_server.rounds.grids import OwnGrid
 from fedge_simulations.course import Course, Fate, Ring, Steady
+from fedge_simulations.sizes import answer_bytes, sized
 from fedge_simulations.states import States
 from fedge_simulations.summing import Holders, clients_in, failure, sum_of, sum_of_moments
 from fedge_simulations.trainers import OneByOne, Trainers, Turn
@@ -143,7 +144,8 @@ class VectorGrid(OwnGrid):
         ids = []
         for (kind, size), group in itertools.groupby(sized(messages), key=lambda each: each[0]):
             sent = [message for _, message in group]
-            fates = self._fates([message.metadata.dst_node_id for message in sent], kind, size)
+            asked = [message.metadata.dst_node_id for message in sent]
+            fates = self._fates(asked, kind, size, answer_bytes(sent[0], size))
             for message, fate in zip(sent, fates, strict=True):
                 self._sequence += 1
                 message_id = f"m{self._sequence}"
@@ -156,7 +158,7 @@ class VectorGrid(OwnGrid):
         self._asked = len(ids)
         return ids
 
-    def _fates(self, node_ids: Sequence[int], kind: str, bytes_down: int) -> list[Fate]:
+    def _fates(self, node_ids: Sequence[int], kind: str, bytes_down: int, bytes_up: int) -> list[Fate]:
         holders = self._holders
         return self._course.fates(
             node_ids,
@@ -165,7 +167,7 @@ class VectorGrid(OwnGrid):
             clock_s=self.sent_s,
             examples=[holders.size(node_id) if holders is not None else 0 for node_id in node_ids],
             bytes_down=bytes_down,
-            bytes_up=bytes_down if kind == "train" else 0,  # a state comes back for a state
+            bytes_up=bytes_up,
         )
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -350,7 +352,7 @@ class VectorGrid(OwnGrid):
         self._restart()
         self.sent_s = self.elapsed_s
         kind, size = message.metadata.message_type, payload_bytes(message)
-        fates = self._fates(node_ids, kind, size)
+        fates = self._fates(node_ids, kind, size, answer_bytes(message, size))
         arriving = [
             (fate.arrives_s, order, node_id, fate.lost)
             for order, (node_id, fate) in enumerate(zip(node_ids, fates, strict=True))
@@ -375,16 +377,6 @@ class VectorGrid(OwnGrid):
         if len(group) < wanted and arriving and timeout is not None:
             self.clock_s = max(self.clock_s, timeout)
         return group, lost
-
-
-def sized(messages: Iterable[Message]) -> Iterator[tuple[tuple[str, int], Message]]:
-    """Messages with their types and the bytes of their arrays."""
-    sizes: dict[int, tuple[RecordDict, int]] = {}  # by identity: one content goes to many clients
-    for message in messages:
-        content = message.content
-        if id(content) not in sizes:
-            sizes[id(content)] = (content, payload_bytes(message))
-        yield (message.metadata.message_type, sizes[id(content)][1]), message
 
 
 def _error(message: Message, error: Exception) -> Message:

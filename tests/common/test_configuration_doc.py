@@ -70,6 +70,7 @@ CODE = {
     "train": config.Train,
     "strategy": StrategyConfig,
     "privacy": config.Privacy,
+    "communication": config.Communication,
     "simulation": config.Simulation,
     "scenario": config.Scenario,
     "evaluate": config.Evaluate,

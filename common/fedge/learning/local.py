@@ -329,7 +329,12 @@ def gradient(
 
 def gradients_of(model: nn.Module, update: Update) -> frozenset[str]:
     """Entries of a model's state in whose place a client sends a gradient."""
-    return frozenset(n for n, _ in model.named_parameters()) if update == "gradient" else frozenset()
+    return parameters_of(model) if update == "gradient" else frozenset()
+
+
+def parameters_of(model: nn.Module) -> frozenset[str]:
+    """Entries of a model's state that are trained; the others are buffers."""
+    return frozenset(name for name, _ in model.named_parameters())
 
 
 def _tensors(arrays: NamedArrays | None) -> Named | None:

@@ -17,12 +17,13 @@ import json
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NotRequired, TypedDict, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedge.codecs.chain import Codec
 from fedge.config import FilterName, Train, parse_train
 from fedge.errors import FormatError
 from fedge.learning.guard import KINDS, Guard
@@ -36,6 +37,7 @@ EXAMPLES, TRAIN_LOSS = "num-examples", "train_loss"  # Flower's own default name
 GUARDED = "guarded"  # 1: the client has protected itself as it was told to
 HELD_OUT = "held-out"  # 1: evaluated on examples that the client keeps back from training
 CLIENTS = "clients"  # how many clients' updates a partial sum holds; in no client's own answer
+CODED = "coded"  # the one array of an update in a codec (`fedge.codecs.update`)
 MAX_EXAMPLES = 10**9  # of one client: keeps sums exact; it is no defence against a client that lies
 QUERY_MOMENTS = "query.moments"
 QUERY_PING = "query.ping"  # touches neither task nor data: for checks and measurements
@@ -64,6 +66,7 @@ class Instructions:
     holdout: float = 0.0  # share of its examples that the client keeps back from training, to evaluate on
     terms: Terms = PLAIN  # what the strategy asks for besides
     void: int | None = None  # what this client sent from that round on was not counted; None: all was
+    codec: Codec | None = None  # what it does to its change then; None: it sends all of it
 
     def to_config(self) -> ConfigRecord:
         """The record that a strategy hands to its clients."""
@@ -95,6 +98,9 @@ class Instructions:
         record.update(_terms_values(self.terms))
         if self.void is not None:
             record[VOID] = self.void
+        if self.codec is not None:
+            record["codec"] = self.codec.text
+            record["codec-feedback"] = self.codec.feedback
         return record
 
     @classmethod
@@ -150,6 +156,7 @@ class Instructions:
             holdout=_share(config, "holdout") if "holdout" in config else 0.0,
             terms=_terms(config),
             void=_number(config, VOID, int) if VOID in config else None,
+            codec=codec_of(config),
         )
 
 
@@ -212,6 +219,23 @@ def _terms(config: ConfigRecord) -> Terms:
     pull = float(_number(config, "terms-pull", float)) if "terms-pull" in config else 0.0
     steps, control = config.get("terms-steps", False), config.get("terms-control", False)
     return Terms(steps is True, control is True, tuple(map(str, own)), pull)
+
+
+def codec_of(config: ConfigRecord) -> Codec | None:
+    """The codec that a message asks for, if any.
+
+    Raises:
+        KeyError, ValueError: it is none that is known here.
+    """
+    if "codec" not in config:
+        return None
+    feedback = config["codec-feedback"]
+    if not isinstance(feedback, bool):
+        raise ValueError(f"codec-feedback is a {type(feedback).__name__}, not true or false")
+    try:
+        return Codec.parse(_text(config, "codec"), feedback=feedback)
+    except ValueError as error:
+        raise ValueError(f"codec {config['codec']!r} is not known here: {error}") from error
 
 
 def _moments(config: ConfigRecord, spec: Spec) -> Moments | None:
@@ -314,6 +338,15 @@ def _possible(moments: Moments, examples: int, spec: Spec) -> bool:
     with np.errstate(over="ignore", invalid="ignore"):  # an overflow or NaN fails the comparison
         within = (count >= 0) & (count <= values) & (squares >= 0) & (squares <= count * largest**2)
         return bool((within & (np.square(total) <= count * squares * (1 + 1e-9))).all())
+
+
+class Said(TypedDict):
+    """What a client says with its update; as in `train_reply`."""
+
+    examples: int
+    loss: float
+    guarded: bool
+    steps: NotRequired[int]
 
 
 def train_reply(

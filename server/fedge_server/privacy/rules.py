@@ -71,13 +71,18 @@ def check_terms(config: Config, terms: Terms) -> None:
 
     Raises:
         ConfigError: noise or masks do not cover what they send besides; or compression and stopping need a
-            whole model on the server, and parts of it stay on devices.
+            whole model on the server, and parts of it stay on devices; or a codec would gain little.
     """
     name, protected = config.strategy.name, config.privacy
     if (terms.steps or terms.control) and (protected.mechanism != "none" or protected.secure_aggregation):
         raise ConfigError(
             f"strategy.name = {name!r}: clients send {'their steps' if terms.steps else 'control variates'} "
             "besides, which neither noise nor masks of [privacy] cover; take one that averages"
+        )
+    if terms.control and config.communication.codec:
+        raise ConfigError(
+            f"communication.codec: with strategy.name = {name!r} control variates travel whole beside each "
+            "update; leave one of them out"
         )
     wrong = [
         ("tiers", config.tiers),
@@ -138,6 +143,11 @@ def _check_secure(config: Config, *, linear: bool) -> None:
             f"change what is sent on its way, which spoils a masked sum; leave it out with {beside}",
         ),
         (
+            bool(config.communication.codec),
+            f"communication.codec = {list(config.communication.codec)}",
+            f"masks are as long as the model whatever they hide; leave it out with {beside}",
+        ),
+        (
             rounds.quorum < 1 - privacy.secure_dropouts,
             f"rounds.quorum = {rounds.quorum}",
             f"leaves out more clients than privacy.secure_dropouts = {privacy.secure_dropouts} allows for",
@@ -153,6 +163,13 @@ def _check_central(config: Config, *, linear: bool) -> None:
             f"strategy.name = {config.strategy.name!r}: privacy.mechanism = 'central' adds noise to a sum, "
             "and this strategy looks at single updates, whose influence the noise does not cover; take one "
             "that averages, such as 'fedavg'"
+        )
+    codec = config.communication.uplink
+    if codec is not None and codec.remembers and config.rounds.sampling == "poisson":
+        raise ConfigError(
+            "communication.error_feedback = true: what a client sends then shows the rounds it was asked in "
+            "before, and the smaller epsilon of rounds.sampling = 'poisson' needs these to be secret; set it "
+            "to false, or take sampling 'fixed'"
         )
     if config.evaluate.anomalies:
         raise ConfigError(

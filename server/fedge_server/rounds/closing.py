@@ -14,7 +14,7 @@ from fedge.learning.messages import ARRAYS, CLIENTS, EXAMPLES, METRICS
 from fedge.learning.terms import CONTROL, STEPS, Beside
 from fedge.wire.arrays import nbytes_of, pieces, raw_bytes, records_of
 from fedge_server.rounds.record import Rejected
-from fedge_server.rounds.validation import NOTHING, Arrays, fault
+from fedge_server.rounds.validation import NOTHING, Arrays, Decode, fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ def collect(
     at_least: int = 1,
     guarded: bool = False,
     beside: Beside = NOTHING,
+    decode: Decode | None = None,
 ) -> Collected:
     """Take replies until a share `quorum` of those asked has sent a valid update, or there are no more.
 
@@ -52,6 +53,7 @@ def collect(
         at_least: never close earlier than with so many (the round would not count).
         guarded: clients were told to protect themselves; an update that does not say so is rejected.
         beside: what the strategy's terms ask for besides.
+        decode: clients were asked to use a codec; bytes are counted as they travelled.
     """
     needed = enough(len(asked), quorum, at_least)
     valid: dict[int, Message] = {}
@@ -64,7 +66,7 @@ def collect(
             rejected.append(Rejected(client, "was not asked"))
         elif client in valid:
             rejected.append(Rejected(client, "answered twice; the first answer counts"))
-        elif (reason := fault(reply, like, guarded=guarded, beside=beside)) is not None:
+        elif reason := fault(reply, like, guarded=guarded, beside=beside, decode=decode):
             rejected.append(Rejected(client, reason))
         else:
             valid[client] = reply

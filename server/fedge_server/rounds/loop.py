@@ -20,6 +20,7 @@ from flwr.app import Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from torch import nn
 
+from fedge.codecs.layout import Layout
 from fedge.config import Config
 from fedge.errors import BudgetError, FedgeError, HubAwayError, RoundError, SupersededError
 from fedge.learning import local, messages
@@ -40,6 +41,7 @@ from fedge_server.registry.database import Registry
 from fedge_server.registry.ledger import Ledger
 from fedge_server.rounds.anomalies import scored
 from fedge_server.rounds.closing import Collected, collect, collect_sums, enough, payload_bytes
+from fedge_server.rounds.decoding import Decoder
 from fedge_server.rounds.grids import Identified, Simulated, Summing, nodes_of
 from fedge_server.rounds.moments import federated_moments, kept_moments, moments_arrays
 from fedge_server.rounds.record import Metric, RoundRecord
@@ -165,6 +167,7 @@ class _Run:
             guard=None if protection is None else protection.guard,
             holdout=config.evaluate.client_holdout,
             terms=chosen.terms,
+            codec=config.communication.uplink,
         )
         last = registry.last_round(run_id)
         if isinstance(grid, Simulated):
@@ -256,9 +259,9 @@ class _Run:
                 simulated=isinstance(self.grid, Simulated),
                 signed=isinstance(self.grid, Identified) and self.grid.identified,
             )
-        # Clipping is for each client by itself, and so are scores.
-        summed = self.chosen.sums and self.protection is None and not self.scoring
-        if summed and isinstance(self.grid, Summing) and self.grid.can_sum:
+        # Clipping is for each client by itself, and so are scores and a codec.
+        alone = self.protection is not None or self.instructions.codec is not None or self.scoring
+        if self.chosen.sums and not alone and isinstance(self.grid, Summing) and self.grid.can_sum:
             (asked,) = self.configure(number, MessageType.TRAIN, nodes[:1])
             needed = enough(len(nodes), rounds.quorum, rounds.min_updates)
             sums = self.grid.sum_updates(asked, nodes, timeout=rounds.deadline_s, enough=needed)
@@ -275,6 +278,7 @@ class _Run:
             at_least=rounds.min_updates,
             guarded=self.instructions.guard is not None,
             beside=self.beside(),
+            decode=self.decoder(number),
         )
         one = payload_bytes(sent[0]) if sent else 0
         same = all(message.content is sent[0].content for message in sent)
@@ -299,6 +303,13 @@ class _Run:
         """What each reply must hold besides."""
         parameters = {name: self.arrays[name] for name, _ in self.model.network.named_parameters()}
         return Beside.of(self.chosen.terms, parameters, self.config.train.epochs * messages.MAX_EXAMPLES)
+
+    def decoder(self, number: int) -> Decoder | None:
+        """What turns this round's updates back into arrays, where clients are asked to use a codec."""
+        if (codec := self.instructions.codec) is None:
+            return None
+        layout = Layout.of(self.origin(), local.parameters_of(self.model.network))
+        return Decoder(codec, layout, self.config.seed, number)
 
     def draw(self, number: int, kind: str) -> list[int]:
         """The clients that this round asks: its cohort to train, all or MANY of them to evaluate."""

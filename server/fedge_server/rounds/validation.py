@@ -6,13 +6,14 @@ average, an extra key loses the whole round (each was observed).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 
-from fedge.errors import FedgeError
+from fedge.errors import FedgeError, FormatError
 from fedge.learning.messages import (
     ARRAYS,
     CLIENTS,
@@ -30,7 +31,9 @@ from fedge.wire.arrays import DirectArray, in_memory, put, records_of
 MAX_LOSS = 1e6  # of one client; QFedAvg raises it to a power
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
-NOTHING = Beside()
+NOTHING: Final = Beside()
+Decode = Callable[[Message], None]
+"""Turn an update in a codec into arrays, in place; raises FormatError for one that is none."""
 
 
 def fault(
@@ -40,6 +43,7 @@ def fault(
     clients: int | None = None,
     guarded: bool = False,
     beside: Beside = NOTHING,
+    decode: Decode | None = None,
 ) -> str | None:
     """Why the update must not be used, or None when it may.
 
@@ -50,9 +54,12 @@ def fault(
         clients: None: one client's update. A number: a partial sum was asked for, of so many at most.
         guarded: clients were told to protect themselves, which an older one does not understand.
         beside: what the strategy's terms ask for besides.
+        decode: clients were asked to use a codec.
     """
     try:
-        found = _fault(reply, like, clients, guarded, beside)
+        found = _fault(reply, like, clients, guarded, beside, decode)
+    except FormatError as error:
+        found = str(error)
     except Exception as error:  # noqa: BLE001 - it rejects the client, not the round
         found = f"cannot be read ({type(error).__name__}: {error})"
     return None if found is None else _short(found)
@@ -87,12 +94,21 @@ def evaluation_fault(reply: Message, *, held_out: bool = False) -> str | None:
         return _short(f"cannot be read ({type(error).__name__}: {error})")
 
 
-def _fault(reply: Message, like: Arrays, clients: int | None, guarded: bool, beside: Beside) -> str | None:
+def _fault(
+    reply: Message,
+    like: Arrays,
+    clients: int | None,
+    guarded: bool,
+    beside: Beside,
+    decode: Decode | None,
+) -> str | None:
     if reply.has_error():
         return f"client error: {_last_line(reply.error.reason)}"
     wanted = {ARRAYS: like, **beside.arrays}
     if sorted(reply.content) != sorted((*wanted, METRICS)):
         return f"records {sorted(reply.content)} instead of {sorted((*wanted, METRICS))}"
+    if decode is not None:
+        decode(reply)
     metrics = reply.content[METRICS]
     if not isinstance(metrics, MetricRecord):
         return "records of the wrong kind"
@@ -190,7 +206,8 @@ def _is_finite(value: npt.NDArray[np.generic]) -> bool:
     flat = value.ravel()
     if flat.dtype == np.float16:  # its squares would overflow at 256
         flat = flat.astype(np.float32)
-    return bool(np.isfinite(np.dot(flat, flat)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.dot(flat, flat)))
 
 
 def _last_line(text: str | None) -> str:

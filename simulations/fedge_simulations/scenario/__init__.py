@@ -86,6 +86,12 @@ class Scenario:
         self.kinds = drawn if self._replay is None else frozenset(self._replay.kinds)  # of attacks
         self.attacks = bool(self.kinds)
         self._agreed: dict[str, tuple[Ring, NamedArrays]] = {}  # by attack: what its last ring has agreed on
+        changing = {kind for kind in self.kinds if kind.partition(":")[0] not in ("label_flip", "backdoor")}
+        if changing and config.communication.codec:
+            raise ConfigError(
+                f"communication.codec: {min(changing)!r} of scenario.attackers changes arrays on their "
+                "way, and a codec sends none; leave one of them out"
+            )
 
     def begin_round(self, number: int) -> None:
         """Let what earlier rounds did count, and forget what was recorded of this one or a later one.

@@ -109,6 +109,35 @@ def test_push_and_pull_give_every_reply_once(any_grid):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("chain", [["topk:0.05", "int8"], ["randomk:0.1", "sign"], ["int8"]], ids="+".join)
+def test_a_codec_gives_the_same_over_the_link_and_is_counted_as_it_travels(chain, hub, tmp_path: Path):
+    config = Config.from_mapping(
+        {
+            "model": {"name": "logistic"},
+            "clients": {"count": 5},
+            "rounds": {"count": 3},
+            "train": {"epochs": 1},
+            "communication": {"codec": chain},
+            "simulation": {"engine": "sequential"},
+        }
+    )
+    world = prepare(config)
+    simulated = learn(world, tmp_path / "simulated", "run", lambda _: None)
+    hub.devices |= dict.fromkeys(range(1, 6), _one_at_a_time(client_app.build(world.share_of)))
+    linked = []
+    app = server_app.build(lambda *_: world.server, done=linked.append)
+    grid = LinkGrid(hub.home, "run", admin.Selection(task="digits"))
+    app(
+        grid,
+        Context(RUN_ID, SERVER_NODE, {}, RecordDict(), server_app.run_config(config, hub.home.root, "run")),
+    )
+    grid.close()
+    assert digest(arrays_of(linked[0].model.network)) == digest(arrays_of(simulated.model.network))
+    assert [r.updates for r in linked[0].records] == [r.updates for r in simulated.records]
+    assert [r.bytes_up for r in linked[0].records] == [r.bytes_up for r in simulated.records]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_strategy_learns_the_same_over_the_link_as_in_a_simulation(name, hub, tmp_path: Path):
     config = Config.from_mapping(

@@ -48,6 +48,10 @@ def test_noise_on_a_sum_goes_with_every_linear_strategy_and_no_other(name: str) 
         ({"evaluate": {"folds": 5}}, "spend the same clients' budget again"),
         ({"rounds": {"quorum": 0.9}}, "moves the sum by twice privacy.clip_norm"),
         ({"rounds": {"sampling": "poisson", "cohort": 5}}, "leave rounds.cohort out"),
+        (
+            {"rounds": {"sampling": "poisson"}, "communication": {"codec": ["topk:0.1"]}},
+            "communication.error_feedback = true",
+        ),
         ({"strategy": {"name": "dp-client-adaptive"}}, "privacy.mechanism = 'central'"),
     ],
 )
@@ -139,3 +143,10 @@ def test_each_cell_of_the_documented_table_is_so(assignment: str, mechanism: str
         assert verdict == "refused"
         with pytest.raises(ConfigError, match=key.rpartition(".")[2]):
             build(made)
+
+
+@pytest.mark.parametrize(
+    "codec", [{"codec": ["int8"]}, {"codec": ["topk:0.1"], "error_feedback": False}, {"codec": []}]
+)
+def test_amplification_goes_with_codecs_that_remember_nothing(codec: dict[str, Any]) -> None:
+    build(config(rounds={"sampling": "poisson"}, communication=codec))

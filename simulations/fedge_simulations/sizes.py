@@ -1,0 +1,33 @@
+"""How many bytes messages have, both ways: what the simulated clock counts their travel by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+
+from fedge.codecs.update import estimated_bytes
+from fedge.learning.messages import ARRAYS, CONFIG, arrays_named, codec_of, from_record
+from fedge.wire.arrays import records_of
+from fedge_server.rounds.closing import payload_bytes
+
+
+def sized(messages: Iterable[Message]) -> Iterator[tuple[tuple[str, int], Message]]:
+    """Messages with their types and the bytes of their arrays."""
+    sizes: dict[int, tuple[RecordDict, int]] = {}  # by identity: one content goes to many clients
+    for message in messages:
+        content = message.content
+        if id(content) not in sizes:
+            sizes[id(content)] = (content, payload_bytes(message))
+        yield (message.metadata.message_type, sizes[id(content)][1]), message
+
+
+def answer_bytes(message: Message, size: int) -> int:
+    """Bytes that come back for a state of this size: as many, or about what a codec makes of them."""
+    if message.metadata.message_type != MessageType.TRAIN:
+        return 0
+    config = records_of(message.content, ConfigRecord).get(CONFIG)
+    codec = None if config is None else codec_of(config)
+    if codec is None:
+        return size
+    return estimated_bytes(from_record(arrays_named(message.content, ARRAYS)), codec)
