@@ -50,3 +50,17 @@ def test_devices_add_up_under_masks_and_one_that_is_killed_while_training_is_tak
     records = [record for number, record, _ in federation.rounds(run_id) if number]
     assert [record["clients"] for record in records] == [DEVICES - 1] * 2, federation.story(run_id)
     assert records[0]["privacy"]["secure_lost"] == 1
+
+
+@pytest.mark.slow
+def test_devices_share_out_the_noise_of_their_sum_by_secrets_of_their_own(federation: Federation) -> None:
+    shared = {"mechanism": "distributed", "noise_multiplier": 1.0, "delta": 1e-3, "secure_corrupt": 0.0}
+    asked = {**CONFIG, "clients": {"count": DEVICES}, "privacy": {**CONFIG["privacy"], **shared}}
+    run_id = federation.start_run(asked)
+    federation.wait_run(run_id)
+    records = [record for number, record, _ in federation.rounds(run_id) if number]
+    assert [record["clients"] for record in records] == [DEVICES] * 2, federation.story(run_id)
+    assert all(record["privacy"]["noise"] == "secret" for record in records)
+    assert all(record["privacy"]["secure_least"] == DEVICES for record in records)  # 20 % of 4 is none
+    assert records[0]["privacy"]["epsilon"] < records[1]["privacy"]["epsilon"]
+    assert all(record["train_loss"] is None for record in records)  # no noise would cover it
