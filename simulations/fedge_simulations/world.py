@@ -211,7 +211,9 @@ def _check_learnable(world: World) -> None:
     network = world.task.model(config.model.name)(spec)
     check_model(config, network)
     check_target(config.rounds, config.evaluate.metrics, spec.classes)
-    strategies.build(config, network=network, population=len(world.clients))
+    strategies.build(
+        config, network=network, population=len(world.clients), task=world.task, data=world.server
+    )
     if config.privacy.mechanism != "none":
         clients = len(world.clients)
         check_population(config, expected_clients(config, clients), clients)

@@ -280,3 +280,47 @@ def test_a_control_variate_is_held_against_the_models_parameters(values, reason,
     for record in learn(config, tmp_path, tamper={2: tamper}).records:
         assert record.clients == 4
         assert [(r.client, reason in r.reason) for r in record.rejected] == [(2, True)]
+
+
+def test_clients_of_two_architectures_teach_a_third(small, learn, tmp_path):
+    seen = []
+
+    def listening(honest):
+        def call(message, context):
+            reply = honest(message, context)
+            if message.metadata.message_type == "train":
+                config, arrays = message.content["config"], reply.content["arrays"]
+                seen.append((context.node_id, config["model"], sum(a.numpy().size for a in arrays.values())))
+            return reply
+
+        return call
+
+    config = small(
+        model={"name": "mlp-bn"},
+        strategy={"name": "feddf", "models": "mlp,logistic"},
+        rounds={"count": 6},
+        evaluate={"federated": True},
+    )
+    records = learn(config, tmp_path, around=listening).records
+    assert {entry[:2] for entry in seen} == {
+        (1, "logistic"),
+        (3, "logistic"),
+        (5, "logistic"),
+        (2, "mlp"),
+        (4, "mlp"),
+    }
+    assert {(model, size) for _, model, size in seen} == {("logistic", 650), ("mlp", 55210)}
+    assert all(record.clients == 5 for record in records)
+    assert records[-1].metrics["accuracy"] > 0.8  # of a model that no client has had
+    assert records[-1].client_metrics["accuracy"] > 0.8
+
+
+def test_a_client_that_answers_with_anothers_architecture_is_rejected(small, learn, tmp_path):
+    def tamper(_, reply):
+        reply.content["arrays"] = to_record({"w": np.zeros(3, np.float32)})
+        return reply
+
+    config = small(strategy={"name": "feddf", "models": "mlp,logistic", "epochs": 1}, rounds={"count": 1})
+    (record,) = learn(config, tmp_path, tamper={2: tamper}).records
+    assert record.clients == 4
+    assert [(r.client, r.reason.startswith("array names differ")) for r in record.rejected] == [(2, True)]

@@ -21,6 +21,7 @@ OPTIONS = {
     "fedtrimmedavg": {"mixing": 0.2},
     "ditto": {"pull": 0.5},
     "fedper": {"layers": 2},
+    "feddf": {"models": "logistic,mlp", "epochs": 2},
 }
 MODELS = {"fedper": "mlp", "fedbn": "mlp-bn"}  # what they need; else the smallest
 
@@ -107,7 +108,17 @@ def test_every_strategy_of_flower_but_trees_and_wrappers_has_a_name():
 
     left_out = ("Result", "Strategy"), ("Xgb", "DifferentialPrivacy")  # [privacy] takes the latter's place
     wanted = {n for n in flower.__all__ if n not in left_out[0] and not any(w in n for w in left_out[1])}
-    ours = {"fedsgd", "fednova", "scaffold", "fedper", "fedbn", "ditto", "geometricmedian", "centredclipping"}
+    ours = {
+        "fedsgd",
+        "fednova",
+        "scaffold",
+        "fedper",
+        "fedbn",
+        "ditto",
+        "feddf",
+        "geometricmedian",
+        "centredclipping",
+    }
     assert {name.lower() for name in wanted} == set(NAMES) - ours
 
 

@@ -14,7 +14,7 @@ What travels besides is as large as the model's parameters, with their names; wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -64,17 +64,26 @@ class Beside:
 
     metrics: Mapping[str, int] = field(default_factory=dict)  # whole numbers from 1: the largest of each
     arrays: Mapping[str, Arrays] = field(default_factory=dict)  # records, each like these
+    like: Callable[[int], Arrays] | None = None  # a client's own model, where architectures differ
 
     @classmethod
-    def of(cls, terms: Terms, parameters: Arrays, most_steps: int) -> Beside:
+    def of(
+        cls,
+        terms: Terms,
+        parameters: Arrays,
+        most_steps: int,
+        like: Callable[[int], Arrays] | None = None,
+    ) -> Beside:
         """What a strategy's terms ask for.
 
         Args:
             terms: of the strategy.
             parameters: the trainable entries of the global state.
             most_steps: that a client can make.
+            like: the state of a client's model, by node id; None: all have the global one.
         """
-        return cls({STEPS: most_steps} if terms.steps else {}, {CONTROL: parameters} if terms.control else {})
+        metrics = {STEPS: most_steps} if terms.steps else {}
+        return cls(metrics, {CONTROL: parameters} if terms.control else {}, like)
 
 
 def accumulated(steps: int, settings: Train) -> float:

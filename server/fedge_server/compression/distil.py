@@ -27,7 +27,7 @@ _CHUNK = 256  # examples that go through a network at once where nothing is lear
 
 
 def distil(
-    teacher: nn.Module, student: nn.Module, x: Tensor, y: Tensor, settings: Distil, *, seed: int
+    teacher: nn.Module | Tensor, student: nn.Module, x: Tensor, y: Tensor, settings: Distil, *, seed: int
 ) -> nn.Module:
     """A copy of the student, trained to answer as the teacher does; neither argument is changed.
 
@@ -35,7 +35,8 @@ def distil(
     et al. 2022); without, it answers once.
 
     Args:
-        teacher: network from pre-processed inputs to logits (B, C).
+        teacher: network from pre-processed inputs to logits (B, C); or its answers to x, (N, C), which
+            go with no augmentation.
         student: network of the same interface; its weights are the starting point.
         x: pre-processed inputs (N, ...), float32.
         y: true classes (N,), int64; mode "soft" does not look at them.
@@ -49,8 +50,12 @@ def distil(
     if len(x) < 2:
         raise CompressionError(f"distil: {len(x)} examples are too few to learn from; bring more proxy data")
     check_augment(x[:2], settings.augment)
-    student, teacher = copy.deepcopy(student).train(), copy.deepcopy(teacher).eval()
-    known = logits(teacher, x) if settings.mode != "hard" and not settings.augment else None
+    student, known = copy.deepcopy(student).train(), None
+    if isinstance(teacher, Tensor):
+        known = teacher
+    else:
+        teacher = copy.deepcopy(teacher).eval()
+        known = logits(teacher, x) if settings.mode != "hard" and not settings.augment else None
     batches = -(-len(x) // settings.batch_size)
     optimizer = torch.optim.Adam(student.parameters(), settings.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -101,11 +106,13 @@ def preprocessed(preprocess: nn.Module, raw: npt.NDArray[Any]) -> Tensor:
     return torch.cat([preprocess(torch.from_numpy(raw[i : i + _CHUNK])) for i in range(0, len(raw), _CHUNK)])
 
 
-def _targets(teacher: nn.Module, inputs: Tensor, known: Tensor | None, settings: Distil) -> Tensor | None:
+def _targets(
+    teacher: nn.Module | Tensor, inputs: Tensor, known: Tensor | None, settings: Distil
+) -> Tensor | None:
     """The teacher's logits (B, C) for this batch; None where they are not used."""
     if settings.mode == "hard":
         return None
-    return known if known is not None else logits(teacher, inputs)
+    return known if known is not None or isinstance(teacher, Tensor) else logits(teacher, inputs)
 
 
 def _loss(answers: Tensor, targets: Tensor | None, y: Tensor, settings: Distil) -> Tensor:

@@ -145,7 +145,9 @@ class _Run:
         check_model(config, network)
         if config.privacy.secure_aggregation:
             encoding_of(config, cohort_size(len(nodes_of(grid)), config.rounds))
-        chosen = strategies.build(config, network=network, population=len(nodes_of(grid)))
+        chosen = strategies.build(
+            config, network=network, population=len(nodes_of(grid)), task=task, data=data
+        )
         protection = Protection.of(
             config,
             Ledger(registry.engine, config.privacy.ledger),
@@ -302,7 +304,8 @@ class _Run:
     def beside(self) -> Beside:
         """What each reply must hold besides."""
         parameters = {name: self.arrays[name] for name, _ in self.model.network.named_parameters()}
-        return Beside.of(self.chosen.terms, parameters, self.config.train.epochs * messages.MAX_EXAMPLES)
+        most = self.config.train.epochs * messages.MAX_EXAMPLES
+        return Beside.of(self.chosen.terms, parameters, most, self.chosen.like)
 
     def decoder(self, number: int) -> Decoder | None:
         """What turns this round's updates back into arrays, where clients are asked to use a codec."""

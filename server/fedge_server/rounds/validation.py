@@ -104,7 +104,8 @@ def _fault(
 ) -> str | None:
     if reply.has_error():
         return f"client error: {_last_line(reply.error.reason)}"
-    wanted = {ARRAYS: like, **beside.arrays}
+    own = like if beside.like is None else beside.like(reply.metadata.src_node_id)
+    wanted = {ARRAYS: own, **beside.arrays}
     if sorted(reply.content) != sorted((*wanted, METRICS)):
         return f"records {sorted(reply.content)} instead of {sorted((*wanted, METRICS))}"
     if decode is not None:

@@ -10,10 +10,12 @@ shrinks with every missing reply: `[privacy]` works with every strategy that is 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import nn
@@ -23,9 +25,12 @@ from fedge.errors import ConfigError
 from fedge.learning.messages import TRAIN_LOSS, Update
 from fedge.learning.terms import PLAIN as PLAIN_TERMS
 from fedge.learning.terms import Terms
+from fedge.task import Task
+from fedge_server.data import ServerData
 from fedge_server.privacy.rules import check as check_privacy
 from fedge_server.privacy.rules import check_terms
 from fedge_server.strategies import fedavg
+from fedge_server.strategies.feddf import FedDf
 from fedge_server.strategies.fednova import FedNova
 from fedge_server.strategies.fedsgd import FedSgd
 from fedge_server.strategies.personal import Ditto, FedBn, FedPer
@@ -50,7 +55,7 @@ PLAIN: Mapping[str, type[FedAvg]] = {
             *RULES,
         )
     },
-    **{found.__name__.lower(): found for found in (FedSgd, FedNova, Scaffold, FedPer, FedBn, Ditto)},
+    **{found.__name__.lower(): found for found in (FedSgd, FedNova, Scaffold, FedPer, FedBn, Ditto, FedDf)},
 }
 # Those that use no more of the updates than their weighted mean: noise and masks may hide single ones. The
 # classes themselves and not their subclasses, which may look at single updates.
@@ -77,7 +82,7 @@ _OURS = {
     "self", "fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes",
     "min_available_nodes", "weighted_by_key", "arrayrecord_key", "configrecord_key", "train_loss_key",
     "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "parameter_names", "selection_rule", "kwargs",
-    "args", "network", "population", "train",
+    "args", "network", "population", "train", "run", "task", "data",
 }  # fmt: skip
 
 
@@ -94,8 +99,22 @@ class Chosen:
         """Whether one reply may stand for many clients: it uses only means, and their apps need not run."""
         return type(self.strategy) in SUMS and not self.terms.keeps
 
+    @property
+    def like(self) -> Callable[[int], Mapping[str, npt.NDArray[np.generic]]] | None:
+        """The state of a client's model by node id, where not all have the global one."""
+        found: Callable[[int], Mapping[str, npt.NDArray[np.generic]]] | None
+        found = getattr(self.strategy, "like", None)
+        return found
 
-def build(config: Config, *, network: nn.Module, population: int = 1) -> Chosen:
+
+def build(
+    config: Config,
+    *,
+    network: nn.Module,
+    population: int = 1,
+    task: Task | None = None,
+    data: ServerData | None = None,
+) -> Chosen:
     """The strategy that `[strategy]` names, with its own options.
 
     It asks whoever its Grid lists: which clients those are is decided in `rounds.sampling`.
@@ -104,6 +123,8 @@ def build(config: Config, *, network: nn.Module, population: int = 1) -> Chosen:
         config: the run's configuration.
         network: the global model.
         population: clients that there are.
+        task: of the run; for strategies that build models.
+        data: of the server; for strategies that learn from it.
 
     Raises:
         ConfigError: unknown name or option (the line names the nearest), a value the strategy refuses, or a
@@ -118,13 +139,23 @@ def build(config: Config, *, network: nn.Module, population: int = 1) -> Chosen:
     if chosen.name not in PLAIN:
         raise ConfigError(f"strategy.name = {chosen.name!r}: {suggestion(chosen.name, NAMES)}")
     check_privacy(config, linear=PLAIN[chosen.name] in LINEAR)
-    made = _plain(config, chosen, network, population)
+    names = tuple(name for name, _ in network.named_parameters())
+    given = {
+        "parameter_names": names,
+        "network": network,
+        "population": population,
+        "train": config.train,
+        "run": config,
+        "task": task,
+        "data": data,
+    }
+    made = _plain(config, chosen, given)
     terms = getattr(made, "terms", PLAIN_TERMS)
     check_terms(config, terms)
     return Chosen(made, "gradient" if chosen.name == "fedsgd" else "weights", terms)
 
 
-def _plain(config: Config, chosen: StrategyConfig, network: nn.Module, population: int) -> FedAvg:
+def _plain(config: Config, chosen: StrategyConfig, given: Mapping[str, Any]) -> FedAvg:
     found = PLAIN[chosen.name]
     ours: dict[str, Any] = {
         "fraction_train": 1.0,
@@ -135,8 +166,6 @@ def _plain(config: Config, chosen: StrategyConfig, network: nn.Module, populatio
         "evaluate_metrics_aggr_fn": fedavg.weighted_metrics,
     }
     taken = inspect.signature(found.__init__).parameters
-    names = tuple(name for name, _ in network.named_parameters())
-    given = {"parameter_names": names, "network": network, "population": population, "train": config.train}
     ours |= {key: value for key, value in given.items() if key in taken}
     if chosen.name == "fedsgd":
         _refuse_what_fedsgd_ignores(config.train)

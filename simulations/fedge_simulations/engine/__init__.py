@@ -87,9 +87,16 @@ class Engine:
         self._prepared: dict[tuple[Instructions, bytes], _Prepared] = {}
 
     def train(self, jobs: Sequence[Job]) -> list[Trained | Exception]:
-        """Each job's result in their order; they share instructions, but neither state nor examples."""
-        if not jobs:
-            return []
+        """Each job's result in their order; they share instructions, but for the model."""
+        found: dict[int, Trained | Exception] = {}
+        groups: dict[str, list[int]] = {}
+        for i, job in enumerate(jobs):
+            groups.setdefault(job.instructions.model, []).append(i)
+        for own in groups.values():
+            found |= zip(own, self._train_alike([jobs[i] for i in own]), strict=True)
+        return [found[i] for i in range(len(jobs))]
+
+    def _train_alike(self, jobs: Sequence[Job]) -> list[Trained | Exception]:
         prepared = self._prepare(jobs[0])
         if prepared.way.stepper is None:
             return [attempt(job) for job in jobs]

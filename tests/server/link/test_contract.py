@@ -33,6 +33,7 @@ OPTIONS = {
     "bulyan": {"num_malicious_nodes": 0},
     "ditto": {"pull": 0.5},
     "fedper": {"layers": 2},
+    "feddf": {"models": "logistic,mlp", "epochs": 2},
 }
 MODELS = {"fedper": "mlp", "fedbn": "mlp-bn"}  # what they need; else the smallest
 
