@@ -74,6 +74,8 @@ class FedDf(FedAvg):
         self.names = tuple(name.strip() for name in models.split(",")) if models else (self.own,)
         if unknown := [name for name in self.names if name not in task.models]:
             raise ValueError(f"models {unknown} are none of task {task.name!r}: {', '.join(task.models)}")
+        if run.communication.codec and {*self.names, self.own} != {self.own}:
+            raise ValueError(f"models {models!r}: communication.codec is for one architecture; leave one out")
         self.blank: Callable[[str], nn.Module] = lambda name: copy.deepcopy(
             local.first(task, name, data.spec, run.seed)
         )
