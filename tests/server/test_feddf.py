@@ -39,8 +39,10 @@ def identity() -> None:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 9, 1
 
 
-def made(proxy=PROXY, codec=(), **options):
+def made(proxy=PROXY, codec=(), anomalies=None, **options):
     sections = {"model": {"name": "logistic"}, "communication": {"codec": list(codec)}}
+    if anomalies is not None:
+        sections["evaluate"] = {"anomalies": anomalies}
     run = Config.from_mapping({"task": "tables", **sections})
     return FedDf(
         run, TASK, ServerData(SPEC, proxy, NONE, NONE), min_train_nodes=1, min_available_nodes=1, **options
@@ -140,6 +142,7 @@ def test_an_architecture_whose_clients_did_not_answer_learns_all_the_same():
         ({"proxy": NONE}, r"raise evaluate\.proxy_fraction"),
         ({"models": "logistic,resnet"}, r"models \['resnet'\] are none of task 'tables'"),
         ({"models": "mlp", "codec": ["int8"]}, r"communication\.codec is for one architecture"),
+        ({"models": "mlp", "anomalies": True}, r"evaluate\.anomalies is for one architecture"),
         ({"epochs": 0}, "epochs 0"),
         ({"learning_rate": 0.0}, r"learning_rate 0\.0"),
     ],

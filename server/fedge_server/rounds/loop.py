@@ -290,7 +290,8 @@ class _Run:
     def scoring(self) -> bool:
         """Whether each update is held against the others."""
         wanted = self.config.evaluate.anomalies
-        return not self.chosen.sums if wanted is None else wanted
+        alike = self.chosen.like is None
+        return not self.chosen.sums and alike if wanted is None else wanted
 
     def origin(self) -> Mapping[str, npt.NDArray[np.generic]]:
         """What clients' changes are measured from."""

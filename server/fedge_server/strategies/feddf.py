@@ -74,8 +74,12 @@ class FedDf(FedAvg):
         self.names = tuple(name.strip() for name in models.split(",")) if models else (self.own,)
         if unknown := [name for name in self.names if name not in task.models]:
             raise ValueError(f"models {unknown} are none of task {task.name!r}: {', '.join(task.models)}")
-        if run.communication.codec and {*self.names, self.own} != {self.own}:
-            raise ValueError(f"models {models!r}: communication.codec is for one architecture; leave one out")
+        for key, set_ in (
+            ("communication.codec", run.communication.codec),
+            ("evaluate.anomalies", run.evaluate.anomalies),
+        ):
+            if set_ and set(self.names) != {self.own}:
+                raise ValueError(f"models {models!r}: {key} is for one architecture; leave one of them out")
         self.blank: Callable[[str], nn.Module] = lambda name: copy.deepcopy(
             local.first(task, name, data.spec, run.seed)
         )
@@ -100,9 +104,12 @@ class FedDf(FedAvg):
         """The architecture of a client."""
         return self.names[node_id % len(self.names)]
 
-    def like(self, node_id: int) -> Arrays:
-        """The state of a client's model, against which its reply is held."""
-        return self._state(self.model_of(node_id))
+    @property
+    def like(self) -> Callable[[int], Arrays] | None:
+        """The state of a client's model, against which its reply is held; None: all have the run's own."""
+        if set(self.names) == {self.own}:
+            return None
+        return lambda node_id: self._state(self.model_of(node_id))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
