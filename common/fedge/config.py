@@ -170,6 +170,26 @@ class Rounds:
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
+class Validate:
+    """`[validate]`: what a single update must be, beyond names, shapes, dtypes and finite values."""
+
+    max_examples: Annotated[int, Field(ge=1, le=10**9, strict=True)] = 10**9  # that a client may claim
+    max_norm: Positive | None = None  # L2 norm of its change; None: not bounded
+    # The same in medians of what was accepted in the last five rounds; the first round has none.
+    max_norm_ratio: Annotated[float, Field(gt=1, strict=True)] | None = None
+
+    @property
+    def norms(self) -> bool:
+        """Whether norms are bounded, and so measured."""
+        return self.max_norm is not None or self.max_norm_ratio is not None
+
+    @property
+    def of_singles(self) -> bool:
+        """Whether any of it needs single updates."""
+        return self != Validate()
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
 class Train:
     """`[train]`: what a client does with its own data in one round."""
 
@@ -368,6 +388,7 @@ class Config:
     model: Model = Model()
     clients: Clients = Clients()
     rounds: Rounds = Rounds()
+    validate: Validate = Validate()
     train: Train = Train()
     strategy: StrategyConfig = StrategyConfig()
     privacy: Privacy = Privacy()

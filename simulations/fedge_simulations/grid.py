@@ -227,9 +227,11 @@ class VectorGrid(OwnGrid):
                 item.context = None
             except Exception as error:  # noqa: BLE001 - a client's failure is its reply, whatever it was
                 return _error(item.message, error)
-        if item.fate.attack and not item.reply.has_error():
-            return self._course.attack(item.fate, item.message, item.reply, lambda: self._ring_of(item))
-        return item.reply
+        reply = item.reply
+        if item.fate.attack and not reply.has_error():
+            reply = self._course.attack(item.fate, item.message, reply, lambda: self._ring_of(item))
+        item.reply = None  # what the caller lets go of is kept by nobody
+        return reply
 
     def _ring_of(self, item: _Pending) -> Ring:
         """Those who make an attacker's attack, whether or not their answers will be waited for."""

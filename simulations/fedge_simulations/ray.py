@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -84,7 +84,7 @@ def run(server: ServerApp, world: World, settings: UserConfig) -> None:
 
     @around.main()
     def main(grid: Grid, _: Context) -> None:
-        numbered = NumberedGrid(grid, len(world.clients), over)
+        numbered = NumberedGrid(grid, len(world.clients), world.clients.size, over)
         server(numbered, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
 
     try:
@@ -140,8 +140,16 @@ def _once(settings: str) -> tuple[ClientApp, int]:
 class NumberedGrid(OwnGrid):
     """Clients 1 to N over the SuperNodes of Flower's grid, and replies as they come."""
 
-    def __init__(self, grid: Grid, clients: int, over: threading.Event) -> None:
-        self._grid, self._over = grid, over
+    def __init__(self, grid: Grid, clients: int, size: Callable[[int], int], over: threading.Event) -> None:
+        """Wait until all are there.
+
+        Args:
+            grid: Flower's.
+            clients: how many.
+            size: examples of a client, which count from 0 here.
+            over: set once the run has ended.
+        """
+        self._grid, self._size, self._over = grid, size, over
         while len(nodes := sorted(grid.get_node_ids())) < clients:  # Flower adds them beside this thread
             if over.wait(POLL_S):
                 raise FedgeError("simulation.engine = 'ray': it ended before all clients were there")
@@ -187,18 +195,23 @@ class NumberedGrid(OwnGrid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Send, and iterate over replies as they come until all have, or `timeout` seconds have passed.
+        """Send, and iterate over replies until all have come, or `timeout` seconds have passed.
 
-        The replies can be iterated again.
+        They are handed out in the order in which they would arrive in `engine = "sequential"`, where each
+        client takes its time by its examples: sums depend on their order. They can be iterated again.
         """
-        return _Replies(self, set(self.push_messages(messages)), timeout, self._over)
+        sent = list(messages)
+        ids = list(self.push_messages(sent))
+        sizes = [self._size(message.metadata.dst_node_id - 1) for message in sent]
+        order = [ids[i] for i in sorted(range(len(ids)), key=sizes.__getitem__)]
+        return _Replies(self, order, timeout, self._over)
 
 
 class _Replies:
-    """Replies of one round: waited for when first reached, remembered for a second pass."""
+    """Replies of one round in their order: waited for when first reached, remembered for a second pass."""
 
     def __init__(
-        self, grid: NumberedGrid, waiting: set[str], timeout: float | None, over: threading.Event
+        self, grid: NumberedGrid, waiting: list[str], timeout: float | None, over: threading.Event
     ) -> None:
         self._grid, self._waiting, self._over = grid, waiting, over
         self._until = None if timeout is None else time.monotonic() + timeout
@@ -206,11 +219,15 @@ class _Replies:
 
     def __iter__(self) -> Iterator[Message]:
         yield from self._seen
-        while self._waiting and (self._until is None or time.monotonic() < self._until):
-            came = list(self._grid.pull_messages(self._waiting))
-            self._waiting -= {reply.metadata.reply_to_message_id for reply in came}
+        while self._waiting:
+            first = self._waiting.pop(0)
+            while not (came := list(self._grid.pull_messages([first]))) and not self._late:
+                if self._over.wait(POLL_S):
+                    raise FedgeError("simulation.engine = 'ray': it ended before all clients had answered")
             for reply in came:
                 self._seen.append(reply)
                 yield reply
-            if not came and self._over.wait(POLL_S):
-                raise FedgeError("simulation.engine = 'ray': it ended before all clients had answered")
+
+    @property
+    def _late(self) -> bool:
+        return self._until is not None and time.monotonic() >= self._until

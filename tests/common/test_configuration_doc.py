@@ -67,6 +67,7 @@ CODE = {
     "model": config.Model,
     "clients": config.Clients,
     "rounds": config.Rounds,
+    "validate": config.Validate,
     "train": config.Train,
     "strategy": StrategyConfig,
     "privacy": config.Privacy,

@@ -10,10 +10,19 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedge.config import Rounds
 from fedge.learning.messages import to_record
 from fedge.wire.arrays import MemoryArray
-from fedge_server.rounds.closing import collect, collect_sums
+from fedge_server.rounds.closing import (
+    Collected,
+    TooFewError,
+    collect,
+    enough,
+    if_enough,
+    in_order,
+    singles,
+    sums,
+)
 from fedge_server.rounds.record import Rejected, RoundRecord
 from fedge_server.rounds.stopping import reached_target_at, why_stop
-from fedge_server.rounds.validation import evaluation_fault, fault
+from fedge_server.rounds.validation import Rules, UnfitError, evaluation_fault, validated
 
 LIKE = {"w": np.zeros((2, 3), np.float32), "b": np.zeros(3, np.float32)}
 
@@ -33,8 +42,17 @@ def changed(**arrays) -> dict[str, np.ndarray]:
     return {**LIKE, **{name: np.asarray(value) for name, value in arrays.items()}}
 
 
+def fault(message: Message, **rules) -> str | None:
+    """Why it is unfit; None: it is not."""
+    try:
+        validated(message, Rules(LIKE, **rules))
+    except UnfitError as error:
+        return str(error)
+    return None
+
+
 def test_a_good_update_has_no_fault():
-    assert fault(update(), LIKE) is None
+    assert fault(update()) is None
 
 
 @pytest.mark.parametrize(
@@ -60,7 +78,7 @@ def test_a_good_update_has_no_fault():
     ],
 )
 def test_a_bad_update_is_named(message, says):
-    found = fault(message(), LIKE)
+    found = fault(message())
     assert found is not None
     assert says in found
 
@@ -69,10 +87,10 @@ def test_an_array_whose_bytes_are_not_its_header_is_refused_before_it_allocates(
     lying = Array("float32", (2, 3), "numpy.ndarray", b"\x93NUMPY\x01\x00garbage")
     message = update()
     message.content["arrays"] = ArrayRecord({"w": lying, "b": Array(LIKE["b"])})
-    assert "cannot be decoded" in fault(message, LIKE)
+    assert "cannot be decoded" in fault(message)
     bomb = Array("float32", (2, 3), "numpy.ndarray", b"\0" * 10_000)
     message.content["arrays"] = ArrayRecord({"w": bomb, "b": Array(LIKE["b"])})
-    assert "carries 10000 bytes" in fault(message, LIKE)
+    assert "carries 10000 bytes" in fault(message)
 
 
 def test_a_pickle_is_never_loaded():
@@ -83,11 +101,23 @@ def test_a_pickle_is_never_loaded():
     message = update()
     sneaky = Array("float32", (2, 3), "numpy.ndarray", buffer.getvalue())
     message.content["arrays"] = ArrayRecord({"w": sneaky, "b": Array(LIKE["b"])})
-    assert "cannot be decoded" in fault(message, LIKE)
+    assert "cannot be decoded" in fault(message)
 
 
-def collected(messages, asked, quorum=1.0):
-    return collect(iter(messages), like=LIKE, asked=asked, quorum=quorum)
+class Taken:
+    """What `collect` gave, gone through: as a list in the order of clients, and what it noted."""
+
+    def __init__(self, messages, admit, needed, *, once=False):
+        self.noted = Collected()
+        self.valid = in_order(collect(messages, admit, self.noted, needed=needed, once=once))
+
+    def __getattr__(self, name):
+        return getattr(self.noted, name)
+
+
+def collected(messages, asked, quorum=1.0, at_least=1, once=False, **rules):
+    admit = singles(Rules(LIKE, **rules), asked)
+    return Taken(iter(messages), admit, enough(len(asked), quorum, at_least), once=once)
 
 
 def summed(clients, examples=50, **changes) -> Message:
@@ -101,13 +131,13 @@ def failed(node: int) -> Message:
 
 
 def collected_sums(messages, asked, needed):
-    return collect_sums(iter(messages), like=LIKE, asked=asked, needed=needed)
+    return Taken(iter(messages), sums(Rules(LIKE), asked), needed)
 
 
 def test_a_sum_counts_its_clients_and_each_failure_is_its_own():
     found = collected_sums([failed(4), summed(3), summed(2), summed(1)], set(range(1, 9)), needed=5)
     assert (found.clients, len(found.valid), found.bytes_up) == (5, 2, 5 * 36)
-    assert found.rejected == (Rejected(4, "client error: no data"),)
+    assert found.rejected == [Rejected(4, "client error: no data")]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +164,7 @@ def test_sums_never_hold_more_clients_than_were_asked():
 
 
 def test_a_sum_is_refused_where_single_updates_were_asked_for():
-    assert "metrics ['clients', 'num-examples', 'train_loss']" in fault(summed(3), LIKE)
+    assert "metrics ['clients', 'num-examples', 'train_loss']" in fault(summed(3))
 
 
 def test_the_digest_covers_how_many_clients_a_sum_holds():
@@ -144,7 +174,7 @@ def test_the_digest_covers_how_many_clients_a_sum_holds():
 
 def test_the_quorum_closes_a_round_early():
     later = iter([update(1), update(2), pytest.fail])
-    found = collect(later, like=LIKE, asked={1, 2, 3, 4}, quorum=0.5)
+    found = Taken(later, singles(Rules(LIKE), {1, 2, 3, 4}), enough(4, 0.5, 1))
     assert [m.metadata.src_node_id for m in found.valid] == [1, 2]
     assert next(later) is pytest.fail  # the third was never waited for
 
@@ -197,37 +227,35 @@ def test_arrays_that_came_as_bytes_are_decoded_once_and_can_be_written_to():
 
 
 def test_a_round_does_not_close_before_it_would_count():
-    found = collect(
-        iter([update(1), update(2), update(3)]), like=LIKE, asked={1, 2, 3, 4}, quorum=0.25, at_least=2
-    )
+    found = collected([update(1), update(2), update(3)], {1, 2, 3, 4}, quorum=0.25, at_least=2)
     assert len(found.valid) == 2
 
 
 def test_an_update_that_does_not_say_that_it_is_guarded_is_refused_where_clients_were_told_to():
     """A device of an older fedge knows nothing of it, and answers as ever."""
     message = update()
-    assert "instead of ['guarded', 'num-examples', 'train_loss']" in fault(message, LIKE, guarded=True)
+    assert "instead of ['guarded', 'num-examples', 'train_loss']" in fault(message, guarded=True)
     message.content["metrics"]["guarded"] = 1
-    assert fault(message, LIKE, guarded=True) is None
+    assert fault(message, guarded=True) is None
 
 
 def test_metrics_beyond_those_expected_are_refused():
     message = update()
     message.content.metric_records["metrics"]["bonus"] = 1.0
-    assert "metrics ['bonus', 'num-examples', 'train_loss']" in fault(message, LIKE)
+    assert "metrics ['bonus', 'num-examples', 'train_loss']" in fault(message)
 
 
 @pytest.mark.parametrize("loss", [-1.0, 1e308])
 def test_a_loss_that_a_strategy_could_choke_on_is_refused(loss):
-    assert "train_loss is" in fault(update(loss=loss), LIKE)
+    assert "train_loss is" in fault(update(loss=loss))
 
 
 def test_what_a_client_says_is_cut_and_printable_in_the_record():
     message = update()
     message.content["metrics"] = MetricRecord({"num-examples": [1.0] * 10_000, "train_loss": 0.5})
-    assert len(fault(message, LIKE)) <= 300
+    assert len(fault(message)) <= 300
     hostile = Message(Error(2, "\x1b[2Jgone\x07"), reply_to=update())
-    assert fault(hostile, LIKE) == "client error: ?[2Jgone?"
+    assert fault(hostile) == "client error: ?[2Jgone?"
 
 
 def test_a_header_that_claims_gigabytes_allocates_nothing():
@@ -240,7 +268,7 @@ def test_a_header_that_claims_gigabytes_allocates_nothing():
         {"w": Array("float32", (2, 3), "numpy.ndarray", claim), "b": Array(LIKE["b"])}
     )
     tracemalloc.start()
-    found = fault(message, LIKE)
+    found = fault(message)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert "its bytes declare" in found
@@ -252,7 +280,7 @@ def test_a_dtype_that_does_not_exist_is_a_rejection_not_a_crash():
     message.content["arrays"] = ArrayRecord(
         {"w": Array("nonsense", (2, 3), "numpy.ndarray", b""), "b": Array(LIKE["b"])}
     )
-    assert "cannot be read (TypeError" in fault(message, LIKE)
+    assert "cannot be read (TypeError" in fault(message)
 
 
 def test_an_outage_does_not_use_up_patience():
@@ -366,3 +394,91 @@ def test_a_smoothed_run_is_stopped_by_noise_far_less_often():
 def test_intervals_survive_json():
     record = RoundRecord(1, {"accuracy": 0.5}, intervals={"accuracy": (0.4, 0.6)}, target_bound=0.41)
     assert RoundRecord.from_json(record.to_json()) == record
+
+
+def moved(node: int, by: float, **more) -> Message:
+    """An update whose change has the norm 3 * by: nine values."""
+    return update(node, arrays={n: v + np.float32(by) for n, v in LIKE.items()}, **more)
+
+
+def test_a_change_that_is_too_long_is_rejected_with_both_numbers():
+    found = collected([moved(1, 1.0), moved(2, 10.0), moved(3, -1.0)], {1, 2, 3}, max_norm=5.0, norms=True)
+    assert [m.metadata.src_node_id for m in found.valid] == [1, 3]
+    assert found.rejected == [Rejected(2, "its change has the norm 30, over the 5 that is allowed")]
+    assert found.norms == [3.0, 3.0]
+    assert found.norm == 3.0
+
+
+def test_the_norm_is_of_the_change_and_not_of_the_weights():
+    origin = {name: value + np.float32(100) for name, value in LIKE.items()}
+    message = update(arrays={name: value + np.float32(1) for name, value in origin.items()})
+    assert validated(message, Rules(origin, norms=True)).norm == 3.0
+
+
+def test_no_norm_is_kept_where_nobody_asked():
+    assert collected([moved(1, 1.0)], {1}).norm is None
+    assert collected([moved(1, 1.0)], {1}, max_norm=9.0).norms == []
+
+
+def test_a_client_that_claims_more_examples_than_is_allowed_is_rejected():
+    found = collected([update(1, examples=10), update(2, examples=11)], {1, 2}, max_examples=10)
+    assert found.rejected == [Rejected(2, "num-examples is 11; it must be a whole number from 1 to 10")]
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_the_digest_is_the_same_whether_updates_are_kept_or_let_go(once):
+    found = collected([update(1), update(2, examples=9)], {1, 2}, once=once)
+    other = collected([update(2, examples=9), update(1)], {1, 2})
+    assert found.updates == other.updates
+    left = [sum(1 for _ in message.content["arrays"]) for message in found.valid]
+    assert left == ([0, 0] if once else [2, 2])
+
+
+def test_a_large_update_is_digested_beside_the_sum_to_the_same_digest():
+    from fedge_server.rounds.digests import WORTH_A_THREAD, arrays_sent, digest_of
+
+    big = {"w": np.arange(WORTH_A_THREAD, dtype=np.float32)}
+    noted = Collected()
+    admit = singles(Rules(big, read_once=True), {1})
+    for _ in collect([update(1, arrays=big)], admit, noted, needed=1, once=True):
+        pass
+    message = update(1, arrays=big)
+    assert noted.digests == [digest_of(arrays_sent(message), message)]
+
+
+def test_what_a_client_sends_back_unchanged_is_let_go_without_touching_what_others_are_sent():
+    sent = to_record(LIKE)
+    message = update(1)
+    message.content["arrays"] = sent
+    collected([message], {1}, once=True)
+    assert list(sent) == list(LIKE)
+
+
+def test_too_few_updates_are_vetoed_at_their_end():
+    noted = Collected()
+    updates = if_enough(
+        collect([update(1)], singles(Rules(LIKE), {1, 2}), noted, needed=2, once=True), noted, least=2
+    )
+    assert next(updates) is not None
+    with pytest.raises(TooFewError, match="1 updates, and 2 are needed"):
+        next(updates)
+
+
+def test_what_a_grid_raises_is_told_apart():
+    def breaks():
+        yield update(1)
+        raise RuntimeError("the network is gone")
+
+    noted = Collected()
+    with pytest.raises(RuntimeError, match="the network is gone") as caught:
+        list(collect(breaks(), singles(Rules(LIKE), {1, 2}), noted, needed=2, once=True))
+    assert noted.broke is caught.value
+
+
+def test_plain_arrays_that_are_read_once_stay_where_they_came():
+    message = update(1)
+    plain = Array(np.ones((2, 3), np.float32))
+    message.content["arrays"] = ArrayRecord({"w": plain, "b": Array(LIKE["b"])})
+    value = validated(message, Rules(LIKE, read_once=True)).records["arrays"]["w"].numpy()
+    assert np.shares_memory(value, np.frombuffer(plain.data, np.uint8))
+    assert not value.flags.writeable

@@ -119,8 +119,31 @@ class FileArray(DirectArray):
         return value.astype(value.dtype.newbyteorder("="), copy=False)
 
 
+class ObjectRecord(ArrayRecord):
+    """Arrays of an object that has travelled; whoever received its bytes has checked their digest."""
+
+    @classmethod
+    def of(cls, sha256: bytes) -> ObjectRecord:
+        """An empty record that the object's arrays are put into.
+
+        Args:
+            sha256: of the little-endian bytes of all arrays that came with these, one after the other; empty
+                where nobody knows it.
+        """
+        record = cls()
+        record.__dict__["sha256"] = sha256
+        return record
+
+    @property
+    def sha256(self) -> bytes:
+        """The object's; empty where nobody knows it, or other arrays have taken the place of its own."""
+        found: bytes = self.__dict__["sha256"]
+        return found if all(isinstance(array, FileArray) for array in self.values()) else b""
+
+
 # Flower names an object's type by its class when it sends it: on a SuperLink these travel as plain arrays.
 MemoryArray.__qualname__ = FileArray.__qualname__ = Array.__qualname__
+ObjectRecord.__qualname__ = ArrayRecord.__qualname__
 
 
 def _read_into(view: memoryview, path: Path, offset: int) -> None:
@@ -158,13 +181,21 @@ def put(record: ArrayRecord | MetricRecord | RecordDict, values: Mapping[str, An
     record.__dict__["_data"].update(values)
 
 
-def in_memory(array: Array) -> DirectArray:
+def in_memory(array: Array, *, in_place: bool = False) -> DirectArray:
     """The array itself where it hands out numpy arrays, else one that holds what its `.npy` bytes say.
+
+    Args:
+        array: any.
+        in_place: the values stay in those bytes, and cannot be written to; else they are copied.
 
     Raises:
         ValueError: they are no such bytes.
     """
-    return array if isinstance(array, DirectArray) else MemoryArray(npy.decode(array.data), shared=False)
+    if isinstance(array, DirectArray):
+        return array
+    return (
+        MemoryArray(npy.view(array.data)) if in_place else MemoryArray(npy.decode(array.data), shared=False)
+    )
 
 
 def pieces(array: Array) -> Iterator[tuple[int, npt.NDArray[Any]]]:
@@ -175,7 +206,7 @@ def pieces(array: Array) -> Iterator[tuple[int, npt.NDArray[Any]]]:
     if not isinstance(array, FileArray):
         yield 0, array.numpy().reshape(-1)
         return
-    size = int(np.prod(array.shape, dtype=object))
+    size = math.prod(array.shape)
     step = PIECE_BYTES // np.dtype(array.dtype).itemsize
     for start in range(0, size, step):
         yield start, array.piece(start, min(step, size - start))

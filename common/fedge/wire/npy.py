@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import math
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -46,7 +47,12 @@ def _parsed(header: bytes) -> Header:
 
 
 def decode(data: bytes) -> npt.NDArray[Any]:
-    """The values of `.npy` bytes, writable and in C order.
+    """The values of `.npy` bytes, writable and in C order; errors as in `view`."""
+    return view(data).copy(order="C")
+
+
+def view(data: bytes) -> npt.NDArray[Any]:
+    """The values of `.npy` bytes where they lie, in the order in which they lie; they cannot be written to.
 
     Raises:
         ValueError: no header, too few bytes for what it declares, or objects, which would be pickles.
@@ -54,7 +60,6 @@ def decode(data: bytes) -> npt.NDArray[Any]:
     found = declared(data)
     if found is None or found.dtype.hasobject:
         raise ValueError("no .npy bytes of numbers")
-    count = int(np.prod(found.shape, dtype=object))
+    count = math.prod(found.shape)
     flat = np.frombuffer(data, found.dtype, count, found.size) if count else np.empty(0, found.dtype)
-    value = flat.reshape(found.shape[::-1]).T if found.fortran else flat.reshape(found.shape)
-    return value.copy(order="C")
+    return flat.reshape(found.shape[::-1]).T if found.fortran else flat.reshape(found.shape)

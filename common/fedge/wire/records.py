@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedge.errors import FormatError
 from fedge.files import sync_folder
 from fedge.wire import MAX_OBJECT_BYTES, MAX_TENSORS
-from fedge.wire.arrays import FileArray, MemoryArray, raw_bytes
+from fedge.wire.arrays import FileArray, MemoryArray, ObjectRecord, raw_bytes
 from fedge.wire.v1.records_pb2 import Content, Entry, Object, Record, Tensor, Value, Values
 
 __all__ = ["FileArray", "MemoryArray", "Packed", "pack", "unpack", "write_object"]
@@ -122,7 +122,9 @@ def unpack(content: Content, path: Path | None = None) -> RecordDict:
         if name in records:
             raise FormatError(f"content: record {name[:60]!r} is given twice")
         if record.kind == Record.ARRAYS:
-            records[name], offset = _arrays(record, path or Path(), offset)
+            arrays = ObjectRecord.of(content.object.sha256)
+            offset = _fill(arrays, record, path or Path(), offset)
+            records[name] = arrays
         else:
             records[name] = _plain(record)
     return records
@@ -207,17 +209,17 @@ def _check_values(content: Content) -> None:
         raise FormatError(f"content: {count} values, over {MAX_VALUES}")
 
 
-def _arrays(record: Record, path: Path, offset: int) -> tuple[ArrayRecord, int]:
+def _fill(arrays: ArrayRecord, record: Record, path: Path, offset: int) -> int:
+    """Put in what a record declares, from this offset of its file on; where the next record begins."""
     if record.entries:
         raise FormatError(f"content: record {record.name[:60]!r} of arrays has entries")
-    arrays = ArrayRecord()
     for tensor in record.tensors:
         name = _text(tensor.name)
         if name in arrays:
             raise FormatError(f"content: tensor {name[:60]!r} is given twice")
         arrays[name] = FileArray(path, offset, tensor.dtype, tuple(tensor.shape))
         offset += _size(tensor)
-    return arrays, offset
+    return offset
 
 
 def _plain(record: Record) -> MetricRecord | ConfigRecord:

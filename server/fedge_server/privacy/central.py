@@ -62,31 +62,48 @@ class Noised:
     unclipped: float | None  # noised share of the clients that were not clipped; may lie outside [0, 1]
 
 
-def noised_mean(updates: Sequence[ArrayRecord], reference: Arrays, settings: Settings, key: bytes) -> Noised:
-    """The mean change of these updates with noise, added to the reference.
+class ClippedSum:
+    """The sum of clipped changes, each added as it comes: whole steps of a grid, exact in any order."""
 
-    Of the updates one tensor is read at a time, twice.
+    def __init__(self, reference: Arrays, settings: Settings) -> None:
+        """Begin with nothing.
 
-    Args:
-        updates: of one client each, with the reference's names and shapes; none is allowed.
-        reference: what changes are measured from.
-        settings: of the round.
-        key: secret, for this very call.
-    """
-    sigma = settings.change_multiplier * settings.clip_norm
-    step = step_of(settings.clip_norm, sigma)
-    norms = [_norm(update, reference) for update in updates]
-    factors = [clip_factor(norm, settings.clip_norm) for norm in norms]
-    mean: NamedArrays = {}
-    for name, start in reference.items():
-        total = noise_on_grid(key, f"array {name}", start.size, sigma, step)
-        flat = start.reshape(-1)
-        for update, factor in zip(updates, factors, strict=True):
-            _add(total, update, name, flat, factor, step)
-        total *= step / settings.expected
-        total += flat.astype(np.float64)
-        mean[name] = total.astype(start.dtype).reshape(start.shape)
-    return Noised(mean, _unclipped(norms, settings, key))
+        Args:
+            reference: what changes are measured from.
+            settings: of the round.
+        """
+        self._reference, self._settings = reference, settings
+        self._sigma = settings.change_multiplier * settings.clip_norm
+        self._step = step_of(settings.clip_norm, self._sigma)
+        self._total = {name: np.zeros(start.size) for name, start in reference.items()}
+        self._norms: list[float] = []
+
+    def add(self, update: ArrayRecord) -> None:
+        """Clip the change of one client and add it; a piece of a tensor is read at a time, twice.
+
+        Args:
+            update: with the reference's names and shapes.
+        """
+        norm = _norm(update, self._reference)
+        factor = clip_factor(norm, self._settings.clip_norm)
+        for name, start in self._reference.items():
+            _add(self._total[name], update, name, start.reshape(-1), factor, self._step)
+        self._norms.append(norm)
+
+    def noised(self, key: bytes) -> Noised:
+        """The mean change with noise, added to the reference; the sum is over then.
+
+        Args:
+            key: secret, for this very call.
+        """
+        mean: NamedArrays = {}
+        for name, start in self._reference.items():
+            total = self._total.pop(name)
+            total += noise_on_grid(key, f"array {name}", start.size, self._sigma, self._step)
+            total *= self._step / self._settings.expected
+            total += start.reshape(-1).astype(np.float64)
+            mean[name] = total.astype(start.dtype).reshape(start.shape)
+        return Noised(mean, _unclipped(self._norms, self._settings, key))
 
 
 def next_clip_norm(clip_norm: float, unclipped: float, *, quantile: float, learning_rate: float) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 
@@ -20,9 +20,10 @@ from fedge.noise import KEY_BYTES, derived_key
 from fedge.wire.arrays import records_of
 from fedge_server.privacy import accounting, rules
 from fedge_server.privacy.accounting import Spend
-from fedge_server.privacy.central import Arrays, next_clip_norm, noised_mean
+from fedge_server.privacy.central import Arrays, ClippedSum, next_clip_norm
 from fedge_server.registry.ledger import Entry, Ledger
-from fedge_server.rounds.closing import Collected, set_digest
+from fedge_server.rounds.closing import Collected
+from fedge_server.rounds.digests import arrays_sent, digest_of
 from fedge_server.rounds.record import RoundRecord
 from fedge_server.rounds.sampling import cohort_size
 
@@ -105,12 +106,24 @@ class Protection:
         if not self.central:
             self._write(number, f"{SEED}:devices" if self.repeatable else f"{SECRET}:{secrets.token_hex(16)}")
 
-    def noised(self, number: int, collected: Collected, reference: Arrays) -> Collected:
-        """The round's updates as one message: their noised mean. Their digest becomes that of this message.
+    def noised(
+        self, number: int, updates: Iterable[Message], collected: Collected, reference: Arrays
+    ) -> Message:
+        """The round's updates as one message: their noised mean, whose digest takes the place of theirs.
+
+        Args:
+            number: of the round.
+            updates: added up as they come.
+            collected: what is known of them, once they have been gone through.
+            reference: what changes are measured from.
 
         Raises:
             BudgetError: another run has used the budget up meanwhile.
         """
+        settings = rules.settings_of(self.config, self.clip_norm, self.expected)
+        total = ClippedSum(reference, settings)
+        for update in updates:
+            total.add(next(iter(records_of(update.content, ArrayRecord).values())))
         if self.repeatable:
             # Other updates must never get the same noise: the difference would show them bare.
             key = derived_key(self.config.seed, number, collected.updates)
@@ -118,11 +131,7 @@ class Protection:
         else:
             key, noise = os.urandom(KEY_BYTES), f"{SECRET}:{secrets.token_hex(16)}"
         self._write(number, noise)
-        settings = rules.settings_of(self.config, self.clip_norm, self.expected)
-        updates = [
-            next(iter(records_of(message.content, ArrayRecord).values())) for message in collected.valid
-        ]
-        found = noised_mean(updates, reference, settings, key)
+        found = total.noised(key)
         self.used_norm = self.clip_norm
         if found.unclipped is not None:
             privacy = self.config.privacy
@@ -132,8 +141,9 @@ class Protection:
                 quantile=privacy.clip_quantile,
                 learning_rate=privacy.clip_learning_rate,
             )
-        valid = [_message(found.mean)]
-        return replace(collected, valid=valid, updates=set_digest(valid))
+        message = _message(found.mean)
+        collected.digests = [digest_of(arrays_sent(message), message)]
+        return message
 
     def of_round(self) -> Mapping[str, float | str]:
         """What a round's record says."""

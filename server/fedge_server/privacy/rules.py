@@ -148,6 +148,11 @@ def _check_secure(config: Config, *, linear: bool) -> None:
             f"masks are as long as the model whatever they hide; leave it out with {beside}",
         ),
         (
+            config.validate.of_singles,
+            "[validate]",
+            f"no norm and no number of examples is seen with {beside}; leave the table out",
+        ),
+        (
             rounds.quorum < 1 - privacy.secure_dropouts,
             f"rounds.quorum = {rounds.quorum}",
             f"leaves out more clients than privacy.secure_dropouts = {privacy.secure_dropouts} allows for",
@@ -175,6 +180,11 @@ def _check_central(config: Config, *, linear: bool) -> None:
         raise ConfigError(
             "evaluate.anomalies = true: would write down of each update, without noise, how far it lies from "
             "the others; leave it out with privacy.mechanism = 'central'"
+        )
+    if config.validate.max_norm_ratio is not None:
+        raise ConfigError(
+            f"validate.max_norm_ratio = {config.validate.max_norm_ratio:g}: follows the clients' norms, "
+            "which no noise covers with privacy.mechanism = 'central'; set validate.max_norm"
         )
     _check_quorum(config)
 

@@ -1,129 +1,159 @@
-"""Collect a round's answers as they arrive, until quorum, deadline, or everyone has answered."""
+"""Take a round's answers as they arrive, until quorum, deadline, or everyone has answered.
+
+One way for all: `collect` hands each valid update on as soon as it is there and keeps none. Who needs them
+all at once asks for a list of them (`in_order`).
+"""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message
 
-from fedge.learning.messages import ARRAYS, CLIENTS, EXAMPLES, METRICS
-from fedge.learning.terms import CONTROL, STEPS, Beside
-from fedge.wire.arrays import nbytes_of, pieces, raw_bytes, records_of
-from fedge_server.rounds.record import Rejected
-from fedge_server.rounds.validation import NOTHING, Arrays, Decode, fault
+from fedge.wire.arrays import nbytes_of, put, records_of
+from fedge_server.rounds.digests import arrays_sent, digest_beside, set_digest
+from fedge_server.rounds.record import Rejected, Score
+from fedge_server.rounds.validation import Rules, UnfitError, Valid, validated
 
 
-@dataclass(frozen=True, slots=True)
+class TooFewError(Exception):
+    """The round has closed with too few updates to count; nobody may make a model of them."""
+
+
+@dataclass(slots=True)
 class Collected:
-    """What came back before the round closed."""
+    """What has come back: complete once the updates have been gone through."""
 
-    valid: list[Message]  # updates to aggregate, in the order of their clients
-    clients: int  # whose updates they hold: more than messages where they are partial sums
-    rejected: tuple[Rejected, ...]
-    bytes_up: int  # arrays received, rejected ones too
-    updates: str  # SHA-256 of the anonymous set of valid updates
+    clients: int = 0  # whose updates came; more than messages where these are partial sums
+    rejected: list[Rejected] = field(default_factory=list)
+    bytes_up: int = 0  # arrays received, rejected ones too
+    digests: list[str] = field(default_factory=list)  # of the valid updates
+    norms: list[float] = field(default_factory=list)  # of their changes, where they are measured
     facts: Mapping[str, float | str] = field(default_factory=dict)  # of a sum under masks, for the record
+    scores: tuple[Score, ...] = ()  # of each update, where they were held against each other
+    broke: Exception | None = None  # what the Grid raised
+
+    @property
+    def updates(self) -> str:
+        """SHA-256 of the anonymous set of valid updates."""
+        return set_digest(self.digests)
+
+    @property
+    def norm(self) -> float | None:
+        """The median of the changes' norms."""
+        return statistics.median(self.norms) if self.norms else None
+
+
+Admit = Callable[[Message, Collected], Valid]
+"""Look at a reply, count its bytes, and give the update; raises UnfitError where it must not be used."""
 
 
 def collect(
-    replies: Iterable[Message],
-    *,
-    like: Arrays,
-    asked: set[int],
-    quorum: float,
-    at_least: int = 1,
-    guarded: bool = False,
-    beside: Beside = NOTHING,
-    decode: Decode | None = None,
-) -> Collected:
-    """Take replies until a share `quorum` of those asked has sent a valid update, or there are no more.
+    replies: Iterable[Message], admit: Admit, collected: Collected, *, needed: int, once: bool
+) -> Iterator[Message]:
+    """The valid updates as they arrive, until they hold those of `needed` clients or there are no more.
 
-    The Grid ends its iteration at the deadline. Once the quorum is there, nobody is waited for; a client
-    that answers twice, or was not asked, is rejected.
+    The Grid ends its iteration at the deadline. Once the quorum is there, nobody is waited for.
 
     Args:
         replies: from the Grid, as they arrive.
-        like: the global state, against which each update is held.
-        asked: node ids that were asked.
-        quorum: above 0, at most 1.
-        at_least: never close earlier than with so many (the round would not count).
-        guarded: clients were told to protect themselves; an update that does not say so is rejected.
-        beside: what the strategy's terms ask for besides.
-        decode: clients were asked to use a codec; bytes are counted as they travelled.
+        admit: decides about each.
+        collected: is told of everything.
+        needed: clients whose updates close the round.
+        once: an update has been used once the next is asked for, and its arrays are let go then.
     """
-    needed = enough(len(asked), quorum, at_least)
-    valid: dict[int, Message] = {}
-    rejected: list[Rejected] = []
-    received = 0
-    for reply in replies:
+    with ThreadPoolExecutor(1, "fedge-digest") as executor:  # starts no thread before it has work
+        for reply in _watched(replies, collected):
+            sent = arrays_sent(reply)
+            try:
+                valid = admit(reply, collected)
+            except UnfitError as error:
+                collected.rejected.append(Rejected(reply.metadata.src_node_id, str(error)))
+                continue
+            digest = digest_beside(sent, reply, executor)
+            if not once:  # some of Flower's strategies empty or change the messages that they aggregate
+                collected.digests.append(digest())
+            collected.clients += valid.clients
+            collected.norms += [] if valid.norm is None else [valid.norm]
+            yield reply
+            if once:
+                collected.digests.append(digest())
+                _let_go(reply)
+            if collected.clients >= needed:
+                return
+
+
+def singles(rules: Rules, asked: set[int]) -> Admit:
+    """Updates of one client each; one that answers twice, or was not asked, is rejected.
+
+    Args:
+        rules: of the round.
+        asked: node ids.
+    """
+    accepted: set[int] = set()
+
+    def admit(reply: Message, collected: Collected) -> Valid:
         client = reply.metadata.src_node_id
-        received += payload_bytes(reply)
+        collected.bytes_up += payload_bytes(reply)
         if client not in asked:
-            rejected.append(Rejected(client, "was not asked"))
-        elif client in valid:
-            rejected.append(Rejected(client, "answered twice; the first answer counts"))
-        elif reason := fault(reply, like, guarded=guarded, beside=beside, decode=decode):
-            rejected.append(Rejected(client, reason))
-        else:
-            valid[client] = reply
-            if len(valid) >= needed:
-                break
-    # Sums are not associative in floating point: a fixed order makes the result independent of arrival.
-    updates = [valid[client] for client in sorted(valid)]
-    # Now, before any strategy: some of Flower's empty or change the messages that they aggregate.
-    return Collected(updates, len(updates), tuple(rejected), received, set_digest(updates))
+            raise UnfitError("was not asked")
+        if client in accepted:
+            raise UnfitError("answered twice; the first answer counts")
+        valid = validated(reply, rules)
+        accepted.add(client)
+        return valid
+
+    return admit
+
+
+def sums(rules: Rules, asked: set[int]) -> Admit:
+    """Partial sums, each of which holds the updates of several clients, and errors of single ones.
+
+    Args:
+        rules: against which each sum is held.
+        asked: node ids; no more clients than these are counted.
+    """
+    failed: set[int] = set()
+
+    def admit(reply: Message, collected: Collected) -> Valid:
+        client = reply.metadata.src_node_id
+        if reply.has_error() and (client not in asked or client in failed):
+            raise UnfitError("was not asked, or answered twice")
+        try:
+            valid = validated(reply, rules, clients=len(asked) - collected.clients - len(failed))
+        except UnfitError:
+            failed.update({client} if reply.has_error() else ())
+            raise
+        each = payload_bytes(reply)  # as much as everyone has sent to whoever added up
+        collected.bytes_up += valid.clients * each
+        return valid
+
+    return admit
 
 
 def enough(asked: int, quorum: float, at_least: int) -> int:
-    """Valid updates that close a round."""
+    """Valid updates that close a round: never fewer than with so many that it counts."""
     return max(math.ceil(quorum * asked - 1e-9), at_least)
 
 
-def collect_sums(
-    replies: Iterable[Message],
-    *,
-    like: Arrays,
-    asked: set[int],
-    needed: int,
-    beside: Beside = NOTHING,
-) -> Collected:
-    """The same where partial sums were asked for, each of which holds the updates of several clients.
+def if_enough(updates: Iterable[Message], collected: Collected, least: int) -> Iterator[Message]:
+    """The updates, and a veto at their end where they are those of fewer clients.
 
-    Args:
-        replies: partial sums, and errors of single clients, as they arrive.
-        like: the global state, against which each sum is held.
-        asked: node ids that were asked; no more clients than these are counted.
-        needed: nobody is waited for once the sums hold so many.
-        beside: as in `collect`.
+    Raises:
+        TooFewError: whoever is adding them up stops there, before anything comes of it.
     """
-    valid: list[Message] = []
-    rejected: list[Rejected] = []
-    clients, received, failed = 0, 0, set[int]()
-    for reply in replies:
-        client = reply.metadata.src_node_id
-        reason = fault(reply, like, clients=len(asked) - clients - len(failed), beside=beside)
-        if not reply.has_error() and reason is None:
-            held = int(records_of(reply.content, MetricRecord)[METRICS][CLIENTS])  # type: ignore[arg-type]
-            received += held * payload_bytes(reply)  # each of them has sent as much to whoever added it up
-            clients += held
-            valid.append(reply)
-            if clients >= needed:
-                break
-        elif client not in asked or (reply.has_error() and client in failed):
-            rejected.append(Rejected(client, "was not asked, or answered twice"))
-        else:
-            failed |= {client} if reply.has_error() else set()
-            rejected.append(Rejected(client, reason or "unknown error"))
-    return Collected(valid, clients, tuple(rejected), received, set_digest(valid))
+    yield from updates
+    if collected.clients < least:
+        raise TooFewError(f"{collected.clients} updates, and {least} are needed")
 
 
-def set_digest(updates: list[Message]) -> str:
-    """The updates' own digests, sorted, hashed: no client's name and no order goes into it."""
-    return hashlib.sha256("".join(sorted(map(_digest, updates))).encode()).hexdigest()
+def in_order(updates: Iterable[Message]) -> list[Message]:
+    """All updates, in the order of their clients: the result must not depend on who came first."""
+    return sorted(updates, key=lambda update: update.metadata.src_node_id)
 
 
 def payload_bytes(message: Message) -> int:
@@ -137,21 +167,25 @@ def payload_bytes(message: Message) -> int:
     )
 
 
-@lru_cache(maxsize=4096)
-def _label(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
-    return f"\0{name}\0{dtype}\0{shape}\0".encode()
+def payload_bytes_of(sent: Sequence[Message]) -> int:
+    """The same of messages, which often share one content."""
+    if all(message.content is sent[0].content for message in sent):
+        return len(sent) * payload_bytes(sent[0]) if sent else 0
+    return sum(map(payload_bytes, sent))
 
 
-def _digest(message: Message) -> str:
-    """Over examples, a sum's clients, names, dtypes, shapes and values: the same however the arrays came."""
-    metrics = records_of(message.content, MetricRecord)[METRICS]
-    counted = f" in {metrics[CLIENTS]} clients" if CLIENTS in metrics else ""
-    steps = f" after {metrics[STEPS]} steps" if STEPS in metrics else ""
-    sha = hashlib.sha256(f"{metrics[EXAMPLES]}{counted}{steps}".encode())
-    records = records_of(message.content, ArrayRecord)
-    for record in (ARRAYS, CONTROL) if CONTROL in records else (ARRAYS,):
-        for name, array in records[record].items():
-            sha.update(_label(name, array.dtype, tuple(array.shape)))
-            for _, piece in pieces(array):
-                sha.update(raw_bytes(piece))
-    return sha.hexdigest()
+def _watched(replies: Iterable[Message], collected: Collected) -> Iterator[Message]:
+    """The replies; what the Grid raises is nobody else's fault."""
+    try:
+        yield from replies
+    except Exception as error:
+        collected.broke = error
+        raise
+
+
+def _let_go(reply: Message) -> None:
+    """Forget the arrays: the Grid remembers its replies, and would keep all clients' models with them.
+
+    Not by emptying the record: a client may have sent back the one that it was sent.
+    """
+    put(reply.content, {name: ArrayRecord() for name in records_of(reply.content, ArrayRecord)})

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from torch import nn
 
@@ -40,22 +40,33 @@ from fedge_server.privacy.rules import check_model
 from fedge_server.registry.database import Registry
 from fedge_server.registry.ledger import Ledger
 from fedge_server.rounds.anomalies import scored
-from fedge_server.rounds.closing import Collected, collect, collect_sums, enough, payload_bytes
+from fedge_server.rounds.closing import (
+    Collected,
+    TooFewError,
+    collect,
+    enough,
+    if_enough,
+    in_order,
+    payload_bytes,
+    payload_bytes_of,
+    singles,
+    sums,
+)
 from fedge_server.rounds.decoding import Decoder
 from fedge_server.rounds.grids import Identified, Simulated, Summing, nodes_of
 from fedge_server.rounds.moments import federated_moments, kept_moments, moments_arrays
+from fedge_server.rounds.norms import norm_limit
 from fedge_server.rounds.record import Metric, RoundRecord
 from fedge_server.rounds.sampling import MANY, Cohort, cohort_size, draw, draw_each
 from fedge_server.rounds.scoring import Answers, Sureness, is_finite, probabilities_of, score, sureness
 from fedge_server.rounds.secure import encoding_of, secure_sum
-from fedge_server.rounds.stopping import check_target, why_stop
+from fedge_server.rounds.stopping import check_hope, check_target, why_not_counted, why_stop
 from fedge_server.rounds.traffic import Traffic
+from fedge_server.rounds.validation import Rules
 from fedge_server.strategies.state import capture, restore
 
 Observer = Callable[[RoundRecord], None]
 """Told of each round once it is committed; on resume, of the earlier ones first."""
-
-MAX_FAILED_ROUNDS = 3  # in a row without enough valid updates: something is wrong that waiting does not mend
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +106,7 @@ def learn(
             observe(record)
         reason = _rounds(run, observe)
         if not any(record.counted for record in run.records[1:]):
-            raise RoundError(f"no round counted: {run.why_not_counted()}")
+            raise RoundError(f"no round counted: {why_not_counted(run.records[-1])}")
     except (SupersededError, HubAwayError):
         raise  # the run goes on elsewhere, or when the hub is back
     except FedgeError as error:
@@ -207,12 +218,8 @@ class _Run:
         nodes = self.draw(number, MessageType.TRAIN)
         if nodes and self.protection is not None:
             self.protection.before_asking(number)
-        collected, bytes_down = self.ask(number, nodes)
-        sufficient = collected.clients >= self.config.rounds.min_updates
-        if sufficient and self.protection is not None and self.protection.central:
-            collected = self.protection.noised(number, collected, self.origin())
-        scores_of_updates = scored(collected.valid, self.origin()) if sufficient and self.scoring else ()
-        metrics, counted = self.aggregate(number, collected) if sufficient else (None, False)
+        updates, collected, bytes_down = self.ask(number, nodes)
+        metrics, counted = self.aggregate(number, updates, collected)
         scores, sure = self.evaluate_centrally()
         measured = self.evaluate_on_clients(number) if self.config.evaluate.federated else {}
         now = Traffic.of(self.grid)
@@ -222,33 +229,34 @@ class _Run:
             metrics=scores,
             clients=collected.clients if counted else 0,
             asked=len(nodes),
-            rejected=collected.rejected,
+            rejected=tuple(collected.rejected),
             train_loss=None if self.protection else _scalar(metrics, messages.TRAIN_LOSS),
             seconds=time.perf_counter() - started,
             bytes_up=collected.bytes_up if travelled is None else travelled.bytes_up,
             bytes_down=bytes_down if travelled is None else travelled.bytes_down,
             late=0 if travelled is None else travelled.late,
             updates=collected.updates if counted else "",
+            norm=collected.norm if counted else None,
             counted=counted,
             client_metrics=measured,
             simulated_s=self.simulated_s(),
             intervals=sure.intervals,
             target_bound=sure.target_bound,
-            anomalies=scores_of_updates,
+            anomalies=collected.scores,
             privacy={**collected.facts, **({} if self.protection is None else self.protection.of_round())},
         )
         self.commit(record)
-        self.give_up_when_hopeless()
+        check_hope(self.records)
         return record
 
-    def ask(self, number: int, nodes: Sequence[int]) -> tuple[Collected, int]:
-        """What these clients' training gave, and the bytes that were sent to them.
+    def ask(self, number: int, nodes: Sequence[int]) -> tuple[Iterable[Message], Collected, int]:
+        """The updates of these clients, each as it comes; what is known of them then; and the bytes sent.
 
         As partial sums where strategy and Grid can do with those, else as an answer from each.
         """
-        rounds = self.config.rounds
+        collected, rounds = Collected(), self.config.rounds
         if not nodes:  # Poisson sampling may ask nobody
-            return collect((), like=self.shared, asked=set(), quorum=1.0), 0
+            return (), collected, 0
         if self.config.privacy.secure_aggregation:
             return secure_sum(
                 self.grid,
@@ -261,37 +269,54 @@ class _Run:
                 simulated=isinstance(self.grid, Simulated),
                 signed=isinstance(self.grid, Identified) and self.grid.identified,
             )
-        # Clipping is for each client by itself, and so are scores and a codec.
-        alone = self.protection is not None or self.instructions.codec is not None or self.scoring
-        if self.chosen.sums and not alone and isinstance(self.grid, Summing) and self.grid.can_sum:
+        needed = enough(len(nodes), rounds.quorum, rounds.min_updates)
+        if self.summed and isinstance(self.grid, Summing) and self.grid.can_sum:
             (asked,) = self.configure(number, MessageType.TRAIN, nodes[:1])
-            needed = enough(len(nodes), rounds.quorum, rounds.min_updates)
-            sums = self.grid.sum_updates(asked, nodes, timeout=rounds.deadline_s, enough=needed)
-            collected = collect_sums(
-                sums, like=self.shared, asked=set(nodes), needed=needed, beside=self.beside()
-            )
-            return collected, len(nodes) * payload_bytes(asked)
-        sent = list(self.configure(number, MessageType.TRAIN, nodes))
-        collected = collect(
-            self.grid.send_and_receive(sent, timeout=rounds.deadline_s),
-            like=self.shared,
-            asked=set(nodes),
-            quorum=rounds.quorum,
-            at_least=rounds.min_updates,
+            came = self.grid.sum_updates(asked, nodes, timeout=rounds.deadline_s, enough=needed)
+            admit, bytes_down = sums(self.rules(number), set(nodes)), len(nodes) * payload_bytes(asked)
+        else:
+            sent = list(self.configure(number, MessageType.TRAIN, nodes))
+            came = self.grid.send_and_receive(sent, timeout=rounds.deadline_s)
+            admit, bytes_down = singles(self.rules(number), set(nodes)), payload_bytes_of(sent)
+        updates = collect(came, admit, collected, needed=needed, once=self.at_once)
+        return updates, collected, bytes_down
+
+    @property
+    def summed(self) -> bool:
+        """Whether one reply may stand for many clients: nothing is done with each of them by itself.
+
+        Clipping is, and so are bounds, scores and a codec.
+        """
+        alone = self.protection is not None or self.config.validate.of_singles
+        return self.chosen.sums and not (alone or self.instructions.codec is not None or self.scoring)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether each update is used up as it comes."""
+        central = self.protection is not None and self.protection.central
+        return central or (self.chosen.single_pass and not self.scoring)
+
+    def rules(self, number: int) -> Rules:
+        """What the round's updates must be."""
+        validate = self.config.validate
+        central = self.protection is not None and self.protection.central
+        return Rules(
+            self.origin(),
             guarded=self.instructions.guard is not None,
+            max_examples=validate.max_examples,
+            max_norm=norm_limit(validate, self.records),
+            norms=validate.norms and not central,  # the record would show what no noise covers
+            read_once=self.at_once,
             beside=self.beside(),
             decode=self.decoder(number),
         )
-        one = payload_bytes(sent[0]) if sent else 0
-        same = all(message.content is sent[0].content for message in sent)
-        return collected, len(sent) * one if same else sum(map(payload_bytes, sent))
 
     @property
     def scoring(self) -> bool:
         """Whether each update is held against the others."""
         wanted = self.config.evaluate.anomalies
         alike = self.chosen.like is None
-        return not self.chosen.sums and alike if wanted is None else wanted
+        return not self.chosen.single_pass and alike if wanted is None else wanted
 
     def origin(self) -> Mapping[str, npt.NDArray[np.generic]]:
         """What clients' changes are measured from."""
@@ -334,24 +359,29 @@ class _Run:
         record = self.instructions.to_config()
         return make(number, messages.to_record(self.shared), record, Cohort(self.grid, nodes))
 
-    def aggregate(self, number: int, collected: Collected) -> tuple[MetricRecord | None, bool]:
+    def aggregate(
+        self, number: int, updates: Iterable[Message], collected: Collected
+    ) -> tuple[MetricRecord | None, bool]:
         """Let the strategy turn the updates into the next global state; False: it declined, or spoilt it.
 
         The state stays as it was unless the new one is finite and answers in finite numbers: one client's
         absurd but well-formed update must not end the run.
         """
-        _reseed(self.config.seed, number, "aggregate")
         before, answered = self.arrays, self.answers
         try:
-            found, metrics = self.chosen.strategy.aggregate_train(number, collected.valid)
+            found, metrics = self.combine(number, updates, collected)
             if found is None:
                 return None, False
             pieces, found = dict(found), None  # where the strategy keeps none of them, each goes once read
             shared = cast_like(messages.from_record(pieces, consume=True), self.shared)
             self.arrays = {name: shared.get(name, value) for name, value in before.items()}
+        except TooFewError:
+            return None, False
         except FedgeError:
             raise
         except Exception as error:  # a strategy may be anyone's code
+            if error is collected.broke:
+                raise
             raise RoundError(
                 f"round {number}: strategy {self.config.strategy.name!r} could not aggregate "
                 f"{collected.clients} updates ({type(error).__name__}: {error})"
@@ -360,6 +390,23 @@ class _Run:
             self.arrays, self.answers = before, answered
             return None, False
         return metrics, True
+
+    def combine(
+        self, number: int, updates: Iterable[Message], collected: Collected
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What the strategy makes of the updates: of each as it comes, or of a list in the order of clients.
+
+        Raises:
+            TooFewError: the updates are not enough; what the strategy remembers is as it was.
+        """
+        updates = if_enough(updates, collected, self.config.rounds.min_updates)
+        if self.protection is not None and self.protection.central:
+            updates = [self.protection.noised(number, updates, collected, self.origin())]
+        elif not self.at_once:
+            updates = in_order(updates)
+            collected.scores = scored(updates, self.origin()) if self.scoring else ()
+        _reseed(self.config.seed, number, "aggregate")
+        return self.chosen.strategy.aggregate_train(number, updates)
 
     def is_sound(self) -> bool:
         """Whether the global state and what it answers to the test data are finite."""
@@ -403,30 +450,6 @@ class _Run:
         kept = {**self.arrays, **moments_arrays(self.instructions.moments)}
         self.model_sha256 = self.registry.commit_round(self.run_id, record, kept, state)
         self.records.append(record)
-
-    def give_up_when_hopeless(self) -> None:
-        """Stop when several rounds in a row did not count."""
-        tail = self.records[-MAX_FAILED_ROUNDS:]
-        if len(tail) < MAX_FAILED_ROUNDS or any(record.counted for record in tail):
-            return
-        raise RoundError(
-            f"round {tail[-1].round}: {MAX_FAILED_ROUNDS} rounds in a row did not count; "
-            f"the last: {self.why_not_counted()}"
-        )
-
-    def why_not_counted(self) -> str:
-        """The likeliest reason why the last round did not count."""
-        last = self.records[-1]
-        if "aborted" in last.privacy:
-            return str(last.privacy["aborted"])
-        if last.rejected:
-            return f"{len(last.rejected)} of {last.asked} rejected, such as: {last.rejected[0].reason}"
-        if last.asked and last.bytes_up == 0:
-            return "no answer before the deadline"
-        return (
-            "too few updates, or the strategy made no sound model of them; lower the learning rates, or see "
-            "what the strategy needs (strategy, rounds.min_updates)"
-        )
 
 
 def recall(registry: Registry, run_id: str, config: Config, task: Task, spec: Spec) -> Learned:

@@ -64,6 +64,7 @@ class RoundRecord:
     target_bound: float | None = None  # of the target's metric, with rounds.target_confidence
     # With a mechanism: epsilon of its ledger after this round, delta, clip_norm, noise, next_clip_norm.
     privacy: Mapping[str, float | str] = field(default_factory=dict)
+    norm: float | None = None  # median L2 norm of the changes aggregated, where [validate] bounds it
     anomalies: tuple[Score, ...] = ()  # of each update, where they were held against each other
 
     @property
@@ -100,6 +101,7 @@ class RoundRecord:
             "late": self.late,
             "updates": self.updates,
             "counted": self.counted,
+            **({"norm": self.norm} if self.norm is not None else {}),
             **({"client_metrics": dict(self.client_metrics)} if self.client_metrics else {}),
             **({"intervals": {k: list(v) for k, v in self.intervals.items()}} if self.intervals else {}),
             **({"target_bound": self.target_bound} if self.target_bound is not None else {}),

@@ -27,7 +27,8 @@ from fedge.secagg.wire import Fields
 from fedge.wire.arrays import records_of
 from fedge_server.privacy.protection import Protection
 from fedge_server.privacy.rules import guard_of_shares, least_of
-from fedge_server.rounds.closing import Collected, enough, payload_bytes, set_digest
+from fedge_server.rounds.closing import Collected, enough, payload_bytes
+from fedge_server.rounds.digests import arrays_sent, digest_of
 from fedge_server.rounds.record import Rejected
 from fedge_server.rounds.validation import Arrays, declared_fault, error_of
 from fedge_server.secagg.coordinator import Coordinator
@@ -62,7 +63,7 @@ def encoding_of(config: Config, clients: int) -> Encoding:
 def secure_sum(
     grid: Grid, config: Config, run_id: str, number: int, sent: Sequence[Message], origin: Arrays, *,
     protection: Protection | None, simulated: bool, signed: bool,
-) -> tuple[Collected, int]:  # fmt: skip
+) -> tuple[list[Message], Collected, int]:  # fmt: skip
     """The weighted mean of what these clients' training gives, of which nobody sees a part.
 
     Args:
@@ -77,7 +78,7 @@ def secure_sum(
         signed: clients sign their keys with the identity that their id is the hash of.
 
     Returns:
-        The mean as one update, or none where the sum stayed closed; and the bytes that were sent.
+        The mean as one update, or none where the sum stayed closed; what came back; and the bytes sent.
     """
     privacy = config.privacy
     if simulated:
@@ -229,11 +230,11 @@ class _Phases:
 
     def result(
         self, valid: list[Message], clients: int, facts: Mapping[str, float | str]
-    ) -> tuple[Collected, int]:
+    ) -> tuple[list[Message], Collected, int]:
         """What the round's loop goes on with."""
-        rejected = tuple(self.rejected)
-        found = Collected(valid, clients, rejected, self.bytes_up, set_digest(valid), facts)
-        return found, self.bytes_down
+        digests = [digest_of(arrays_sent(message), message) for message in valid]
+        found = Collected(clients, self.rejected, self.bytes_up, digests, facts=facts)
+        return valid, found, self.bytes_down
 
 
 def _contents(records: Mapping[int, ConfigRecord]) -> dict[int, RecordDict]:

@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 
 from fedge.config import Rounds, Target
-from fedge.errors import ConfigError
+from fedge.errors import ConfigError, RoundError
 from fedge_server.rounds.record import RoundRecord
+
+MAX_FAILED_ROUNDS = 3  # in a row without enough valid updates: something is wrong that waiting does not mend
 
 
 def reached_target_at(records: Sequence[RoundRecord], rounds: Rounds) -> int | None:
@@ -55,6 +57,35 @@ def why_stop(records: Sequence[RoundRecord], rounds: Rounds) -> str | None:
     if records and records[-1].round >= rounds.count:
         return f"all {rounds.count} rounds done"
     return None
+
+
+def check_hope(records: Sequence[RoundRecord]) -> None:
+    """Stop when several rounds in a row did not count.
+
+    Raises:
+        RoundError: they did not; the line says why, as far as can be told.
+    """
+    tail = records[-MAX_FAILED_ROUNDS:]
+    if len(tail) < MAX_FAILED_ROUNDS or any(record.counted for record in tail):
+        return
+    raise RoundError(
+        f"round {tail[-1].round}: {MAX_FAILED_ROUNDS} rounds in a row did not count; "
+        f"the last: {why_not_counted(tail[-1])}"
+    )
+
+
+def why_not_counted(last: RoundRecord) -> str:
+    """The likeliest reason why a round did not count."""
+    if "aborted" in last.privacy:
+        return str(last.privacy["aborted"])
+    if last.rejected:
+        return f"{len(last.rejected)} of {last.asked} rejected, such as: {last.rejected[0].reason}"
+    if last.asked and last.bytes_up == 0:
+        return "no answer before the deadline"
+    return (
+        "too few updates, or the strategy made no sound model of them; lower the learning rates, or see "
+        "what the strategy needs (strategy, rounds.min_updates)"
+    )
 
 
 def _scalars(record: RoundRecord) -> dict[str, float]:

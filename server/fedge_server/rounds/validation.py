@@ -1,12 +1,15 @@
 """Whether one client's update may be aggregated: a bad one is rejected with its reason, never the round.
 
 Flower's strategies trust their input: a NaN becomes the global model, a shape (1,) is broadcast into the
-average, an extra key loses the whole round (each was observed).
+average, an extra key loses the whole round (each was observed). So every reply goes through `validated`
+before any rule sees it, and nothing of a bad one is ever added to anything.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -26,9 +29,11 @@ from fedge.learning.messages import (
 )
 from fedge.learning.terms import Beside
 from fedge.wire import npy
-from fedge.wire.arrays import DirectArray, in_memory, put, records_of
+from fedge.wire.arrays import DirectArray, FileArray, MemoryArray, in_memory, pieces, put, records_of
+from fedge_server.rounds.norms import squares
 
 MAX_LOSS = 1e6  # of one client; QFedAvg raises it to a power
+HELD_BYTES: Final = 64 * 1024**2  # an update of at most so many is read from its file once, and then held
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 NOTHING: Final = Beside()
@@ -36,33 +41,68 @@ Decode = Callable[[Message], None]
 """Turn an update in a codec into arrays, in place; raises FormatError for one that is none."""
 
 
-def fault(
-    reply: Message,
-    like: Arrays,
-    *,
-    clients: int | None = None,
-    guarded: bool = False,
-    beside: Beside = NOTHING,
-    decode: Decode | None = None,
-) -> str | None:
-    """Why the update must not be used, or None when it may.
+class UnfitError(Exception):
+    """An update that must not be used; its text is the reason, in one printable line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a round's updates must be."""
+
+    origin: Arrays  # what changes are measured from; names, shapes and dtypes must be the same
+    guarded: bool = False  # clients were told to protect themselves, which an older one does not understand
+    max_examples: int = MAX_EXAMPLES  # of one client
+    max_norm: float = math.inf  # of the change; infinite: not bounded
+    norms: bool = False  # they are wanted for the record, bounded or not
+    read_once: bool = False  # values will be read once more and not changed: then they stay where they came
+    beside: Beside = NOTHING  # what the strategy's terms ask for besides
+    decode: Decode | None = None  # clients were asked to use a codec
+
+
+@dataclass(frozen=True, slots=True)
+class Valid:
+    """An update that may be used."""
+
+    records: Mapping[str, ArrayRecord]  # of decoded arrays; the reply has them now
+    examples: int
+    clients: int  # 1, or how many a partial sum holds
+    norm: float | None  # of the change, where it was asked for
+
+
+def validated(reply: Message, rules: Rules, *, clients: int | None = None) -> Valid:
+    """The update, decoded and looked at whole: the one way from a reply to any rule.
 
     Args:
-        reply: a client's answer to a train message; arrays that came as `.npy` bytes are decoded here, once,
-            and stay decoded.
-        like: the global state; names, shapes and dtypes must be the same.
+        reply: a client's answer to a train message; in it, records of the decoded arrays take the place of
+            those that were sent.
+        rules: of the round.
         clients: None: one client's update. A number: a partial sum was asked for, of so many at most.
-        guarded: clients were told to protect themselves, which an older one does not understand.
-        beside: what the strategy's terms ask for besides.
-        decode: clients were asked to use a codec.
+
+    Raises:
+        UnfitError: it must not be used.
     """
     try:
-        found = _fault(reply, like, clients, guarded, beside, decode)
-    except FormatError as error:
-        found = str(error)
-    except Exception as error:  # noqa: BLE001 - it rejects the client, not the round
-        found = f"cannot be read ({type(error).__name__}: {error})"
-    return None if found is None else _short(found)
+        if reply.has_error():
+            raise UnfitError(f"client error: {_last_line(reply.error.reason)}")
+        own = rules.beside.like
+        origin = rules.origin if own is None else own(reply.metadata.src_node_id)
+        wanted = {ARRAYS: origin, **rules.beside.arrays}
+        sent, metrics = _records(reply, wanted, rules.decode)
+        if found := _metrics_fault(metrics, clients, rules) or _form_fault(sent, wanted):
+            raise UnfitError(found)
+        with np.errstate(all="ignore"):  # what overflows is not finite, and that is looked at
+            arrays, squares = _look_through(sent, wanted, rules)
+        if (norm := math.sqrt(squares)) > rules.max_norm:
+            raise UnfitError(
+                f"its change has the norm {norm:.6g}, over the {rules.max_norm:.6g} that is allowed"
+            )
+    except (UnfitError, FormatError) as error:
+        raise UnfitError(_short(str(error))) from None
+    except Exception as error:  # it rejects the client, not the round
+        raise UnfitError(_short(f"cannot be read ({type(error).__name__}: {error})")) from error
+    put(reply.content, arrays)
+    examples, held = metrics[EXAMPLES], metrics.get(CLIENTS, 1)
+    return Valid(arrays, int(examples), int(held), norm if rules.norms else None)  # type: ignore[arg-type]
 
 
 def error_of(reply: Message) -> str:
@@ -94,37 +134,22 @@ def evaluation_fault(reply: Message, *, held_out: bool = False) -> str | None:
         return _short(f"cannot be read ({type(error).__name__}: {error})")
 
 
-def _fault(
-    reply: Message,
-    like: Arrays,
-    clients: int | None,
-    guarded: bool,
-    beside: Beside,
-    decode: Decode | None,
-) -> str | None:
-    if reply.has_error():
-        return f"client error: {_last_line(reply.error.reason)}"
-    own = like if beside.like is None else beside.like(reply.metadata.src_node_id)
-    wanted = {ARRAYS: own, **beside.arrays}
+def _records(
+    reply: Message, wanted: Mapping[str, Arrays], decode: Decode | None
+) -> tuple[dict[str, ArrayRecord], MetricRecord]:
     if sorted(reply.content) != sorted((*wanted, METRICS)):
-        return f"records {sorted(reply.content)} instead of {sorted((*wanted, METRICS))}"
+        raise UnfitError(f"records {sorted(reply.content)} instead of {sorted((*wanted, METRICS))}")
     if decode is not None:
         decode(reply)
-    metrics = reply.content[METRICS]
-    if not isinstance(metrics, MetricRecord):
-        return "records of the wrong kind"
-    found = _metrics_fault(metrics, clients, guarded, beside)
-    for name, expected in wanted.items():
-        arrays = reply.content[name]
-        if not isinstance(arrays, ArrayRecord):
-            return "records of the wrong kind"
-        found = found or _arrays_fault(arrays, expected)
-    return found
+    arrays, metrics = records_of(reply.content, ArrayRecord), records_of(reply.content, MetricRecord)
+    if set(arrays) != set(wanted) or set(metrics) != {METRICS}:
+        raise UnfitError("records of the wrong kind")
+    return arrays, metrics[METRICS]
 
 
-def _metrics_fault(metrics: MetricRecord, clients: int | None, guarded: bool, beside: Beside) -> str | None:
-    wanted = {EXAMPLES, TRAIN_LOSS, *beside.metrics} | ({CLIENTS} if clients is not None else set())
-    wanted |= {GUARDED} if guarded else set()
+def _metrics_fault(metrics: MetricRecord, clients: int | None, rules: Rules) -> str | None:
+    wanted = {EXAMPLES, TRAIN_LOSS, *rules.beside.metrics} | ({CLIENTS} if clients is not None else set())
+    wanted |= {GUARDED} if rules.guarded else set()
     if set(metrics) != wanted:
         return f"metrics {sorted(metrics)} instead of {sorted(wanted)}"
     count = 1
@@ -133,11 +158,11 @@ def _metrics_fault(metrics: MetricRecord, clients: int | None, guarded: bool, be
         if not _is_whole(stated, 1, clients):
             return f"{CLIENTS} is {stated!r}; it must be a whole number from 1 to {clients}, as many as asked"
         count = int(stated)  # type: ignore[arg-type]  # it is one
-    if (found := _examples_fault(metrics, count)) is not None:
+    if (found := _examples_fault(metrics, count, most=rules.max_examples)) is not None:
         return found
     if not _within(metrics[TRAIN_LOSS], MAX_LOSS):
         return f"{TRAIN_LOSS} is {metrics[TRAIN_LOSS]!r}; it must be a number from 0 to {MAX_LOSS:g}"
-    for name, most in beside.metrics.items():
+    for name, most in rules.beside.metrics.items():
         if not _is_whole(metrics[name], 1, most):
             return f"{name} is {metrics[name]!r}; it must be a whole number from 1 to {most}"
     return None
@@ -160,32 +185,73 @@ def _share_fault(metrics: MetricRecord) -> str | None:
     return None
 
 
-def _examples_fault(metrics: MetricRecord, clients: int = 1) -> str | None:
-    examples, most = metrics.get(EXAMPLES), clients * MAX_EXAMPLES
+def _examples_fault(metrics: MetricRecord, clients: int = 1, *, most: int = MAX_EXAMPLES) -> str | None:
+    examples, most = metrics.get(EXAMPLES), clients * most
     if not _is_whole(examples, clients, most):
         return f"{EXAMPLES} is {examples!r}; it must be a whole number from {clients} to {most}"
     return None
 
 
-def _arrays_fault(record: ArrayRecord, like: Arrays) -> str | None:
-    if list(record) != list(like):
-        wrong = sorted(set(record) ^ set(like))
-        return f"array names differ: {', '.join(wrong[:3]) or 'another order'}"
-    for name, expected in like.items():
-        if (found := declared_fault(record[name], expected)) is not None:
-            return f"array {name!r} {found}"
-    for name, expected in like.items():  # one at a time: an update may be as large as the model
-        try:
-            decoded = in_memory(record[name])
-            value = decoded.numpy()
-        except (ValueError, EOFError, OSError, FedgeError) as error:
-            return f"arrays cannot be decoded ({error})"
-        if value.shape != expected.shape or value.dtype != expected.dtype:
-            return f"array {name!r} decodes to {value.dtype} {value.shape}"
-        if value.dtype.kind == "f" and not _is_finite(value):
-            return f"array {name!r} holds NaN or infinite values"
-        put(record, {name: decoded})
+def _form_fault(sent: Mapping[str, ArrayRecord], wanted: Mapping[str, Arrays]) -> str | None:
+    for key, expected in wanted.items():
+        record = sent[key]
+        if list(record) != list(expected):
+            wrong = sorted(set(record) ^ set(expected))
+            return f"array names differ: {', '.join(wrong[:3]) or 'another order'}"
+        for name, like in expected.items():
+            if (found := declared_fault(record[name], like)) is not None:
+                return f"array {name!r} {found}"
     return None
+
+
+def _look_through(
+    sent: Mapping[str, ArrayRecord], wanted: Mapping[str, Arrays], rules: Rules
+) -> tuple[dict[str, ArrayRecord], float]:
+    """Decode one array after the other, and look at every value: an update may be as large as the model.
+
+    Returns:
+        The decoded arrays, and the squared norm of the change, which is 0 where nobody asks for it.
+    """
+    size = sum(like.nbytes for expected in wanted.values() for like in expected.values())
+    held, measured = rules.read_once and size <= HELD_BYTES, rules.norms or rules.max_norm < math.inf
+    found, total = {key: ArrayRecord() for key in wanted}, 0.0
+    for key, expected in wanted.items():
+        of_change = measured and key == ARRAYS
+        for name, like in expected.items():
+            decoded = _decoded(name, sent[key][name], like, in_place=rules.read_once, held=held)
+            if like.dtype.kind == "f":
+                summed = _squares(decoded, like.reshape(-1) if of_change else None)
+                if not math.isfinite(summed):
+                    raise UnfitError(f"array {name!r} holds NaN or infinite values")
+                total += summed if of_change else 0.0
+            put(found[key], {name: decoded})
+    return found, total
+
+
+def _decoded(
+    name: str, array: Array, like: npt.NDArray[np.generic], *, in_place: bool, held: bool
+) -> DirectArray:
+    try:
+        decoded = in_memory(array, in_place=in_place)
+        if held and isinstance(decoded, FileArray):
+            decoded = MemoryArray(decoded.numpy(), shared=False)
+        if not isinstance(decoded, FileArray):  # a file's bytes are read as what was declared
+            value = decoded.numpy()
+            if value.shape != like.shape or value.dtype != like.dtype:
+                raise UnfitError(f"array {name!r} decodes to {value.dtype} {value.shape}")
+    except (ValueError, EOFError, OSError, FedgeError) as error:
+        raise UnfitError(f"arrays cannot be decoded ({error})") from error
+    return decoded
+
+
+def _squares(array: DirectArray, start: npt.NDArray[np.generic] | None) -> float:
+    try:
+        return sum(
+            squares(piece, None if start is None else start[at : at + piece.size])
+            for at, piece in pieces(array)
+        )
+    except (OSError, FedgeError) as error:
+        raise UnfitError(f"arrays cannot be decoded ({error})") from error
 
 
 def declared_fault(array: Array, expected: npt.NDArray[np.generic]) -> str | None:
@@ -200,15 +266,6 @@ def declared_fault(array: Array, expected: npt.NDArray[np.generic]) -> str | Non
     if header is None or (header.shape, header.dtype) != (expected.shape, expected.dtype):
         return f"cannot be decoded: its bytes declare {header and (header.shape, header.dtype)}"
     return None
-
-
-def _is_finite(value: npt.NDArray[np.generic]) -> bool:
-    """One pass over the bytes: the sum of squares is finite only where every value is, and none absurd."""
-    flat = value.ravel()
-    if flat.dtype == np.float16:  # its squares would overflow at 256
-        flat = flat.astype(np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.dot(flat, flat)))
 
 
 def _last_line(text: str | None) -> str:

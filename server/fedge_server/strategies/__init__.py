@@ -1,6 +1,6 @@
 """Aggregation rules by name: Flower's Message-API strategies, taken from Flower as they are, and ours.
 
-Those that are a weighted mean, or start from one, have it computed tensor by tensor (`fedavg`). Those that
+Those that are a weighted mean, or start from one, have it formed as the updates come (`mean`). Those that
 some clients cannot spoil stand in `robust`.
 
 FedXgb* are left out: they aggregate trees. So are Flower's wrappers for differential privacy, whose noise
@@ -33,6 +33,7 @@ from fedge_server.strategies import fedavg
 from fedge_server.strategies.feddf import FedDf
 from fedge_server.strategies.fednova import FedNova
 from fedge_server.strategies.fedsgd import FedSgd
+from fedge_server.strategies.mean import ACCUMULATE
 from fedge_server.strategies.personal import Ditto, FedBn, FedPer
 from fedge_server.strategies.robust import RULES
 from fedge_server.strategies.scaffold import Scaffold
@@ -75,6 +76,9 @@ LINEAR: frozenset[type[Strategy]] = frozenset(
 )
 # Those that take partial sums besides: what FedNova makes of clients with equal steps is linear too.
 SUMS: frozenset[type[Strategy]] = LINEAR | {FedNova}
+# Those that go through the updates once, in any order, and keep none: they get each as it arrives. All others
+# get a list in the order of the clients.
+SINGLE_PASS: frozenset[type[Strategy]] = SUMS | {Scaffold}
 NAMES = tuple(sorted(PLAIN))
 
 # Set by fedge from the rest of the configuration, so not a user's option.
@@ -105,6 +109,11 @@ class Chosen:
         found: Callable[[int], Mapping[str, npt.NDArray[np.generic]]] | None
         found = getattr(self.strategy, "like", None)
         return found
+
+    @property
+    def single_pass(self) -> bool:
+        """Whether it takes updates as they arrive, each once."""
+        return type(self.strategy) in SINGLE_PASS
 
 
 def build(
@@ -191,7 +200,14 @@ def _refuse_what_fedsgd_ignores(train: Train) -> None:
 def options_of(name: str) -> dict[str, inspect.Parameter]:
     """The options that a strategy of this name takes in the configuration."""
     parameters = inspect.signature(PLAIN[name].__init__).parameters
-    return {key: parameter for key, parameter in parameters.items() if key not in _OURS}
+    found = {key: parameter for key, parameter in parameters.items() if key not in _OURS}
+    return {**found, "accumulate": _ACCUMULATE} if issubclass(PLAIN[name], fedavg.FedAvg) else found
+
+
+# An attribute of its own: the constructors of Flower's subclasses between ours do not pass it on.
+_ACCUMULATE = inspect.Parameter(
+    "accumulate", inspect.Parameter.KEYWORD_ONLY, default=fedavg.FedAvg.accumulate, annotation=str
+)
 
 
 def _construct(found: Any, chosen: StrategyConfig, ours: Mapping[str, Any]) -> Any:
@@ -206,7 +222,14 @@ def _construct(found: Any, chosen: StrategyConfig, ours: Mapping[str, Any]) -> A
         value = chosen.options.get(key)
         if value is not None and isinstance(value, str) != ("str" in str(parameter.annotation)):
             raise ConfigError(f"strategy.{key} = {value!r}: must be {parameter.annotation}")
+    options = dict(chosen.options)
+    accumulate = options.pop("accumulate", _ACCUMULATE.default)
+    if accumulate not in ACCUMULATE:
+        raise ConfigError(f"strategy.accumulate = {accumulate!r}: {suggestion(str(accumulate), ACCUMULATE)}")
     try:
-        return found(**ours, **chosen.options)
+        made = found(**ours, **options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"strategy {chosen.name!r}: {error}") from error
+    if "accumulate" in valid:
+        made.accumulate = accumulate
+    return made

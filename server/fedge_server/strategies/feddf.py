@@ -32,7 +32,8 @@ from fedge.task import Task
 from fedge.wire.arrays import records_of
 from fedge_server.compression.distil import distil, logits, preprocessed
 from fedge_server.data import ServerData
-from fedge_server.strategies.fedavg import FedAvg, weighted_mean
+from fedge_server.strategies.fedavg import FedAvg
+from fedge_server.strategies.mean import Mean
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
@@ -168,11 +169,12 @@ class FedDf(FedAvg):
 
     def _average(self, name: str, replies: list[Message]) -> Arrays:
         """The mean of an architecture's clients, by examples; its state, where none has answered."""
-        own = [m.content for m in replies if self.model_of(m.metadata.src_node_id) == name]
-        if not own:
-            return self._state(name)
-        weights = [float(records_of(c, MetricRecord)[METRICS][EXAMPLES]) for c in own]  # type: ignore[arg-type]
-        return from_record(weighted_mean([records_of(c, ArrayRecord)[ARRAYS] for c in own], weights))
+        mean = Mean(self.accumulate)
+        for reply in replies:
+            if self.model_of(reply.metadata.src_node_id) == name:
+                examples = records_of(reply.content, MetricRecord)[METRICS][EXAMPLES]
+                mean.add(records_of(reply.content, ArrayRecord)[ARRAYS], float(examples))  # type: ignore[arg-type]
+        return from_record(mean.result()) or self._state(name)
 
     def _loaded(self, name: str, state: Arrays) -> nn.Module:
         model = self.blank(name)

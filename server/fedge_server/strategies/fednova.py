@@ -23,7 +23,8 @@ from fedge.config import Train
 from fedge.learning.messages import ARRAYS, EXAMPLES, METRICS, from_record, to_record
 from fedge.learning.terms import STEPS, Terms, accumulated
 from fedge.wire.arrays import records_of
-from fedge_server.strategies.fedavg import FedAvg, weighted_mean
+from fedge_server.strategies.fedavg import FedAvg
+from fedge_server.strategies.mean import Mean
 
 
 class FedNova(FedAvg):
@@ -60,31 +61,30 @@ class FedNova(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The step of the normalised mean; replies may stand for several clients with equal steps."""
-        valid, _ = self._check_and_log_replies(replies, is_train=True, validate=False)
-        if not valid or self.weights is None:
+        by_step, by_examples = Mean(self.accumulate), Mean(self.accumulate)  # of parameters, and of buffers
+        contents, n, a, n_over_a = [], 0.0, 0.0, 0.0  # sums over k of n_k, n_k |a_k|_1 and n_k / |a_k|_1
+        for reply in replies:
+            record = records_of(reply.content, ArrayRecord)[ARRAYS]
+            n_k, tau_k = (float(_number(reply, name)) for name in (EXAMPLES, STEPS))
+            a_k = self.accumulated(int(tau_k))
+            n, a, n_over_a = n + n_k, a + n_k * a_k, n_over_a + n_k / a_k
+            by_step.add({name: record[name] for name in self.parameter_names}, n_k / a_k)
+            by_examples.add({name: v for name, v in record.items() if name not in self.parameter_names}, n_k)
+            contents.append(reply.content)
+        if not contents or self.weights is None:
             return None, None
-        records = [records_of(message.content, ArrayRecord)[ARRAYS] for message in valid]
-        n, tau = (_numbers(valid, name) for name in (EXAMPLES, STEPS))
-        a = [self.accumulated(int(tau_k)) for tau_k in tau]
-        by_step = [n_k / a_k for n_k, a_k in zip(n, a, strict=True)]
-        s = sum(n_k * a_k for n_k, a_k in zip(n, a, strict=True)) / sum(n) * (sum(by_step) / sum(n))
-        before, found = from_record(self.weights), dict[str, np.ndarray[Any, Any]]()
-        for name, w in before.items():
-            stepped = name in self.parameter_names
-            (m,) = weighted_mean(
-                [_only(record, name) for record in records], by_step if stepped else n
-            ).values()
-            found[name] = (w + s * np.subtract(m.numpy(), w)).astype(w.dtype) if stepped else m.numpy()
-        contents = [message.content for message in valid]
+        s = a / n * (n_over_a / n)
+        mean = from_record({**by_step.result(), **by_examples.result()})
+        found = {
+            name: (w + s * np.subtract(mean[name], w)).astype(w.dtype)
+            if name in self.parameter_names
+            else mean[name]
+            for name, w in from_record(self.weights).items()
+        }
         return to_record(found, shared=False), self.train_metrics_aggr_fn(contents, self.weighted_by_key)
 
 
-def _numbers(replies: list[Message], name: str) -> list[float]:
-    said = (records_of(message.content, MetricRecord)[METRICS][name] for message in replies)
-    return [float(value) for value in said]  # type: ignore[arg-type]  # numbers, as was checked
-
-
-def _only(record: ArrayRecord, name: str) -> ArrayRecord:
-    one = ArrayRecord()
-    one[name] = record[name]
-    return one
+def _number(reply: Message, name: str) -> float:
+    said = records_of(reply.content, MetricRecord)[METRICS][name]
+    assert isinstance(said, (int, float))  # noqa: S101 - as was checked
+    return said

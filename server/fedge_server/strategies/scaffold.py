@@ -23,7 +23,8 @@ from fedge.config import Train
 from fedge.learning.messages import ARRAYS, CONFIG, EXAMPLES, METRICS, from_record, to_record
 from fedge.learning.terms import CONTROL, VOID, Terms
 from fedge.wire.arrays import records_of
-from fedge_server.strategies.fedavg import FedAvg, weighted_mean
+from fedge_server.strategies.fedavg import FedAvg
+from fedge_server.strategies.mean import Mean
 
 Weighting = Literal["clients", "examples"]
 
@@ -97,22 +98,29 @@ class Scaffold(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Step along the mean change, and move c by the mean change of those of all clients."""
-        valid, _ = self._check_and_log_replies(replies, is_train=True, validate=False)
-        if not valid or self.weights is None:
+        mean_x, mean_c = Mean(self.accumulate), Mean(self.accumulate)
+        contents, counted = [], set()
+        for reply in replies:
+            records = records_of(reply.content, ArrayRecord)
+            said = records_of(reply.content, MetricRecord)[METRICS][EXAMPLES]
+            weight = float(said) if self.weighting == "examples" else 1.0  # type: ignore[arg-type]  # a number
+            mean_x.add(records[ARRAYS], weight)
+            mean_c.add(records[CONTROL], weight)
+            contents.append(reply.content)
+            counted.add(reply.metadata.src_node_id)
+        if not contents or self.weights is None:
             return None, None
-        contents = [message.content for message in valid]
-        records = [records_of(content, ArrayRecord) for content in contents]
-        said = [records_of(content, MetricRecord)[METRICS] for content in contents]
-        weights = [float(m[EXAMPLES]) if self.weighting == "examples" else 1.0 for m in said]  # type: ignore[arg-type]
-        mean = from_record(weighted_mean([record[ARRAYS] for record in records], weights))
-        change = from_record(weighted_mean([record[CONTROL] for record in records], weights))
-        before = from_record(self.weights)
+        mean, change, before = (
+            from_record(found) for found in (mean_x.result(), mean_c.result(), self.weights)
+        )
         for name in self.parameter_names:
             x, c = before[name], self.control[name]
             far = self.server_learning_rate * np.subtract(mean[name], x)
             mean[name] = (x + far).astype(x.dtype)
-            self.control[name] = (c + np.multiply(change[name], len(valid) / self.population)).astype(c.dtype)
-        self._count({message.metadata.src_node_id for message in valid})
+            self.control[name] = (c + np.multiply(change[name], len(counted) / self.population)).astype(
+                c.dtype
+            )
+        self._count(counted)
         return to_record(mean, shared=False), self.train_metrics_aggr_fn(contents, self.weighted_by_key)
 
     def _count(self, counted: set[int]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from fedge.learning.messages import to_record
 from fedge.noise import derived_key
-from fedge_server.privacy.central import Settings, next_clip_norm, noised_mean
+from fedge_server.privacy.central import ClippedSum, Settings, next_clip_norm
 
 REFERENCE = {"w": np.array([[1.0, 2.0]], np.float32), "b": np.array([3.0], np.float32)}
 NEARLY_NONE = 1e-6  # noise multiplier
@@ -17,6 +17,13 @@ NEARLY_NONE = 1e-6  # noise multiplier
 
 def update(w, b):
     return to_record({"w": np.array([w], np.float32), "b": np.array([b], np.float32)})
+
+
+def noised_mean(updates, reference, settings, key):
+    total = ClippedSum(reference, settings)
+    for each in updates:
+        total.add(each)
+    return total.noised(key)
 
 
 def mean_of(updates, settings, key=derived_key("k")):  # noqa: B008 - bytes
