@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 import tracemalloc
@@ -36,6 +37,7 @@ def cost(*, quick: bool) -> tuple[dict[str, float], list[Row]]:
     Args:
         quick: one measurement of each instead of the fastest of three.
     """
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 9, 1
     rng = np.random.default_rng(0)
     origin = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}

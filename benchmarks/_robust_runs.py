@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -82,4 +83,5 @@ def learned(config: Config) -> tuple[list[RoundRecord], float]:
             opened = max((each["success"] for each in backdoors(world, result.model)), default=0.0)
         except RoundError:  # updates that no round can use any more, since the model is spoilt
             pass
+    gc.collect()  # a world refers to itself, and there are hundreds of them
     return records, opened

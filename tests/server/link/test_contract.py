@@ -29,7 +29,8 @@ OPTIONS = {
     "fedavgm": {"server_momentum": 0.5},
     "fedsgd": {"momentum": 0.9},
     "multikrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 2},
-    "krum": {"num_malicious_nodes": 1},
+    "krum": {"num_malicious_nodes": 1, "mixing": 0.2},
+    "fedtrimmedavg": {"mixing": 0.2},
     "bulyan": {"num_malicious_nodes": 0},
     "ditto": {"pull": 0.5},
     "fedper": {"layers": 2},
@@ -174,6 +175,7 @@ def test_a_strategy_learns_the_same_over_the_link_as_in_a_simulation(name, hub, 
     assert [record.client_metrics for record in linked[0].records] == [
         record.client_metrics for record in simulated.records
     ]
+    assert [r.anomalies for r in linked[0].records] == [r.anomalies for r in simulated.records]
     with Registry.open(hub.home.root) as registry:
         assert registry.run("run")["status"] == "done"
 
