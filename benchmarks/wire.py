@@ -34,17 +34,32 @@ from fedge_simulations.world import prepare
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SETTINGS: tuple[tuple[str, bool], ...] = (  # a codec's stages, and whether feedback is on
-    ("", True),
-    ("int8", True),
-    ("sign", True),
-    ("topk:0.05+int8", True),
-    ("topk:0.01+int8", True),
-    ("topk:0.01+int8", False),
-    ("topk:0.01+sign", True),
-    ("randomk:0.05+int8", True),
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a run is to do about communication."""
+
+    up: str = ""  # stages of the codec
+    down: str = ""  # likewise, of changes of the global state
+    feedback: bool = True
+
+    @property
+    def name(self) -> str:
+        down = f", down {self.down}" if self.down else ""
+        return (self.up or "none") + down + ("" if self.feedback else ", no feedback")
+
+
+SETTINGS = (
+    Setting(),
+    Setting("topk:0.01+int8"),
+    Setting("topk:0.05+int8"),
+    Setting("topk:0.01+int8", down="topk:0.1+int8"),
+    Setting("int8"),
+    Setting("topk:0.01+int8", feedback=False),
+    Setting("topk:0.01+sign"),
+    Setting("randomk:0.05+int8"),
 )
-QUICK = ("", "int8", "topk:0.01+int8")
+QUICK = SETTINGS[:2] + SETTINGS[4:5]
 WITHIN = 0.01  # accuracy that may be lost
 
 
@@ -54,6 +69,7 @@ class Measured:
 
     name: str
     bytes_up: tuple[int, ...]  # of each round
+    bytes_down: float  # mean of a round
     accuracy: tuple[float, ...]  # after it
 
     @property
@@ -71,24 +87,23 @@ def main(asked: Options) -> None:
     before = machine()
     with tempfile.TemporaryDirectory() as folder:
         data = _subset(asked.data / "fashion_mnist.npz", Path(folder) / "some.npz", quick=asked.quick)
-        chosen = [(s, f) for s, f in SETTINGS if not asked.quick or (s in QUICK and f)]
         found: list[Measured] = []
         costs: Callable[[Config], tuple[float, float]] | None = None
         rows: list[Row] = []
-        for stages, feedback in chosen:
-            config = config_of(data, stages, feedback=feedback, rounds=3 if asked.quick else 20)
+        for setting in QUICK if asked.quick else SETTINGS:
+            config = config_of(data, setting, rounds=3 if asked.quick else 20)
             started = time.process_time()
             result = run(config, Path(folder) / f"run{len(found)}")
             costs = costs or _costs(config, result)
-            found.append(_measured(stages, feedback, result))
+            found.append(_measured(setting, result))
             rows.append(_row(found[0], found[-1], costs(config), time.process_time() - started))
-            print(f"{found[-1].name}: {found[-1].accuracy[-1]:.4f}", flush=True)
+            print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     _plot(asked.json.with_suffix(".svg"), found)
     times = [found[0].mean_bytes / each.mean_bytes for each in found if each.last >= found[0].last - WITHIN]
     publish(asked, before, {"times_smaller_within_one_point": max(times)}, rows)
 
 
-def config_of(data: Path, stages: str, *, feedback: bool, rounds: int) -> Config:
+def config_of(data: Path, setting: Setting, rounds: int) -> Config:
     """The run with this codec."""
     return Config.from_mapping(
         {
@@ -98,15 +113,19 @@ def config_of(data: Path, stages: str, *, feedback: bool, rounds: int) -> Config
             "clients": {"count": 20, "partition": "dirichlet:0.5"},
             "rounds": {"count": rounds},
             "train": {"epochs": 1, "batch_size": 16, "learning_rate": 0.1, "momentum": 0.0},
-            "evaluate": {"metrics": ["accuracy"], "proxy_fraction": 0.0},
-            "communication": {"codec": stages.split("+") if stages else [], "error_feedback": feedback},
+            "evaluate": {"metrics": ["accuracy"], "proxy_fraction": 0.0, "gate_fraction": 0.05},
+            "communication": {
+                "codec": list(filter(None, setting.up.split("+"))),
+                "downlink": list(filter(None, setting.down.split("+"))),
+                "error_feedback": setting.feedback,
+            },
         }
     )
 
 
 def _subset(whole: Path, some: Path, *, quick: bool) -> Path:
     """The first images of each part; their order is random in the file."""
-    train, test = (600, 1000) if quick else (2000, 8000)
+    train, test = (600, 1000) if quick else (2000, 2000)
     with np.load(whole) as read:
         parts: dict[str, Any] = {
             f"{name}_{part}": read[f"{name}_{part}"][:count]
@@ -117,10 +136,11 @@ def _subset(whole: Path, some: Path, *, quick: bool) -> Path:
     return some
 
 
-def _measured(stages: str, feedback: bool, result: Result) -> Measured:
-    name = (stages or "none") + ("" if feedback else ", no feedback")
+def _measured(setting: Setting, result: Result) -> Measured:
     accuracy = tuple(float(record.metrics["accuracy"]) for record in result.history)  # type: ignore[arg-type]
-    return Measured(name, tuple(record.bytes_up for record in result.history), accuracy)
+    up = tuple(record.bytes_up for record in result.history)
+    down = statistics.mean(record.bytes_down for record in result.history)
+    return Measured(setting.name, up, down, accuracy)
 
 
 def _costs(config: Config, result: Result) -> Callable[[Config], tuple[float, float]]:
@@ -158,6 +178,7 @@ def _row(plain: Measured, found: Measured, cost: tuple[float, float], seconds: f
         "codec": found.name,
         "kB up a round": found.mean_bytes / 1e3,
         "times smaller": plain.mean_bytes / found.mean_bytes,
+        "kB down a round": found.bytes_down / 1e3,
         "accuracy": found.accuracy[-1],
         "last three": found.last,
         "points lost": 100 * (plain.last - found.last),

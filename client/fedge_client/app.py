@@ -34,7 +34,7 @@ from fedge.secagg.protocol import Signer
 from fedge.statistics import Moments
 from fedge.task import Source, Task, resolve
 from fedge.task_digest import task_digest
-from fedge_client import coding, keeping, masking
+from fedge_client import coding, keeping, masking, receiving
 
 Share = Callable[[Context, Instructions], tuple[Task, Examples]]
 """The task that this client offers and its own examples for it; raises ConfigError when it offers none of
@@ -268,7 +268,8 @@ def client_seeds(run_seed: int, server_round: int, node_ids: Sequence[int]) -> l
 def _job(
     message: Message, context: Context, instructions: Instructions, task: Task, examples: Examples
 ) -> Job:
-    travelled = messages.from_record(messages.arrays_named(message.content, messages.ARRAYS))
+    model = local.blank(task, instructions.model, instructions.spec)
+    travelled = receiving.travelled(message, context, instructions, model)
     state = keeping.whole_state(task, instructions, context, travelled)
     seed = client_seed(instructions.seed, instructions.round, context.node_id)
     return Job(task, instructions, state, examples, seed)

@@ -8,7 +8,6 @@ the round failed) is lost, as it is without a codec; what was withheld of it is 
 
 from __future__ import annotations
 
-import zlib
 from typing import Any, Final, Unpack
 
 import numpy as np
@@ -16,10 +15,19 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 
 from fedge.codecs.layout import Change, Layout, NamedArrays
 from fedge.codecs.stages import key_of
-from fedge.codecs.update import encode
+from fedge.codecs.update import checksum, encode
 from fedge.errors import FormatError
-from fedge.learning.messages import ARRAYS, CODED, Instructions, Said, arrays_named, to_record, train_reply
-from fedge.wire.arrays import raw_bytes, records_of
+from fedge.learning.messages import (
+    ARRAYS,
+    CODED,
+    Instructions,
+    Said,
+    arrays_named,
+    from_record,
+    to_record,
+    train_reply,
+)
+from fedge.wire.arrays import records_of
 
 RECORD: Final = "codec"  # arrays: residual, sent
 SENT: Final = "codec-sent"  # config: what the answer was to, and what else it said
@@ -34,7 +42,10 @@ def answered(message: Message, context: Context, instructions: Instructions) -> 
         instructions: that the message holds.
     """
     kept: Any = records_of(context.state, ConfigRecord).get(SENT)
-    if kept is None or (kept["round"], kept["state"]) != (instructions.round, _state_of(message)):
+    if kept is None or (kept["round"], kept["state"]) != (
+        instructions.round,
+        _state_of(message, instructions),
+    ):
         return None
     sent = records_of(context.state, ArrayRecord)[RECORD]["sent"].numpy()
     said: Said = {"examples": kept["examples"], "loss": kept["loss"], "guarded": kept["guarded"]}
@@ -71,7 +82,11 @@ def answer(
     sent = np.frombuffer(coded.data, np.uint8)
     if coded.residual is not None:
         context.state[RECORD] = to_record({"residual": coded.residual, "sent": sent})
-        about: dict[str, Any] = {"round": instructions.round, "state": _state_of(message), **said}
+        about: dict[str, Any] = {
+            "round": instructions.round,
+            "state": _state_of(message, instructions),
+            **said,
+        }
         context.state[SENT] = ConfigRecord(about)
     return train_reply(message, {CODED: sent}, **said)
 
@@ -85,9 +100,8 @@ def _residual(context: Context, layout: Layout) -> Change | None:
     return found if found.shape == (layout.size,) else None
 
 
-def _state_of(message: Message) -> int:
+def _state_of(message: Message, instructions: Instructions) -> int:
     """A checksum of the global state that a message brings."""
-    found = 0
-    for array in arrays_named(message.content, ARRAYS).values():
-        found = zlib.crc32(raw_bytes(array.numpy()), found)
-    return found
+    if instructions.change is not None:
+        return instructions.change[1]
+    return checksum(from_record(arrays_named(message.content, ARRAYS)))

@@ -250,10 +250,23 @@ class Communication:
     codec: Annotated[tuple[str, ...], AfterValidator(_parses_as_codec)] = ()
     error_feedback: bool = True  # what a codec leaves out is kept on the device and added to its next change
 
+    # the same for the global state's change, for clients that hold the last one; needs `codec`
+    downlink: Annotated[tuple[str, ...], AfterValidator(_parses_as_codec)] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse changes on the way down alone."""
+        if self.downlink and not self.codec:
+            raise ValueError("downlink needs a codec too: by its use the server knows who holds a state")
+
     @property
     def uplink(self) -> Codec | None:
         """The codec of updates, if there is one."""
         return Codec.of(self.codec, feedback=self.error_feedback) if self.codec else None
+
+    @property
+    def down(self) -> Codec | None:
+        """The codec of the global state's change, if there is one."""
+        return Codec.of(self.downlink) if self.downlink else None
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedge.codecs.update import estimated_bytes
-from fedge.learning.messages import ARRAYS, CONFIG, arrays_named, codec_of, from_record
+from fedge.learning.messages import ARRAYS, CONFIG, STATE_BYTES, arrays_named, codec_of, from_record
 from fedge.wire.arrays import records_of
 from fedge_server.rounds.closing import payload_bytes
 
@@ -28,6 +29,8 @@ def answer_bytes(message: Message, size: int) -> int:
         return 0
     config = records_of(message.content, ConfigRecord).get(CONFIG)
     codec = None if config is None else codec_of(config)
-    if codec is None:
+    if config is None or codec is None:
         return size
+    if (whole := config.get(STATE_BYTES)) is not None:  # a change was sent, and says how large the state is
+        return estimated_bytes({"": np.broadcast_to(np.float32(0), (1, int(whole) // 4))}, codec)  # type: ignore[arg-type]
     return estimated_bytes(from_record(arrays_named(message.content, ARRAYS)), codec)

@@ -38,6 +38,7 @@ GUARDED = "guarded"  # 1: the client has protected itself as it was told to
 HELD_OUT = "held-out"  # 1: evaluated on examples that the client keeps back from training
 CLIENTS = "clients"  # how many clients' updates a partial sum holds; in no client's own answer
 CODED = "coded"  # the one array of an update in a codec (`fedge.codecs.update`)
+STATE_BYTES = "state-bytes"  # of the state that a change stands for
 MAX_EXAMPLES = 10**9  # of one client: keeps sums exact; it is no defence against a client that lies
 QUERY_MOMENTS = "query.moments"
 QUERY_PING = "query.ping"  # touches neither task nor data: for checks and measurements
@@ -67,6 +68,8 @@ class Instructions:
     terms: Terms = PLAIN  # what the strategy asks for besides
     void: int | None = None  # what this client sent from that round on was not counted; None: all was
     codec: Codec | None = None  # what it does to its change then; None: it sends all of it
+    downlink: Codec | None = None  # the client keeps the state, of which the next change may be sent in this
+    change: tuple[int, int] | None = None  # this is one: checksums of the states that it leads from and to
 
     def to_config(self) -> ConfigRecord:
         """The record that a strategy hands to its clients."""
@@ -101,6 +104,8 @@ class Instructions:
         if self.codec is not None:
             record["codec"] = self.codec.text
             record["codec-feedback"] = self.codec.feedback
+        if self.downlink is not None:
+            record["downlink"] = self.downlink.text
         return record
 
     @classmethod
@@ -157,6 +162,8 @@ class Instructions:
             terms=_terms(config),
             void=_number(config, VOID, int) if VOID in config else None,
             codec=codec_of(config),
+            downlink=_codec(config, "downlink") if "downlink" in config else None,
+            change=_change(config) if "change-to" in config else None,
         )
 
 
@@ -232,10 +239,28 @@ def codec_of(config: ConfigRecord) -> Codec | None:
     feedback = config["codec-feedback"]
     if not isinstance(feedback, bool):
         raise ValueError(f"codec-feedback is a {type(feedback).__name__}, not true or false")
+    return _codec(config, "codec", feedback=feedback)
+
+
+def _codec(config: ConfigRecord, key: str, *, feedback: bool = True) -> Codec:
     try:
-        return Codec.parse(_text(config, "codec"), feedback=feedback)
+        return Codec.parse(_text(config, key), feedback=feedback)
     except ValueError as error:
-        raise ValueError(f"codec {config['codec']!r} is not known here: {error}") from error
+        raise ValueError(f"{key} {config[key]!r} is not known here: {error}") from error
+
+
+def change_values(change: tuple[int, int], state_bytes: int) -> dict[str, int]:
+    """What the config says besides where a change stands in the state's place.
+
+    Args:
+        change: as in `Instructions`.
+        state_bytes: of the state that is not sent.
+    """
+    return {"change-from": change[0], "change-to": change[1], STATE_BYTES: state_bytes}
+
+
+def _change(config: ConfigRecord) -> tuple[int, int]:
+    return _number(config, "change-from", int), _number(config, "change-to", int)
 
 
 def _moments(config: ConfigRecord, spec: Spec) -> Moments | None:

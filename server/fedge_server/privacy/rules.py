@@ -84,6 +84,11 @@ def check_terms(config: Config, terms: Terms) -> None:
             f"communication.codec: with strategy.name = {name!r} control variates travel whole beside each "
             "update; leave one of them out"
         )
+    if name == "fedavgm" and config.communication.downlink:
+        raise ConfigError(
+            "communication.downlink: strategy.name = 'fedavgm' measures from a state of its own, and clients "
+            "hold another by what the codec leaves out; leave one of them out"
+        )
     wrong = [
         ("tiers", config.tiers),
         ("rounds.target", config.rounds.target),

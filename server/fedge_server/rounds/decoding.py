@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
@@ -25,6 +25,7 @@ class Decoder:
     layout: Layout
     seed: int
     round: int
+    coded: set[int] = field(default_factory=set)  # clients whose update came in the codec
 
     def __call__(self, reply: Message) -> None:
         """Put the arrays that an update stands for into its message.
@@ -49,3 +50,4 @@ class Decoder:
         key = key_of(self.seed, self.round, reply.metadata.src_node_id)
         arrays = decode(data, self.layout, self.codec, key=key)
         reply.content[ARRAYS] = to_record(arrays, shared=False)
+        self.coded.add(reply.metadata.src_node_id)

@@ -12,7 +12,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,7 @@ from fedge_server.rounds.closing import (
     sums,
 )
 from fedge_server.rounds.decoding import Decoder
+from fedge_server.rounds.downlink import Downlink
 from fedge_server.rounds.grids import Identified, Simulated, Summing, nodes_of
 from fedge_server.rounds.moments import federated_moments, kept_moments, moments_arrays
 from fedge_server.rounds.norms import norm_limit
@@ -63,7 +64,7 @@ from fedge_server.rounds.secure import encoding_of, secure_sum
 from fedge_server.rounds.stopping import check_hope, check_target, why_not_counted, why_stop
 from fedge_server.rounds.traffic import Traffic
 from fedge_server.rounds.validation import Rules
-from fedge_server.strategies.state import capture, restore
+from fedge_server.strategies.state import beside_of, capture, restore
 
 Observer = Callable[[RoundRecord], None]
 """Told of each round once it is committed; on resume, of the earlier ones first."""
@@ -145,6 +146,8 @@ class _Run:
     arrays: NamedArrays  # the global state
     model_sha256: str
     records: list[RoundRecord]
+    coded: set[int] = field(default_factory=set)  # clients whose update came in the codec in this round
+    downlink: Downlink | None = None  # of runs that send changes of the global state
     answers: Answers | None = None  # of the global state to the test data, once it was asked
 
     @classmethod
@@ -181,6 +184,7 @@ class _Run:
             holdout=config.evaluate.client_holdout,
             terms=chosen.terms,
             codec=config.communication.uplink,
+            downlink=config.communication.down,
         )
         last = registry.last_round(run_id)
         if isinstance(grid, Simulated):
@@ -200,10 +204,14 @@ class _Run:
         model = WholeModel(task.preprocess(data.spec, moments, config.model.filter), network)
         told = replace(ask, moments=moments)
         run = cls(grid, config, data, registry, run_id, told, model, chosen, protection, arrays, "", [])
+        if told.downlink is not None:
+            run.downlink = Downlink(told.downlink, local.parameters_of(network), config.seed)
         if last is None:
             run.commit(RoundRecord(0, run.evaluate_centrally()[0], simulated_s=run.simulated_s()))
         else:
             run.records = registry.records(run_id)
+            if run.downlink is not None:
+                run.downlink = run.downlink.remembering(beside_of(last.state))
             run.model_sha256 = last.model_sha256
         return run
 
@@ -220,6 +228,9 @@ class _Run:
             self.protection.before_asking(number)
         updates, collected, bytes_down = self.ask(number, nodes)
         metrics, counted = self.aggregate(number, updates, collected)
+        if self.downlink is not None:
+            made = self.downlink if counted else self.downlink.stayed(self.shared)
+            self.downlink = made.held_by(self.coded)
         scores, sure = self.evaluate_centrally()
         measured = self.evaluate_on_clients(number) if self.config.evaluate.federated else {}
         now = Traffic.of(self.grid)
@@ -276,6 +287,8 @@ class _Run:
             admit, bytes_down = sums(self.rules(number), set(nodes)), len(nodes) * payload_bytes(asked)
         else:
             sent = list(self.configure(number, MessageType.TRAIN, nodes))
+            if self.downlink is not None:
+                sent = self.downlink.dressed(sent, sum(value.nbytes for value in self.shared.values()))
             came = self.grid.send_and_receive(sent, timeout=rounds.deadline_s)
             admit, bytes_down = singles(self.rules(number), set(nodes)), payload_bytes_of(sent)
         updates = collect(came, admit, collected, needed=needed, once=self.at_once)
@@ -338,7 +351,8 @@ class _Run:
         if (codec := self.instructions.codec) is None:
             return None
         layout = Layout.of(self.origin(), local.parameters_of(self.model.network))
-        return Decoder(codec, layout, self.config.seed, number)
+        self.coded = set()
+        return Decoder(codec, layout, self.config.seed, number, self.coded)
 
     def draw(self, number: int, kind: str) -> list[int]:
         """The clients that this round asks: its cohort to train, all or MANY of them to evaluate."""
@@ -367,7 +381,7 @@ class _Run:
         The state stays as it was unless the new one is finite and answers in finite numbers: one client's
         absurd but well-formed update must not end the run.
         """
-        before, answered = self.arrays, self.answers
+        before, answered, downlink = self.arrays, self.answers, self.downlink
         try:
             found, metrics = self.combine(number, updates, collected)
             if found is None:
@@ -386,8 +400,8 @@ class _Run:
                 f"round {number}: strategy {self.config.strategy.name!r} could not aggregate "
                 f"{collected.clients} updates ({type(error).__name__}: {error})"
             ) from error
-        if not self.is_sound():
-            self.arrays, self.answers = before, answered
+        if not self.is_sound(before):
+            self.arrays, self.answers, self.downlink = before, answered, downlink
             return None, False
         return metrics, True
 
@@ -408,10 +422,13 @@ class _Run:
         _reseed(self.config.seed, number, "aggregate")
         return self.chosen.strategy.aggregate_train(number, updates)
 
-    def is_sound(self) -> bool:
-        """Whether the global state and what it answers to the test data are finite."""
+    def is_sound(self, before: NamedArrays) -> bool:
+        """Whether the global state, as clients will have it, and its answers to the test data are finite."""
         if not all(is_finite(value) for value in self.arrays.values() if value.dtype.kind == "f"):
             return False
+        if self.downlink is not None:
+            old = self.chosen.terms.shared(before)
+            self.downlink, self.arrays = self.downlink.settled(old, self.arrays)
         return bool(np.isfinite(self.ask_global()).all())
 
     def ask_global(self) -> Answers:
@@ -446,7 +463,7 @@ class _Run:
 
     def commit(self, record: RoundRecord) -> None:
         """Make the round count."""
-        state = capture(self.chosen.strategy)
+        state = capture(self.chosen.strategy, {} if self.downlink is None else self.downlink.memory())
         kept = {**self.arrays, **moments_arrays(self.instructions.moments)}
         self.model_sha256 = self.registry.commit_round(self.run_id, record, kept, state)
         self.records.append(record)

@@ -8,25 +8,41 @@ settings objects are rebuilt from the configuration.
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import Strategy
 
 from fedge import tensors
 from fedge.errors import FormatError, RoundError
 
+_BESIDE: Final = "|beside|"  # no attribute has such a name
+_NOTHING: Final[Mapping[str, npt.NDArray[Any]]] = {}
 
-def capture(strategy: Strategy) -> bytes:
+
+def capture(strategy: Strategy, beside: Mapping[str, npt.NDArray[Any]] = _NOTHING) -> bytes:
     """All that the strategy remembers.
+
+    Args:
+        strategy: of the run.
+        beside: what the round loop itself remembers.
 
     Raises:
         RoundError: an attribute holds something that cannot be saved; a resumed run would differ.
     """
     arrays: dict[str, Any] = {}
     shape = _describe(strategy, "", arrays)
+    arrays |= {f"{_BESIDE}{name}": value for name, value in beside.items()}
     return tensors.dump(arrays, {"strategy": json.dumps(shape, sort_keys=True)})
+
+
+def beside_of(data: bytes) -> dict[str, npt.NDArray[Any]]:
+    """What the round loop remembered beside a strategy's memory."""
+    arrays, _ = tensors.parse(data)
+    return {name[len(_BESIDE) :]: value for name, value in arrays.items() if name.startswith(_BESIDE)}
 
 
 def restore(strategy: Strategy, data: bytes) -> None:

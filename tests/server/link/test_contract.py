@@ -115,15 +115,26 @@ def exact(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chain", [["topk:0.05", "int8"], ["randomk:0.1", "sign"], ["int8"]], ids="+".join)
-def test_a_codec_gives_the_same_over_the_link_and_is_counted_as_it_travels(chain, hub, tmp_path: Path):
+@pytest.mark.parametrize(
+    "communication",
+    [
+        {"codec": ["topk:0.05", "int8"]},
+        {"codec": ["randomk:0.1", "sign"]},
+        {"codec": ["int8"]},
+        {"codec": ["int8"], "downlink": ["topk:0.1", "int8"]},
+    ],
+    ids=lambda each: "-".join(map("+".join, each.values())),
+)
+def test_a_codec_gives_the_same_over_the_link_and_is_counted_as_it_travels(
+    communication, hub, tmp_path: Path
+):
     config = Config.from_mapping(
         {
             "model": {"name": "logistic"},
             "clients": {"count": 5},
             "rounds": {"count": 3},
             "train": {"epochs": 1},
-            "communication": {"codec": chain},
+            "communication": communication,
             "simulation": {"engine": "sequential"},
         }
     )
@@ -141,6 +152,8 @@ def test_a_codec_gives_the_same_over_the_link_and_is_counted_as_it_travels(chain
     assert digest(arrays_of(linked[0].model.network)) == digest(arrays_of(simulated.model.network))
     assert [r.updates for r in linked[0].records] == [r.updates for r in simulated.records]
     assert [r.bytes_up for r in linked[0].records] == [r.bytes_up for r in simulated.records]
+    if "downlink" in communication:
+        assert linked[0].records[2].bytes_down < linked[0].records[0].bytes_down / 5
 
 
 @pytest.mark.slow
