@@ -178,3 +178,13 @@ def test_changes_down_need_a_codec_up_and_a_strategy_that_starts_from_what_was_s
         Config.from_mapping({"communication": {"downlink": ["int8"]}})
     with pytest.raises(ConfigError, match=r"communication\.downlink: strategy\.name = 'fedavgm'"):
         learn(small(strategy={"name": "fedavgm"}, communication=BOTH), tmp_path)
+
+
+def test_after_a_round_that_asked_nobody_all_are_sent_the_whole(small, learn, tmp_path):
+    rounds = {"count": 8, "fraction": 0.25, "sampling": "poisson"}
+    records = learn(small(rounds=rounds, communication=BOTH, seed=3), tmp_path).records
+    asked = [record.asked for record in records]
+    assert 0 in asked[:-1]  # the seed makes it so
+    assert all(not record.rejected for record in records)
+    after = records[asked.index(0) + 1]
+    assert after.bytes_down == after.asked * WHOLE

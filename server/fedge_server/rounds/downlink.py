@@ -2,8 +2,8 @@
 
 The state that clients hold and the server's are the same to the bit: after each round the new global state is
 replaced by what a client makes of the change, and what the codec leaves out is kept for the next one
-(error feedback on the server, as in DoubleSqueeze, Tang et al. 2019). Who took no part in the last round, or
-whose answer did not count, is sent the whole state.
+(error feedback on the server, as in DoubleSqueeze, Tang et al. 2019). Whoever has not answered in the codec
+in the last round is sent the whole state.
 """
 
 from __future__ import annotations

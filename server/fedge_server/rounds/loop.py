@@ -218,6 +218,7 @@ class _Run:
     def next_round(self) -> RoundRecord:
         """One whole round: choose, configure, send, collect, aggregate, evaluate, commit."""
         started, number = time.perf_counter(), self.records[-1].round + 1
+        self.coded = set()
         meter = Traffic.of(self.grid)
         if self.protection is not None:
             self.protection.afford(number)
@@ -351,7 +352,6 @@ class _Run:
         if (codec := self.instructions.codec) is None:
             return None
         layout = Layout.of(self.origin(), local.parameters_of(self.model.network))
-        self.coded = set()
         return Decoder(codec, layout, self.config.seed, number, self.coded)
 
     def draw(self, number: int, kind: str) -> list[int]:
