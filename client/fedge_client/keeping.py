@@ -81,12 +81,12 @@ def done(
     """
     terms = job.instructions.terms
     if terms.own:
-        context.state[OWN] = _record({name: trained.arrays[name] for name in terms.own})
+        _keep(context, OWN, {name: trained.arrays[name] for name in terms.own})
     if terms.pull:
         plain = replace(job.instructions, proximal_mu=terms.pull, guard=None)  # it is never sent
         start = personal_state(job.instructions, context, job.state)
         found = trainer(replace(job, instructions=plain, state=start, anchor=job.state))
-        context.state[PERSONAL] = _record(found.arrays)
+        _keep(context, PERSONAL, found.arrays)
     return _new_control(job, trained, message, context) if terms.control else None
 
 
@@ -104,8 +104,8 @@ def _new_control(job: Job, trained: Trained, message: Message, context: Context)
         name: np.subtract(np.subtract(job.state[name], trained.arrays[name]) / way, c).astype(c.dtype)
         for name, c in control.items()
     }
-    context.state[BEFORE] = _record(own)
-    context.state[CONTROL] = _record({name: np.add(own[name], change[name]) for name in control})
+    _keep(context, BEFORE, own)
+    _keep(context, CONTROL, {name: np.add(own[name], change[name]) for name in control})
     context.state[KEPT] = MetricRecord({"round": instructions.round})
     return change
 
@@ -130,5 +130,6 @@ def _arrays(context: Context, name: str) -> NamedArrays | None:
     return None if record is None else messages.from_record(record)
 
 
-def _record(arrays: NamedArrays) -> ArrayRecord:
-    return messages.to_record(arrays)
+def _keep(context: Context, name: str, arrays: NamedArrays) -> None:
+    context.state.pop(name, None)  # Flower warns where a record of another class is replaced
+    context.state[name] = messages.to_record(arrays)
