@@ -64,6 +64,7 @@ def config_of(data: Path, name: str, seed: int, rounds: int) -> Config:
             "evaluate": {
                 "metrics": ["accuracy"],
                 "federated": True,
+                "anomalies": False,
                 "client_holdout": 0.2,
                 "proxy_fraction": 0.1,
             },

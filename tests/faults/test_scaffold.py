@@ -1,4 +1,4 @@
-"""SCAFFOLD among real agents, one of which is killed: the server's control variate stays the devices' mean."""
+"""SCAFFOLD among real agents, one of which is killed: the server's control variate stays their mean."""
 
 from __future__ import annotations
 
