@@ -482,3 +482,33 @@ def test_plain_arrays_that_are_read_once_stay_where_they_came():
     value = validated(message, Rules(LIKE, read_once=True)).records["arrays"]["w"].numpy()
     assert np.shares_memory(value, np.frombuffer(plain.data, np.uint8))
     assert not value.flags.writeable
+
+
+def test_a_round_needs_one_update_and_one_accumulator():
+    import tracemalloc
+
+    from fedge_server.strategies.fedavg import FedAvg
+
+    size = 1_000_000  # values: 4 MB
+    origin = {"w": np.zeros(size, np.float32)}
+
+    def arriving(count):
+        for node in range(1, count + 1):
+            yield update(node, arrays={"w": np.full(size, node, np.float32)})
+
+    def peak(count):
+        updates = collect(
+            arriving(count),
+            singles(Rules(origin, max_norm=1e9, norms=True, read_once=True), set(range(1, count + 1))),
+            Collected(),
+            needed=count,
+            once=True,
+        )
+        tracemalloc.start()
+        FedAvg().aggregate_train(1, updates)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found / (4 * size)
+
+    assert peak(3) < 2.2
+    assert peak(30) < 2.2

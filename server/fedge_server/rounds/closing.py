@@ -82,6 +82,7 @@ def collect(
             yield reply
             if once:
                 collected.digests.append(digest())
+                del sent, valid, digest  # each of them has the arrays
                 _let_go(reply)
             if collected.clients >= needed:
                 return

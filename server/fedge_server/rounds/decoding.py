@@ -13,7 +13,7 @@ from fedge.codecs.stages import key_of
 from fedge.codecs.update import decode, most_bytes
 from fedge.errors import FormatError
 from fedge.learning.messages import ARRAYS, CODED, to_record
-from fedge.wire.arrays import raw_bytes
+from fedge.wire.arrays import put, raw_bytes
 from fedge_server.rounds.validation import declared_fault
 
 
@@ -49,5 +49,5 @@ class Decoder:
             raise FormatError(f"codec: {len(data)} bytes instead of {shape[0]}")
         key = key_of(self.seed, self.round, reply.metadata.src_node_id)
         arrays = decode(data, self.layout, self.codec, key=key)
-        reply.content[ARRAYS] = to_record(arrays, shared=False)
+        put(reply.content, {ARRAYS: to_record(arrays, shared=False)})
         self.coded.add(reply.metadata.src_node_id)
