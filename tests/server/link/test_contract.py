@@ -135,6 +135,7 @@ def test_a_codec_gives_the_same_over_the_link_and_is_counted_as_it_travels(
             "rounds": {"count": 3},
             "train": {"epochs": 1},
             "communication": communication,
+            "strategy": {"name": "fedavg", **exact("fedavg")},
             "simulation": {"engine": "sequential"},
         }
     )
