@@ -122,6 +122,9 @@ class Model:
     name: str = ""  # a model of the task; empty: the task's default
     standardise: bool = True  # by mean and deviation computed federated
     filter: FilterName = "none"  # noise filter: images median or gaussian (3x3), tables, signals clip (5 std)
+    # An earlier global model: a model file, a run folder, or "release:N" of this server.
+    start: str | None = None  # whose weights the run begins with
+    distil_from: str | None = None  # that teaches the run's first model, of whatever architecture
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -445,6 +448,14 @@ class Config:
             raise ConfigError(f"configuration {path}: not valid TOML ({error})") from error
         if isinstance(values.get("data"), str):
             values["data"] = str((path.parent / values["data"]).resolve())
+        model = values.get("model")
+        for key in ("start", "distil_from"):
+            if (
+                isinstance(model, dict)
+                and isinstance(at := model.get(key), str)
+                and not at.startswith("release:")
+            ):
+                model[key] = str((path.parent / at).resolve())
         scenario = values.get("scenario")
         if isinstance(scenario, dict) and isinstance(scenario.get("replay"), str):
             scenario["replay"] = str((path.parent / scenario["replay"]).resolve())

@@ -30,6 +30,7 @@ from fedge_server.report import Report, write_report
 from fedge_server.rounds.loop import Learned, Observer
 from fedge_server.rounds.record import RoundRecord
 from fedge_server.rounds.scoring import probabilities_of
+from fedge_server.rounds.starting import describe
 from fedge_server.summary import summarise
 
 SUMMARY, HISTORY, MODEL, REPORT = "summary.json", "history.jsonl", "model.safetensors", "report.html"
@@ -93,6 +94,8 @@ def release(place: Place, learned: Learned) -> tuple[tuple[TierOutcome, ...], bo
     Returns:
         One outcome per tier, and whether there is a release of them.
     """
+    if learned.origin:
+        place.say(describe(learned.origin))
     place.say(f"stopped: {learned.reason}")
     shutil.copyfile(place.registry.store.path(learned.model_sha256), place.folder / MODEL)
     outcomes: tuple[TierOutcome, ...] = ()

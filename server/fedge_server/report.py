@@ -19,6 +19,7 @@ from fedge_server.plots import Holdings
 from fedge_server.privacy.report import PrivacyReport
 from fedge_server.rounds.loop import Learned
 from fedge_server.rounds.record import RoundRecord, Score
+from fedge_server.rounds.starting import describe
 
 _MAX_REASONS = 12
 _MAX_STANDINGS, _DRAWN = 10, 5  # clients in the table, and in the picture
@@ -57,6 +58,7 @@ class Report:
     failures: tuple[Failure, ...]
     privacy: PrivacyReport
     standings: tuple[Standing, ...]  # of the oddest clients, those first
+    began: str  # with what, besides its seed; empty: nothing
 
     @classmethod
     def of(
@@ -85,7 +87,10 @@ class Report:
         standings = standings_of(records)
         if standings:
             drawn.append(plots.anomalies(records, [each.client for each in standings[:_DRAWN]]))
-        return cls(config, summary, records, outcomes, tuple(drawn), failures, privacy, standings)
+        began = describe(learned.origin)
+        return cls(
+            config, summary, records, outcomes, tuple(drawn), failures, privacy, standings, began
+        )  # fmt: skip
 
 
 def write_report(path: Path, report: Report) -> None:

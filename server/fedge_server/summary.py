@@ -48,6 +48,7 @@ def summarise(
         "seed": config.seed,
         "rounds": last.round,
         "stopped": learned.reason,
+        "origin": dict(learned.origin),
         "reached_target_at": reached_target_at(learned.records, config.rounds),
         "clients": clients,
         "clients_per_second": round(sum(r.clients for r in learned.records) / busy, 1) if busy else None,

@@ -40,13 +40,14 @@ from fedge_server.release import KEYS, PUBLISHED
 from fedge_server.rounds.loop import Learned, Observer
 from fedge_server.rounds.record import Metric, RoundRecord
 from fedge_server.rounds.scoring import probabilities_of
+from fedge_server.rounds.starting import check_start
 from fedge_server.rounds.stopping import why_stop
 from fedge_simulations import ray
 from fedge_simulations.devices import DEVICES, DeviceHome, DeviceResult, deliver
 from fedge_simulations.engine.measured import PLAN
 from fedge_simulations.folds import FOLDS, cross_validate
 from fedge_simulations.grid import RUN_ID, SERVER_NODE
-from fedge_simulations.runs import LOCK, run_id_of
+from fedge_simulations.runs import LOCK, committed, run_id_of
 from fedge_simulations.scenario import EVENTS
 from fedge_simulations.scenario.backdoor import brightest, target_of, triggered
 from fedge_simulations.states import FOLDER
@@ -117,6 +118,9 @@ def run(
     if config.simulation.engine == "ray":
         ray.check(config)
     world = prepare(config)
+    began = out is not None and committed(out, config) > 0
+    if not began:
+        check_start(config, world.task, world.server, None)
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedge-")))
         resumed = _claim(folder, config, overwrite=overwrite)

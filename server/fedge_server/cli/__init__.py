@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +113,9 @@ def _release_show(arguments: argparse.Namespace) -> int:
         f"release {release.version} of task {release.task}, {release.created}",
         f"from global model {lineage.global_model[:16]} of run {lineage.run}, round {lineage.round}",
     ]
+    first = records.get(0)
+    if first is not None and first.origin:
+        lines.append(f"that run {_began(first.origin)}")
     if record:
         lines.append(f"which aggregated {record.clients} updates, together {record.updates[:16]}")
     lines += [
@@ -120,7 +123,14 @@ def _release_show(arguments: argparse.Namespace) -> int:
         f"drop at most {100 * v.evidence.get('drop_upper', 1):.2f} points, evidence {v.evidence_sha256[:16]}"
         for v in release.variants
     ]
-    return _print(arguments, release.to_json() | {"round": origin}, lines)
+    began = dict(first.origin) if first is not None else {}
+    return _print(arguments, release.to_json() | {"round": origin, "origin": began}, lines)
+
+
+def _began(origin: Mapping[str, Any]) -> str:
+    """By digest, which leads on to the release or the run that it was."""
+    verb = "began with the weights of" if origin["how"] == "start" else "was taught at first by"
+    return f"{verb} {origin['from']}, global model {str(origin['sha256'])[:16]}"
 
 
 def _compress(arguments: argparse.Namespace) -> int:

@@ -151,6 +151,7 @@ def _start(arguments: argparse.Namespace) -> int:
     _check(config)
     _, registry = open_registry(home.root)
     with registry:
+        _check_start(config, registry)
         registry.queue_run(run_id, task=config.task, seed=config.seed, config=config.to_mapping())
         _write_config(home, run_id, config)
         up = _tell_hub(home)
@@ -178,6 +179,17 @@ def _check(config: Config) -> None:
     data = own_data(config, task)
     if config.tiers:
         check_possible(task, data.spec, config, data.proxy.x, gate=data.gate)
+
+
+def _check_start(config: Config, registry: Registry) -> None:
+    if config.model.start is None and config.model.distil_from is None:
+        return
+    from fedge.task import resolve
+    from fedge_server.data import own_data
+    from fedge_server.rounds.starting import check_start
+
+    task = resolve(config.task)
+    check_start(config, task, own_data(config, task), registry)
 
 
 def _write_config(home: Home, run_id: str, config: Config) -> None:

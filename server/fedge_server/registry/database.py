@@ -187,13 +187,27 @@ class Registry:
             query = sa.select(_runs).order_by(_runs.c.created)
             return [dict(row) for row in connection.execute(query).mappings()]
 
-    def commit_round(self, run_id: str, record: RoundRecord, model: NamedArrays, state: bytes) -> str:
+    def commit_round(
+        self,
+        run_id: str,
+        record: RoundRecord,
+        model: NamedArrays,
+        state: bytes,
+        about: Mapping[str, str] | None = None,
+    ) -> str:
         """Make a round count: bytes first, then its row; returns the model's SHA-256.
+
+        Args:
+            run_id: of the run.
+            record: of the round.
+            model: the global model's state after it.
+            state: the strategy's.
+            about: metadata of the model's file.
 
         Raises:
             RoundError: the round is committed already; an update must not count twice.
         """
-        model_sha = self.store.put_stream(tensors.dump_chunks(model))
+        model_sha = self.store.put_stream(tensors.dump_chunks(model, about or {}))
         state_sha = self.store.put(state)
         try:
             with writing(self.engine) as connection:

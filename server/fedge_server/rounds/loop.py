@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ from fedge.errors import BudgetError, FedgeError, HubAwayError, RoundError, Supe
 from fedge.learning import local, messages
 from fedge.learning.guard import reference
 from fedge.learning.messages import Instructions
-from fedge.learning.state import NamedArrays, arrays_of, cast_like, load_arrays, names_of, share_arrays
+from fedge.learning.state import NamedArrays, cast_like, load_arrays, names_of, share_arrays
 from fedge.learning.terms import Beside
 from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
@@ -61,6 +62,7 @@ from fedge_server.rounds.record import Metric, RoundRecord
 from fedge_server.rounds.sampling import MANY, Cohort, cohort_size, draw, draw_each
 from fedge_server.rounds.scoring import Answers, Sureness, is_finite, probabilities_of, score, sureness
 from fedge_server.rounds.secure import encoding_of, secure_sum
+from fedge_server.rounds.starting import about, start_of
 from fedge_server.rounds.stopping import check_hope, check_target, why_not_counted, why_stop
 from fedge_server.rounds.traffic import Traffic
 from fedge_server.rounds.validation import Rules
@@ -78,6 +80,7 @@ class Learned:
     model_sha256: str  # of those weights in the store
     records: tuple[RoundRecord, ...]  # rounds 1 .. last
     reason: str  # why it stopped
+    origin: Mapping[str, Any] = field(default_factory=dict)  # what it began with, besides its seed
 
 
 def learn(
@@ -114,7 +117,7 @@ def learn(
         registry.end_run(run_id, "failed", str(error))
         raise
     run.load_global()
-    return Learned(run.model, run.model_sha256, tuple(run.records[1:]), reason)
+    return Learned(run.model, run.model_sha256, tuple(run.records[1:]), reason, run.records[0].origin)
 
 
 def _rounds(run: _Run, observe: Observer) -> str:
@@ -146,6 +149,7 @@ class _Run:
     arrays: NamedArrays  # the global state
     model_sha256: str
     records: list[RoundRecord]
+    about: Mapping[str, str]  # metadata of the model's file
     coded: set[int] = field(default_factory=set)  # clients whose update came in the codec in this round
     downlink: Downlink | None = None  # of runs that send changes of the global state
     answers: Answers | None = None  # of the global state to the test data, once it was asked
@@ -191,23 +195,24 @@ class _Run:
             grid.elapsed_s = 0.0 if last is None else last.record.simulated_s or 0.0
             grid.begin_round(0 if last is None else last.record.round + 1)
         if last is None:
-            moments = (
-                federated_moments(grid, ask, config)
-                if config.model.standardise and data.spec.numeric
-                else None
-            )
-            arrays = arrays_of(network)
+            start = start_of(config, task, data, registry, network)
+            moments = federated_moments(grid, ask, config) if start.asks_moments else start.moments
+            arrays = start.arrays
         else:
             moments = kept_moments(last.model)
             arrays = {name: last.model[name] for name in names_of(network)}
             restore(chosen.strategy, last.state)
         model = WholeModel(task.preprocess(data.spec, moments, config.model.filter), network)
         told = replace(ask, moments=moments)
-        run = cls(grid, config, data, registry, run_id, told, model, chosen, protection, arrays, "", [])
+        run = cls(
+            grid, config, data, registry, run_id, told, model, chosen, protection, arrays, "", [],
+            about(config, task, data.spec),
+        )  # fmt: skip
         if told.downlink is not None:
             run.downlink = Downlink(told.downlink, local.parameters_of(network), config.seed)
         if last is None:
-            run.commit(RoundRecord(0, run.evaluate_centrally()[0], simulated_s=run.simulated_s()))
+            scores, _ = run.evaluate_centrally()
+            run.commit(RoundRecord(0, scores, simulated_s=run.simulated_s(), origin=start.origin))
         else:
             run.records = registry.records(run_id)
             if run.downlink is not None:
@@ -465,7 +470,7 @@ class _Run:
         """Make the round count."""
         state = capture(self.chosen.strategy, {} if self.downlink is None else self.downlink.memory())
         kept = {**self.arrays, **moments_arrays(self.instructions.moments)}
-        self.model_sha256 = self.registry.commit_round(self.run_id, record, kept, state)
+        self.model_sha256 = self.registry.commit_round(self.run_id, record, kept, state, self.about)
         self.records.append(record)
 
 
@@ -481,8 +486,9 @@ def recall(registry: Registry, run_id: str, config: Config, task: Task, spec: Sp
     network = task.model(config.model.name)(spec)
     load_arrays(network, {name: last.model[name] for name in names_of(network)})
     preprocess = task.preprocess(spec, kept_moments(last.model), config.model.filter)
-    records = tuple(registry.records(run_id)[1:])
-    return Learned(WholeModel(preprocess, network), last.model_sha256, records, "recalled")
+    first, *records = registry.records(run_id)
+    whole = WholeModel(preprocess, network)
+    return Learned(whole, last.model_sha256, tuple(records), "recalled", first.origin)
 
 
 def _initialise(task: Task, config: Config, data: ServerData) -> nn.Module:

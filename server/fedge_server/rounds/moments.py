@@ -61,6 +61,11 @@ def moments_arrays(moments: Moments | None) -> NamedArrays:
     return {f"{_MOMENTS}{name}": getattr(moments, name) for name in ("count", "total", "squares")}
 
 
+def is_moment(name: str) -> bool:
+    """Whether an array of a model's file is one of `moments_arrays`."""
+    return name.startswith(_MOMENTS)
+
+
 def kept_moments(arrays: NamedArrays) -> Moments | None:
     """The federated moments that a committed model's file carries, if it was standardised."""
     if f"{_MOMENTS}count" not in arrays:

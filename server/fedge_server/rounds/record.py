@@ -61,6 +61,7 @@ class RoundRecord:
     client_metrics: Mapping[str, float] = field(default_factory=dict)  # of federated evaluation, if asked for
     simulated_s: float | None = None  # simulated seconds of the run until the round closed; None: real time
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of the metric that stops
+    origin: Mapping[str, Any] = field(default_factory=dict)  # of round 0: what it was made of, see `starting`
     target_bound: float | None = None  # of the target's metric, with rounds.target_confidence
     # With a mechanism: epsilon of its ledger after this round, delta, clip_norm, noise, next_clip_norm.
     privacy: Mapping[str, float | str] = field(default_factory=dict)
@@ -104,6 +105,7 @@ class RoundRecord:
             **({"norm": self.norm} if self.norm is not None else {}),
             **({"client_metrics": dict(self.client_metrics)} if self.client_metrics else {}),
             **({"intervals": {k: list(v) for k, v in self.intervals.items()}} if self.intervals else {}),
+            **({"origin": dict(self.origin)} if self.origin else {}),
             **({"target_bound": self.target_bound} if self.target_bound is not None else {}),
             **({"privacy": dict(self.privacy)} if self.privacy else {}),
             **({"anomalies": [s.to_json() for s in self.anomalies]} if self.anomalies else {}),
