@@ -269,7 +269,10 @@ def _job(
     message: Message, context: Context, instructions: Instructions, task: Task, examples: Examples
 ) -> Job:
     model = local.blank(task, instructions.model, instructions.spec)
-    travelled = receiving.travelled(message, context, instructions, model)
+    travelled = {
+        **receiving.travelled(message, context, instructions, model),
+        **messages.frozen_of(message, instructions.terms),
+    }
     state = keeping.whole_state(task, instructions, context, travelled)
     seed = client_seed(instructions.seed, instructions.round, context.node_id)
     return Job(task, instructions, state, examples, seed)

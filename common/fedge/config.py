@@ -205,6 +205,8 @@ class Train:
     loss: LossName = "cross_entropy"
     label_smoothing: Share = 0.0  # cross_entropy only
     augment: tuple[Augmentation, ...] = ()  # images: flip, shift:PIXELS; any: noise:STD, mask:SHARE
+    # Patterns on the names of parameters, such as "0.*": these stay as they are. Clients are told the names.
+    freeze: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)

@@ -70,7 +70,8 @@ def sum_of(
         clock_s: simulated seconds of the run when the message was sent.
     """
     instructions = Instructions.of(message)
-    state = messages.from_record(messages.arrays_named(message.content, messages.ARRAYS))
+    shared = messages.from_record(messages.arrays_named(message.content, messages.ARRAYS))
+    state = {**shared, **messages.frozen_of(message, instructions.terms)}
     seeds = client_seeds(instructions.seed, instructions.round, node_ids)
     clients = [
         Client(node_id, holders.trained_on(node_id, number, clock_s), seed)
@@ -85,7 +86,7 @@ def sum_of(
         if found.clients:
             yield messages.sum_reply(
                 message,
-                found.mean,
+                instructions.terms.shared(found.mean),
                 examples=found.examples,
                 loss=found.loss,
                 clients=found.clients,

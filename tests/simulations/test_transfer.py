@@ -76,6 +76,7 @@ def test_its_moments_go_along_and_nobody_is_asked(earlier, tmp_path, monkeypatch
     assert (files[0]["moments.total"] == files[1]["moments.total"]).all()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_without_the_earlier_model(earlier, tmp_path, monkeypatch):
     start = tmp_path / "start.safetensors"
     start.write_bytes((earlier / "model.safetensors").read_bytes())
@@ -92,6 +93,7 @@ def test_an_interrupted_run_goes_on_without_the_earlier_model(earlier, tmp_path,
     assert run(config, tmp_path / "cut").learned.model_sha256 == whole.learned.model_sha256
 
 
+@pytest.mark.slow
 def test_with_other_classes_the_head_is_new_and_the_body_is_kept(earlier, flowers, tmp_path):
     said = []
     config = {**MLP, "task": "images", "data": flowers("daisy", "rose", "tulip"), "rounds": {"count": 1}}
@@ -101,6 +103,7 @@ def test_with_other_classes_the_head_is_new_and_the_body_is_kept(earlier, flower
     assert any("these parts are new: 5.weight, 5.bias" in line for line in said)
 
 
+@pytest.mark.slow
 def test_as_many_classes_of_other_names_are_others(earlier, flowers, tmp_path):
     """The shapes fit; only the file's own words tell."""
     names = [f"flower {i}" for i in range(10)]
@@ -119,6 +122,7 @@ def test_the_head_is_what_one_class_more_or_less_changes(name, expected):
         assert heads(world.task, name, world.dataset.spec) == expected
 
 
+@pytest.mark.slow
 def test_the_old_model_teaches_a_new_architecture(earlier, tmp_path):
     said = []
     config = Config.from_mapping(
@@ -133,6 +137,7 @@ def test_the_old_model_teaches_a_new_architecture(earlier, tmp_path):
     assert any(f"accuracy {before['accuracy']:.4f} before" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_teacher_whose_file_does_not_say_what_it_is_is_known_by_its_parts(earlier, tmp_path):
     arrays, _ = tensors.load(earlier / "model.safetensors")
     (tmp_path / "bare.safetensors").write_bytes(tensors.dump(arrays))
@@ -141,6 +146,7 @@ def test_a_teacher_whose_file_does_not_say_what_it_is_is_known_by_its_parts(earl
     assert found.summary["origin"]["accuracy_after"] > 0.75
 
 
+@pytest.mark.slow
 def test_a_release_is_found_by_its_version_and_walked_back_to(earlier, tmp_path, capsys):
     """A home where one run was released, and the next begins with that release."""
     from fedge_server.cli import main

@@ -24,6 +24,7 @@ from fedge.dataset import Examples
 from fedge.learning import draws
 from fedge.learning.augment import augment
 from fedge.learning.dpsgd import train_privately
+from fedge.learning.freezing import freeze, training
 from fedge.learning.guard import Guard
 from fedge.learning.messages import Instructions, Update
 from fedge.learning.state import NamedArrays, arrays_of, load_arrays
@@ -245,7 +246,7 @@ def _train_privately(
 def prepared(job: Job) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """The global model with its weights loaded, and the client's pre-processed data."""
     instructions = job.instructions
-    model = blank(job.task, instructions.model, instructions.spec)
+    model = blank(job.task, instructions.model, instructions.spec, instructions.terms.frozen)
     load_arrays(model, job.state)
     preprocess = job.task.preprocess(instructions.spec, instructions.moments, instructions.noise_filter)
     with torch.no_grad():
@@ -254,13 +255,20 @@ def prepared(job: Job) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 @lru_cache(maxsize=4)
-def _cached_blank(build_model: Callable[[Spec], nn.Module], spec: Spec) -> nn.Module:
-    return build_model(spec)
+def _cached_blank(build_model: Callable[[Spec], nn.Module], spec: Spec, frozen: tuple[str, ...]) -> nn.Module:
+    return freeze(build_model(spec), frozen)
 
 
-def blank(task: Task, name: str, spec: Spec) -> nn.Module:
-    """A model whose weights are about to be overwritten, so that one instance serves all rounds."""
-    return _cached_blank(task.model(name), spec)
+def blank(task: Task, name: str, spec: Spec, frozen: tuple[str, ...] = ()) -> nn.Module:
+    """A model whose weights are about to be overwritten, so that one instance serves all rounds.
+
+    Args:
+        task: that has it.
+        name: of the model.
+        spec: of its input and classes.
+        frozen: parameters that take no gradient.
+    """
+    return _cached_blank(task.model(name), spec, frozen)
 
 
 @lru_cache(maxsize=4)
@@ -280,7 +288,7 @@ def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """Training mode, with what a model draws by itself decided by the seed too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.train()
+        training(model)
         yield
 
 
@@ -355,11 +363,12 @@ def _distance(model: nn.Module, anchors: list[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: nn.Module, x: torch.Tensor, *, batch_size: int = 1024) -> torch.Tensor:
-    """The model's outputs (N, K) in evaluation mode; the mode is put back."""
-    was_training = model.training
+    """The model's outputs (N, K) in evaluation mode; the mode of each of its parts is put back."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with fitted(model, batch_size):
             return torch.cat([model(part) for part in torch.split(x, batch_size)])
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training

@@ -27,7 +27,7 @@ from fedge.codecs.chain import Codec
 from fedge.config import FilterName, Train, parse_train
 from fedge.errors import FormatError
 from fedge.learning.guard import KINDS, Guard
-from fedge.learning.terms import CONTROL, PLAIN, STEPS, VOID, Terms
+from fedge.learning.terms import CONTROL, FROZEN, PLAIN, STEPS, VOID, Terms
 from fedge.spec import Spec
 from fedge.statistics import Moments
 from fedge.wire.arrays import MemoryArray, put, records_of
@@ -173,7 +173,8 @@ _LAST: dict[type[Instructions], tuple[dict[str, Any], Instructions]] = {}  # the
 def _train_json(train: Train) -> str:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(Train).dump_json(train).decode()
+    # Clients are told the names that patterns match: these are the model's, and not the configuration's.
+    return TypeAdapter(Train).dump_json(train, exclude={"freeze"}).decode()
 
 
 def _text(config: ConfigRecord, key: str) -> str:
@@ -216,16 +217,36 @@ def _terms_values(terms: Terms) -> dict[str, Any]:
     """What is asked for; nothing of what is not, so that older devices go on reading all else."""
     said = {"terms-steps": terms.steps, "terms-control": terms.control, "terms-pull": terms.pull}
     found: dict[str, Any] = {key: value for key, value in said.items() if value}
-    return {**found, **({"terms-own": list(terms.own)} if terms.own else {})}
+    names = {"terms-own": list(terms.own), "terms-frozen": list(terms.frozen)}
+    return {**found, **{key: value for key, value in names.items() if value}}
 
 
 def _terms(config: ConfigRecord) -> Terms:
-    own = config.get("terms-own", [])
-    if not isinstance(own, list) or not all(isinstance(name, str) for name in own):
-        raise ValueError("terms-own is no list of names")
+    own, frozen = _names(config, "terms-own"), _names(config, "terms-frozen")
     pull = float(_number(config, "terms-pull", float)) if "terms-pull" in config else 0.0
     steps, control = config.get("terms-steps", False), config.get("terms-control", False)
-    return Terms(steps is True, control is True, tuple(map(str, own)), pull)
+    return Terms(steps is True, control is True, own, frozen, pull)
+
+
+def _names(config: ConfigRecord, key: str) -> tuple[str, ...]:
+    found = config.get(key, [])
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{key} is no list of names")
+    return tuple(map(str, found))
+
+
+def frozen_of(message: Message, terms: Terms) -> dict[str, npt.NDArray[np.generic]]:
+    """The entries of the global state that a message brought and that do not come back.
+
+    Raises:
+        FormatError: they are absent, or others than the terms say.
+    """
+    if not terms.frozen:
+        return {}
+    found = from_record(arrays_named(message.content, FROZEN))
+    if set(found) != set(terms.frozen):
+        raise FormatError("message: the frozen arrays are not those that the terms name")
+    return found
 
 
 def codec_of(config: ConfigRecord) -> Codec | None:

@@ -5,6 +5,7 @@
 | steps | FedNova | | metric: `steps` | |
 | control | SCAFFOLD | arrays `control` | arrays `control` | its control variate |
 | own | FedBN, FedPer | | | entries of the model's state, which do not travel |
+| frozen | `train.freeze`, any strategy | arrays `frozen`: these entries | nothing of them | |
 | pull | Ditto | | | a whole personal model |
 
 What travels besides is as large as the model's parameters, with their names; what is kept lies in
@@ -25,6 +26,7 @@ from fedge.config import Train
 
 STEPS: Final = "steps"  # metric of a reply: optimiser steps that the client has made
 CONTROL: Final = "control"  # record of arrays: the server's control variate, or the change of a client's
+FROZEN: Final = "frozen"  # record of arrays: entries that are sent, not trained, and not sent back
 VOID: Final = "control-void"  # key of the config: what this client sent from that round on was not counted
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
@@ -37,6 +39,7 @@ class Terms:
     steps: bool = False  # they tell how many optimiser steps they made
     control: bool = False  # their steps are corrected by control variates, whose changes they send
     own: tuple[str, ...] = ()  # entries of the model's state that stay on the device
+    frozen: tuple[str, ...] = ()  # entries of the model's state that are not trained, and not sent back
     pull: float = 0.0  # weight of a personal model's pull towards the global one; 0: there is no such model
 
     def __post_init__(self) -> None:
@@ -50,9 +53,9 @@ class Terms:
         return self.control or bool(self.own) or self.pull > 0
 
     def shared(self, state: Arrays) -> dict[str, npt.NDArray[np.generic]]:
-        """The part of a model's state that travels."""
-        own = frozenset(self.own)
-        return {name: value for name, value in state.items() if name not in own}
+        """The part of a model's state that clients send, and strategies aggregate."""
+        other = frozenset((*self.own, *self.frozen))
+        return {name: value for name, value in state.items() if name not in other}
 
 
 PLAIN: Final = Terms()

@@ -28,7 +28,7 @@ from fedge.learning import local, messages
 from fedge.learning.guard import reference
 from fedge.learning.messages import Instructions
 from fedge.learning.state import NamedArrays, cast_like, load_arrays, names_of, share_arrays
-from fedge.learning.terms import Beside
+from fedge.learning.terms import FROZEN, Beside
 from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
 from fedge.task import Task
@@ -343,12 +343,13 @@ class _Run:
 
     @property
     def shared(self) -> NamedArrays:
-        """The part of the global state that travels; the rest stays on devices, and here as at first."""
+        """The part of the global state that clients send; the rest stays as it was at first."""
         return self.chosen.terms.shared(self.arrays)
 
     def beside(self) -> Beside:
         """What each reply must hold besides."""
-        parameters = {name: self.arrays[name] for name, _ in self.model.network.named_parameters()}
+        shared, network = self.shared, self.model.network
+        parameters = {name: shared[name] for name, _ in network.named_parameters() if name in shared}
         most = self.config.train.epochs * messages.MAX_EXAMPLES
         return Beside.of(self.chosen.terms, parameters, most, self.chosen.like)
 
@@ -376,7 +377,12 @@ class _Run:
         strategy = self.chosen.strategy
         make = strategy.configure_train if kind == MessageType.TRAIN else strategy.configure_evaluate
         record = self.instructions.to_config()
-        return make(number, messages.to_record(self.shared), record, Cohort(self.grid, nodes))
+        sent = list(make(number, messages.to_record(self.shared), record, Cohort(self.grid, nodes)))
+        if self.chosen.terms.frozen:
+            frozen = messages.to_record({name: self.arrays[name] for name in self.chosen.terms.frozen})
+            for message in sent:
+                message.content[FROZEN] = frozen
+        return sent
 
     def aggregate(
         self, number: int, updates: Iterable[Message], collected: Collected

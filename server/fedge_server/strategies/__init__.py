@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import nn
 
 from fedge.config import Config, StrategyConfig, Train, suggestion
 from fedge.errors import ConfigError
+from fedge.learning.freezing import entries
 from fedge.learning.messages import TRAIN_LOSS, Update
 from fedge.learning.terms import PLAIN as PLAIN_TERMS
 from fedge.learning.terms import Terms
@@ -148,7 +149,8 @@ def build(
     if chosen.name not in PLAIN:
         raise ConfigError(f"strategy.name = {chosen.name!r}: {suggestion(chosen.name, NAMES)}")
     check_privacy(config, linear=PLAIN[chosen.name] in LINEAR)
-    names = tuple(name for name, _ in network.named_parameters())
+    frozen = entries(network, config.train.freeze)
+    names = tuple(name for name, _ in network.named_parameters() if name not in frozen)
     given = {
         "parameter_names": names,
         "network": network,
@@ -159,9 +161,29 @@ def build(
         "data": data,
     }
     made = _plain(config, chosen, given)
-    terms = getattr(made, "terms", PLAIN_TERMS)
+    terms = replace(getattr(made, "terms", PLAIN_TERMS), frozen=frozen)
+    _check_frozen(chosen.name, terms, network)
     check_terms(config, terms)
     return Chosen(made, "gradient" if chosen.name == "fedsgd" else "weights", terms)
+
+
+def _check_frozen(name: str, terms: Terms, network: nn.Module) -> None:
+    """Refuse what leaves a strategy nothing to do, or two rules for one entry."""
+    if terms.frozen and name == "feddf":
+        raise ConfigError(
+            "train.freeze: with strategy 'feddf' clients have models of their own with other parts; "
+            "leave it out"
+        )
+    if both := sorted(set(terms.own) & set(terms.frozen)):
+        raise ConfigError(
+            f"train.freeze: freezes {both[0]!r}, which strategy {name!r} lets each device train for itself"
+        )
+    if not any(
+        n not in (*terms.own, *terms.frozen) for n, p in network.named_parameters() if p.requires_grad
+    ):
+        raise ConfigError(
+            f"train.freeze: with strategy {name!r}, nothing is left that clients learn together"
+        )
 
 
 def _plain(config: Config, chosen: StrategyConfig, given: Mapping[str, Any]) -> FedAvg:

@@ -21,6 +21,7 @@ import torch
 from fedge.config import Simulation, Train
 from fedge.dataset import Array, Examples, Indices
 from fedge.learning import draws, local
+from fedge.learning.freezing import training
 from fedge.learning.local import Job, Trained
 from fedge.learning.messages import Instructions
 from fedge.learning.state import NamedArrays, cast_like
@@ -285,7 +286,9 @@ class Engine:
         )
         found = self._prepared.get(key)
         if found is None:
-            model = local.blank(job.task, instructions.model, instructions.spec).train()
+            model = training(
+                local.blank(job.task, instructions.model, instructions.spec, instructions.terms.frozen)
+            )
             preprocess = job.task.preprocess(
                 instructions.spec, instructions.moments, instructions.noise_filter
             )

@@ -285,7 +285,9 @@ class Single:
         self._loss = local.losses(recipe.settings)
         self._model = copy.deepcopy(recipe.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._flat: torch.Tensor | None = None
-        modules = [m for m in self._model.modules() if type(m) is nn.Linear] if recipe.plain_sgd else []
+        # A layer steps in its backward pass, which there is none of where all before it is frozen.
+        fused = recipe.plain_sgd and all(p.requires_grad for p in recipe.model.parameters())
+        modules = [m for m in self._model.modules() if type(m) is nn.Linear] if fused else []
         self._stepping = {id(m.weight): id(m.bias) if m.bias is not None else 0 for m in modules}
         own = {id(p) for m in modules for p in m.parameters()}
         self._parameters = [p for p in self._model.parameters() if p.requires_grad and id(p) not in own]

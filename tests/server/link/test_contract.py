@@ -11,6 +11,7 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedge.config import Config
+from fedge.learning import local
 from fedge.learning.messages import to_record
 from fedge.learning.state import arrays_of, digest
 from fedge.wire.v1 import admin_pb2 as admin
@@ -192,6 +193,38 @@ def test_a_strategy_learns_the_same_over_the_link_as_in_a_simulation(name, hub, 
     assert [r.anomalies for r in linked[0].records] == [r.anomalies for r in simulated.records]
     with Registry.open(hub.home.root) as registry:
         assert registry.run("run")["status"] == "done"
+
+
+@pytest.mark.slow
+def test_frozen_parts_are_the_same_to_the_bit_over_the_link(hub, tmp_path: Path):
+    config = Config.from_mapping(
+        {
+            "model": {"name": "mlp"},
+            "clients": {"count": 3},
+            "rounds": {"count": 2},
+            "train": {"epochs": 1, "freeze": ["1.*", "3.*"]},
+            "evaluate": {"federated": True, "client_holdout": 0.2},
+            "simulation": {"engine": "sequential"},
+        }
+    )
+    world = prepare(config)
+    simulated = learn(world, tmp_path / "simulated", "run", lambda _: None)
+    hub.devices |= dict.fromkeys(range(1, 4), _one_at_a_time(client_app.build(world.share_of)))
+    linked = []
+    app = server_app.build(lambda *_: world.server, done=linked.append)
+    grid = LinkGrid(hub.home, "run", admin.Selection(task="digits"))
+    app(
+        grid,
+        Context(RUN_ID, SERVER_NODE, {}, RecordDict(), server_app.run_config(config, hub.home.root, "run")),
+    )
+    grid.close()
+    first = arrays_of(local.first(world.task, "mlp", world.dataset.spec, config.seed))
+    last, same = arrays_of(linked[0].model.network), ["1.weight", "1.bias", "3.weight", "3.bias"]
+    assert [name for name in first if first[name].tobytes() == last[name].tobytes()] == same
+    assert digest(last) == digest(arrays_of(simulated.model.network))
+    assert [record.client_metrics for record in linked[0].records] == [
+        record.client_metrics for record in simulated.records
+    ]
 
 
 @pytest.mark.slow

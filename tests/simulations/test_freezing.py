@@ -1,0 +1,198 @@
+"""Frozen parts of a model: the same to the bit after training, in every world, and never sent back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedge.config import Config
+from fedge.errors import ConfigError
+from fedge.learning import local
+from fedge.learning.freezing import entries
+from fedge.learning.state import arrays_of
+from fedge_server.strategies import NAMES
+from fedge_simulations.world import prepare
+
+OPTIONS = {
+    "fedprox": {"proximal_mu": 0.1},
+    "fedsgd": {"momentum": 0.9},
+    "krum": {"num_malicious_nodes": 1, "mixing": 0.2},
+    "multikrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 2},
+    "bulyan": {"num_malicious_nodes": 0},
+    "ditto": {"pull": 0.5},
+    "fedper": {"layers": 1},
+}
+
+
+def split(config: Config, learned) -> tuple[list[str], list[str]]:
+    """Entries that are as at first, and the others."""
+    world = prepare(config)
+    first = arrays_of(local.first(world.task, config.model.name, world.dataset.spec, config.seed))
+    last = arrays_of(learned.model.network)
+    same = [name for name in first if first[name].tobytes() == last[name].tobytes()]
+    return same, [name for name in first if name not in same]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["vector", "sequential"])
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"feddf"}))
+def test_a_frozen_layer_is_the_same_to_the_bit_after_training(name, engine, small, learn, tmp_path):
+    model, frozen = ("mlp-bn", ["1.*"]) if name == "fedbn" else ("mlp", ["1.*"])
+    config = small(
+        model={"name": model},
+        train={"freeze": frozen},
+        strategy={"name": name, **OPTIONS.get(name, {})},
+        rounds={"count": 2},
+        simulation={"engine": engine},
+    )
+    same, moved = split(config, learn(config, tmp_path))
+    assert {"1.weight", "1.bias"} <= set(same)
+    kept = {"fedper", "fedbn"}  # what stays on devices is on the server as at first too
+    assert set(same) == {"1.weight", "1.bias"} or name in kept
+    assert moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze", [["1.*"], ["3.*"], ["5.*"], ["1.*", "3.*"], ["*.bias"]])
+@pytest.mark.parametrize("train", [{}, {"momentum": 0.0}, {"optimizer": "adam"}])
+def test_engines_agree_whatever_is_frozen(freeze, train, small, learn, tmp_path):
+    found = []
+    for engine in ("vector", "sequential"):
+        config = small(
+            model={"name": "mlp"},
+            train={"freeze": freeze, **train},
+            rounds={"count": 2},
+            simulation={"engine": engine},
+        )
+        learned = learn(config, tmp_path / engine)
+        assert split(config, learned)[0] == list(entries(learned.model.network, freeze))
+        found.append(arrays_of(learned.model.network))
+    far = 5e-3 if train.get("optimizer") == "adam" else 2e-5  # Adam makes whole steps of rounding errors
+    for name, value in found[0].items():
+        np.testing.assert_allclose(value, found[1][name], atol=far)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 150)
+    x = rng.integers(0, 120, (150, 8, 8), dtype=np.uint8)
+    x[np.arange(150), y, y] += 120
+    np.savez(tmp_path / "pictures.npz", x=x, y=y)
+    return str(tmp_path / "pictures.npz")
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("model", "freeze", "frozen"),
+    [
+        ("cnn", ["0.*", "3.*"], ["0.weight", "0.bias", "3.weight", "3.bias"]),
+        ("cnn", ["7.*"], ["7.weight", "7.bias"]),
+        ("cnn-bn", ["1.*"], ["1.weight", "1.bias", "1.running_mean", "1.running_var"]),
+    ],
+)
+def test_convolutions_and_batch_normalisation_are_frozen_alike(
+    model, freeze, frozen, momentum, pictures, small, learn, tmp_path
+):
+    found = []
+    for engine in ("vector", "sequential"):
+        config = small(
+            task="images", data=pictures, clients={"count": 3}, model={"name": model},
+            train={"freeze": freeze, "momentum": momentum}, rounds={"count": 2},
+            simulation={"engine": engine},
+        )  # fmt: skip
+        learned = learn(config, tmp_path / engine)
+        assert split(config, learned)[0] == frozen
+        found.append(arrays_of(learned.model.network))
+    for name, value in found[0].items():
+        np.testing.assert_allclose(value, found[1][name], atol=1e-4)
+
+
+def test_frozen_parts_travel_down_and_not_up(small, learn, tmp_path):
+    seen = []
+
+    def around(honest):
+        def call(message, context):
+            reply = honest(message, context)
+            if message.metadata.message_type == "train":
+                sent = {name: list(record) for name, record in message.content.array_records.items()}
+                seen.append((sent, list(reply.content.array_records["arrays"])))
+            return reply
+
+        return call
+
+    config = small(model={"name": "mlp"}, train={"freeze": ["1.*", "3.*"]}, rounds={"count": 1})
+    learned = learn(config, tmp_path / "frozen", around=around)
+    down, up = seen[0]
+    assert down == {
+        "arrays": ["5.weight", "5.bias"],
+        "frozen": ["1.weight", "1.bias", "3.weight", "3.bias"],
+    }
+    assert up == ["5.weight", "5.bias"]
+    whole = learn(small(model={"name": "mlp"}, rounds={"count": 1}), tmp_path / "whole")
+    (record,), (all_of_it,) = learned.records, whole.records
+    assert record.bytes_up == 5 * 4 * (200 * 10 + 10)
+    assert record.bytes_down == all_of_it.bytes_down
+
+
+def test_a_client_that_sends_a_frozen_part_back_is_refused(small, learn, tmp_path):
+    def grown(message, reply):
+        reply.content["arrays"]["1.weight"] = message.content["frozen"]["1.weight"]
+        return reply
+
+    config = small(model={"name": "mlp"}, train={"freeze": ["1.*"]}, rounds={"count": 1})
+    (record,) = learn(config, tmp_path, tamper={2: grown}).records
+    assert record.clients == 4
+    assert "array names differ: 1.weight" in record.rejected[0].reason
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        {"mechanism": "central", "accountant": "rdp"},
+        {"mechanism": "local", "accountant": "rdp"},
+        {"mechanism": "example", "accountant": "rdp"},
+        {"secure_aggregation": True},
+    ],
+)
+def test_noise_and_masks_leave_frozen_parts_alone(privacy, small, learn, tmp_path):
+    config = small(
+        model={"name": "mlp", "standardise": False},
+        train={"freeze": ["1.*", "3.*"]},
+        rounds={"count": 2},
+        privacy=privacy,
+    )
+    same, moved = split(config, learn(config, tmp_path))
+    assert same == ["1.weight", "1.bias", "3.weight", "3.bias"]
+    assert moved == ["5.weight", "5.bias"]
+
+
+def test_a_frozen_run_resumes_bit_for_bit(small, learn, tmp_path):
+    config = small(
+        model={"name": "mlp"}, train={"freeze": ["1.*"]}, strategy={"name": "fedadam"}, rounds={"count": 4}
+    )
+    whole = learn(config, tmp_path / "whole")
+    with pytest.raises(Exception, match=r"^$"):
+        learn(config, tmp_path / "cut", stop_after=2)
+    assert learn(config, tmp_path / "cut").model_sha256 == whole.model_sha256
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"train": {"freeze": ["2.*"]}}, "train.freeze: '2.\\*' matches no parameter"),
+        ({"train": {"freeze": ["*"]}}, "nothing is left to train"),
+        (
+            {"train": {"freeze": ["1.*"]}, "strategy": {"name": "feddf", "models": "logistic"}},
+            "clients have models of their own",
+        ),
+        ({"train": {"freeze": ["5.*"]}, "strategy": {"name": "fedper"}}, "lets each device train for itself"),
+        (
+            {"train": {"freeze": ["1.*", "3.*"]}, "strategy": {"name": "fedper"}},
+            "nothing is left that clients learn together",
+        ),
+    ],
+)
+def test_what_leaves_nothing_to_do_is_refused_before_anything_runs(sections, says, small):
+    with pytest.raises(ConfigError, match=says):
+        prepare(small(model={"name": "mlp"}, **sections))
