@@ -196,3 +196,15 @@ def test_a_frozen_run_resumes_bit_for_bit(small, learn, tmp_path):
 def test_what_leaves_nothing_to_do_is_refused_before_anything_runs(sections, says, small):
     with pytest.raises(ConfigError, match=says):
         prepare(small(model={"name": "mlp"}, **sections))
+
+
+def test_a_codec_works_on_what_is_not_frozen(small, learn, tmp_path):
+    config = small(
+        model={"name": "mlp"},
+        train={"freeze": ["1.*"]},
+        communication={"codec": ["int8"]},
+        rounds={"count": 2},
+    )
+    same, moved = split(config, learn(config, tmp_path))
+    assert same == ["1.weight", "1.bias"]
+    assert len(moved) == 4
