@@ -309,6 +309,7 @@ class Scenario:
     battery_min: Share = 0.2  # charge below which a client does not take part
     recharge_s: Positive = 28_800.0  # from empty to full
     dropouts: Share = 0.0  # of all answers: never come
+    silent: Share = 0.0  # of the clients: take what they are sent, and nothing is ever heard of them
     late_share: Share = 0.0  # of the clients: are not there from the beginning
     late_from_s: NotNegative = 0.0  # when the first of these joins
     late_over_s: NotNegative = 0.0  # and until the last has joined, evenly

@@ -182,9 +182,14 @@ class VectorGrid(OwnGrid):
         due = [item for item in under_way if item.arrives <= self.clock_s]
         replies = []
         for i, item in enumerate(due):
-            self._work(item, due[i + 1 :])
+            self._work(item, under_way[i + 1 :])  # who answers later may well work along with it
             replies.append(self._deliver(item))
         return replies
+
+    def drop_messages(self, message_ids: Sequence[str]) -> None:
+        """Nobody waits for these any more."""
+        for message_id in message_ids:
+            self._pending.pop(message_id, None)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

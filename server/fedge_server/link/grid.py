@@ -63,6 +63,7 @@ class LinkGrid(OwnGrid):
         self._sent: dict[str, Message] = {}  # by message id: not yet closed
         self._waiting: dict[str, None] = {}  # ids not yet answered, in the order of sending
         self._files: set[Path] = set()  # of messages sent and answered since the last call
+        self._files_of: dict[str, set[Path]] = {}  # of each message that is not closed
         self.late = 0  # answers that came after nobody waited for them
         self.bytes_down = 0  # tensor bytes that have travelled
         self.bytes_up = 0
@@ -95,6 +96,14 @@ class LinkGrid(OwnGrid):
         """The answers that are there; waits a moment for the first."""
         ids = [message_id for message_id in message_ids if message_id in self._waiting]
         return list(self._receive(ids, time.monotonic() + PULL_S)) if ids else []
+
+    def drop_messages(self, message_ids: Sequence[str]) -> None:
+        """Close these messages, and remove what was sent and answered with them and no other."""
+        gone = {path for message_id in message_ids for path in self._files_of.get(message_id, ())}
+        self._close(message_ids)
+        for path in gone.difference(*self._files_of.values()):
+            path.unlink(missing_ok=True)
+            self._files.discard(path)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -142,6 +151,7 @@ class LinkGrid(OwnGrid):
         path = self._spool / Path(reply.spool).name if reply.spool else None
         if path is not None:
             self._files.add(path)
+            self._files_of[reply.message_id].add(path)
         try:
             result = Result.FromString(reply.result)
             if result.WhichOneof("kind") == "content":
@@ -161,6 +171,7 @@ class LinkGrid(OwnGrid):
             outbox.add(message_id, message)
             ids.append(message_id)
         self._files |= outbox.files
+        self._files_of |= {message_id: set(outbox.files) for message_id in ids}
         # Before the calls: who is interrupted in one closes what the hub may have queued.
         self._sent |= dict(zip(ids, messages, strict=True))
         self._waiting |= dict.fromkeys(ids)
@@ -176,6 +187,7 @@ class LinkGrid(OwnGrid):
         for message_id in ids:
             self._waiting.pop(message_id, None)
             self._sent.pop(message_id, None)
+            self._files_of.pop(message_id, None)
 
 
 class Replies:

@@ -29,10 +29,13 @@ class Collected:
     """What has come back: complete once the updates have been gone through."""
 
     clients: int = 0  # whose updates came; more than messages where these are partial sums
+    asked: int = 0  # who was asked; of asynchronous rounds, whose answer or silence is in
     rejected: list[Rejected] = field(default_factory=list)
     bytes_up: int = 0  # arrays received, rejected ones too
+    bytes_down: int = 0  # arrays sent
     digests: list[str] = field(default_factory=list)  # of the valid updates
     norms: list[float] = field(default_factory=list)  # of their changes, where they are measured
+    ages: list[int] = field(default_factory=list)  # of updates in asynchronous rounds, in rounds
     facts: Mapping[str, float | str] = field(default_factory=dict)  # of a sum under masks, for the record
     scores: tuple[Score, ...] = ()  # of each update, where they were held against each other
     broke: Exception | None = None  # what the Grid raised

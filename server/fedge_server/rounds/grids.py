@@ -74,6 +74,15 @@ class Simulated(Protocol):
 
 
 @runtime_checkable
+class Dropping(Protocol):
+    """A Grid that can be told that nobody waits for an answer any more, or needs what it has brought."""
+
+    def drop_messages(self, message_ids: Sequence[str]) -> None:
+        """Let go of these messages, answered or not."""
+        ...
+
+
+@runtime_checkable
 class Identified(Protocol):
     """A Grid whose node ids are hashes of devices' own keys (`fedge.identity`)."""
 

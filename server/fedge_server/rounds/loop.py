@@ -41,6 +41,7 @@ from fedge_server.privacy.rules import check_model
 from fedge_server.registry.database import Registry
 from fedge_server.registry.ledger import Ledger
 from fedge_server.rounds.anomalies import scored
+from fedge_server.rounds.asynchronous import UnderWay
 from fedge_server.rounds.closing import (
     Collected,
     TooFewError,
@@ -66,6 +67,7 @@ from fedge_server.rounds.starting import about, start_of
 from fedge_server.rounds.stopping import check_hope, check_target, why_not_counted, why_stop
 from fedge_server.rounds.traffic import Traffic
 from fedge_server.rounds.validation import Rules
+from fedge_server.strategies.asynchronous import Asynchronous
 from fedge_server.strategies.state import beside_of, capture, restore
 
 Observer = Callable[[RoundRecord], None]
@@ -153,6 +155,7 @@ class _Run:
     coded: set[int] = field(default_factory=set)  # clients whose update came in the codec in this round
     downlink: Downlink | None = None  # of runs that send changes of the global state
     answers: Answers | None = None  # of the global state to the test data, once it was asked
+    under_way: UnderWay | None = None  # of asynchronous rounds
 
     @classmethod
     def prepare(
@@ -210,6 +213,8 @@ class _Run:
         )  # fmt: skip
         if told.downlink is not None:
             run.downlink = Downlink(told.downlink, local.parameters_of(network), config.seed)
+        if isinstance(chosen.strategy, Asynchronous):
+            run.under_way = UnderWay.of(grid, config, chosen.strategy)
         if last is None:
             scores, _ = run.evaluate_centrally()
             run.commit(RoundRecord(0, scores, simulated_s=run.simulated_s(), origin=start.origin))
@@ -229,10 +234,7 @@ class _Run:
             self.protection.afford(number)
         if isinstance(self.grid, Simulated):
             self.grid.begin_round(number)
-        nodes = self.draw(number, MessageType.TRAIN)
-        if nodes and self.protection is not None:
-            self.protection.before_asking(number)
-        updates, collected, bytes_down = self.ask(number, nodes)
+        updates, collected = self.ask(number)
         metrics, counted = self.aggregate(number, updates, collected)
         if self.downlink is not None:
             made = self.downlink if counted else self.downlink.stayed(self.shared)
@@ -245,14 +247,15 @@ class _Run:
             round=number,
             metrics=scores,
             clients=collected.clients if counted else 0,
-            asked=len(nodes),
+            asked=collected.asked,
             rejected=tuple(collected.rejected),
             train_loss=None if self.protection else _scalar(metrics, messages.TRAIN_LOSS),
             seconds=time.perf_counter() - started,
             bytes_up=collected.bytes_up if travelled is None else travelled.bytes_up,
-            bytes_down=bytes_down if travelled is None else travelled.bytes_down,
+            bytes_down=collected.bytes_down if travelled is None else travelled.bytes_down,
             late=0 if travelled is None else travelled.late,
             updates=collected.updates if counted else "",
+            staleness=sum(collected.ages) / len(collected.ages) if collected.ages else None,
             norm=collected.norm if counted else None,
             counted=counted,
             client_metrics=measured,
@@ -266,14 +269,19 @@ class _Run:
         check_hope(self.records)
         return record
 
-    def ask(self, number: int, nodes: Sequence[int]) -> tuple[Iterable[Message], Collected, int]:
-        """The updates of these clients, each as it comes; what is known of them then; and the bytes sent.
+    def ask(self, number: int) -> tuple[Iterable[Message], Collected]:
+        """The updates of the round's clients, each as it comes; and what is known of them then.
 
         As partial sums where strategy and Grid can do with those, else as an answer from each.
         """
-        collected, rounds = Collected(), self.config.rounds
+        if self.under_way is not None:
+            return self.ask_on(number, self.under_way)
+        nodes, rounds = self.draw(number, MessageType.TRAIN), self.config.rounds
+        collected = Collected(asked=len(nodes))
         if not nodes:  # Poisson sampling may ask nobody
-            return (), collected, 0
+            return (), collected
+        if self.protection is not None:
+            self.protection.before_asking(number)
         if self.config.privacy.secure_aggregation:
             return secure_sum(
                 self.grid,
@@ -290,15 +298,28 @@ class _Run:
         if self.summed and isinstance(self.grid, Summing) and self.grid.can_sum:
             (asked,) = self.configure(number, MessageType.TRAIN, nodes[:1])
             came = self.grid.sum_updates(asked, nodes, timeout=rounds.deadline_s, enough=needed)
-            admit, bytes_down = sums(self.rules(number), set(nodes)), len(nodes) * payload_bytes(asked)
+            collected.bytes_down = len(nodes) * payload_bytes(asked)
+            admit = sums(self.rules(number), set(nodes))
         else:
             sent = list(self.configure(number, MessageType.TRAIN, nodes))
             if self.downlink is not None:
                 sent = self.downlink.dressed(sent, sum(value.nbytes for value in self.shared.values()))
             came = self.grid.send_and_receive(sent, timeout=rounds.deadline_s)
-            admit, bytes_down = singles(self.rules(number), set(nodes)), payload_bytes_of(sent)
-        updates = collect(came, admit, collected, needed=needed, once=self.at_once)
-        return updates, collected, bytes_down
+            admit, collected.bytes_down = singles(self.rules(number), set(nodes)), payload_bytes_of(sent)
+        return collect(came, admit, collected, needed=needed, once=self.at_once), collected
+
+    def ask_on(self, number: int, under_way: UnderWay) -> tuple[Iterable[Message], Collected]:
+        """The same in an asynchronous round, which nobody is drawn for: clients go on working."""
+        strategy, collected = self.chosen.strategy, Collected()
+        assert isinstance(strategy, Asynchronous)  # noqa: S101 - only then is anything under way
+
+        def make(nodes: Sequence[int]) -> Sequence[Message]:
+            return list(self.configure(number, MessageType.TRAIN, nodes))
+
+        came = under_way.replies(number, self.shared, make, collected)
+        admit = under_way.admit(self.rules(number), number)
+        updates = collect(came, admit, collected, needed=strategy.buffer, once=self.at_once)
+        return under_way.moved(updates, number, strategy, collected), collected
 
     @property
     def summed(self) -> bool:

@@ -65,6 +65,7 @@ class RoundRecord:
     target_bound: float | None = None  # of the target's metric, with rounds.target_confidence
     # With a mechanism: epsilon of its ledger after this round, delta, clip_norm, noise, next_clip_norm.
     privacy: Mapping[str, float | str] = field(default_factory=dict)
+    staleness: float | None = None  # of asynchronous rounds: mean age of the updates, in rounds
     norm: float | None = None  # median L2 norm of the changes aggregated, where [validate] bounds it
     anomalies: tuple[Score, ...] = ()  # of each update, where they were held against each other
 
@@ -106,6 +107,7 @@ class RoundRecord:
             **({"client_metrics": dict(self.client_metrics)} if self.client_metrics else {}),
             **({"intervals": {k: list(v) for k, v in self.intervals.items()}} if self.intervals else {}),
             **({"origin": dict(self.origin)} if self.origin else {}),
+            **({"staleness": self.staleness} if self.staleness is not None else {}),
             **({"target_bound": self.target_bound} if self.target_bound is not None else {}),
             **({"privacy": dict(self.privacy)} if self.privacy else {}),
             **({"anomalies": [s.to_json() for s in self.anomalies]} if self.anomalies else {}),

@@ -47,7 +47,7 @@ def draw(grid: Grid, nodes: Sequence[int], wanted: int, *, seed: int, number: in
     """
     if not nodes:
         raise RoundError(f"round {number}: there are no clients")
-    key = _key(seed, number, purpose)
+    key = key_of(seed, number, purpose)
     if not isinstance(grid, Simulated):
         return random.Random(key).sample(nodes, min(wanted, len(nodes)))  # noqa: S311 - a simulation's choice
     for _ in range(MAX_WAITS):
@@ -75,13 +75,14 @@ def draw_each(grid: Grid, nodes: Sequence[int], share: float, *, seed: int, numb
     """
     simulated = isinstance(grid, Simulated)
     draw(grid, nodes, 1, seed=seed, number=number, purpose="anybody")  # time goes on until somebody is there
-    key = _key(seed, number, "each") if simulated else secrets.randbits(128)
+    key = key_of(seed, number, "each") if simulated else secrets.randbits(128)
     count = int(np.random.default_rng(key).binomial(len(nodes), share))
     found = random.Random(key).sample(nodes, count)  # noqa: S311 - its key is secret where it must be
     return grid.online(found) if isinstance(grid, Simulated) else found
 
 
-def _key(seed: int, number: int, purpose: str) -> int:
+def key_of(seed: int, number: int, purpose: str) -> int:
+    """What decides a choice in a round."""
     words = np.random.SeedSequence([seed, number, *purpose.encode()]).generate_state(4)
     return int.from_bytes(words.tobytes(), "little")
 

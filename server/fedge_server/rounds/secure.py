@@ -63,7 +63,7 @@ def encoding_of(config: Config, clients: int) -> Encoding:
 def secure_sum(
     grid: Grid, config: Config, run_id: str, number: int, sent: Sequence[Message], origin: Arrays, *,
     protection: Protection | None, simulated: bool, signed: bool,
-) -> tuple[list[Message], Collected, int]:  # fmt: skip
+) -> tuple[list[Message], Collected]:  # fmt: skip
     """The weighted mean of what these clients' training gives, of which nobody sees a part.
 
     Args:
@@ -78,7 +78,7 @@ def secure_sum(
         signed: clients sign their keys with the identity that their id is the hash of.
 
     Returns:
-        The mean as one update, or none where the sum stayed closed; what came back; and the bytes sent.
+        The mean as one update, or none where the sum stayed closed; and what came back.
     """
     privacy = config.privacy
     if simulated:
@@ -230,11 +230,18 @@ class _Phases:
 
     def result(
         self, valid: list[Message], clients: int, facts: Mapping[str, float | str]
-    ) -> tuple[list[Message], Collected, int]:
+    ) -> tuple[list[Message], Collected]:
         """What the round's loop goes on with."""
         digests = [digest_of(arrays_sent(message), message) for message in valid]
-        found = Collected(clients, self.rejected, self.bytes_up, digests, facts=facts)
-        return valid, found, self.bytes_down
+        return valid, Collected(
+            clients,
+            asked=len(self.training),
+            rejected=self.rejected,
+            bytes_up=self.bytes_up,
+            bytes_down=self.bytes_down,
+            digests=digests,
+            facts=facts,
+        )
 
 
 def _contents(records: Mapping[int, ConfigRecord]) -> dict[int, RecordDict]:

@@ -31,6 +31,7 @@ from fedge_server.data import ServerData
 from fedge_server.privacy.rules import check as check_privacy
 from fedge_server.privacy.rules import check_terms
 from fedge_server.strategies import fedavg
+from fedge_server.strategies.asynchronous import Asynchronous, FedAsync, FedBuff
 from fedge_server.strategies.feddf import FedDf
 from fedge_server.strategies.fednova import FedNova
 from fedge_server.strategies.fedsgd import FedSgd
@@ -57,7 +58,10 @@ PLAIN: Mapping[str, type[FedAvg]] = {
             *RULES,
         )
     },
-    **{found.__name__.lower(): found for found in (FedSgd, FedNova, Scaffold, FedPer, FedBn, Ditto, FedDf)},
+    **{
+        found.__name__.lower(): found
+        for found in (FedBuff, FedAsync, FedSgd, FedNova, Scaffold, FedPer, FedBn, Ditto, FedDf)
+    },
 }
 # Those that use no more of the updates than their weighted mean: noise and masks may hide single ones. The
 # classes themselves and not their subclasses, which may look at single updates.
@@ -79,7 +83,7 @@ LINEAR: frozenset[type[Strategy]] = frozenset(
 SUMS: frozenset[type[Strategy]] = LINEAR | {FedNova}
 # Those that go through the updates once, in any order, and keep none: they get each as it arrives. All others
 # get a list in the order of the clients.
-SINGLE_PASS: frozenset[type[Strategy]] = SUMS | {Scaffold}
+SINGLE_PASS: frozenset[type[Strategy]] = SUMS | {Scaffold, FedBuff, FedAsync}
 NAMES = tuple(sorted(PLAIN))
 
 # Set by fedge from the rest of the configuration, so not a user's option.
@@ -161,6 +165,8 @@ def build(
         "data": data,
     }
     made = _plain(config, chosen, given)
+    if isinstance(made, Asynchronous):
+        _refuse_what_waits(config, made.buffer)
     terms = replace(getattr(made, "terms", PLAIN_TERMS), frozen=frozen)
     _check_frozen(chosen.name, terms, network)
     check_terms(config, terms)
@@ -217,6 +223,22 @@ def _refuse_what_fedsgd_ignores(train: Train) -> None:
                 f"train.{key} = {value!r}: has no effect with strategy 'fedsgd', whose server steps; set "
                 "strategy.optimizer, strategy.learning_rate and strategy.momentum"
             )
+
+
+def _refuse_what_waits(config: Config, buffer: int) -> None:
+    """What asks all clients of a round at once, or counts on one answer from each."""
+    rounds = config.rounds
+    for key, wrong, why in (
+        ("evaluate.federated", config.evaluate.federated, "would call clients away from their work"),
+        ("privacy.mechanism", config.privacy.mechanism != "none", "counts one answer of a client in a round"),
+        ("communication.codec", bool(config.communication.codec), "codes changes of this round's model"),
+        ("rounds.sampling", rounds.sampling != "fixed", "draws a round's clients, and here they go on"),
+        ("rounds.quorum", rounds.quorum < 1, "has no effect: strategy.buffer updates close a round"),
+        ("rounds.min_updates", rounds.min_updates > buffer, f"is above the {buffer} that close a round"),
+    ):
+        if wrong:
+            name = config.strategy.name
+            raise ConfigError(f"{key}: {why}, so it does not go with strategy {name!r}; leave it out")
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:

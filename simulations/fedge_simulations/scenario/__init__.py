@@ -6,6 +6,7 @@ the order of asking changes nothing. Only batteries remember: what committed rou
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -114,7 +115,9 @@ class Scenario:
     def _settle(self) -> None:
         if self._batteries is not None:
             for sent in self._worked:
-                until = [sent.clock_s + fate.arrives_s for fate in sent.fates]
+                until = [
+                    sent.clock_s + (f.arrives_s if math.isfinite(f.arrives_s) else 0) for f in sent.fates
+                ]
                 work = sent.work_s or [0.0] * len(sent.client)
                 self._batteries.drain(sent.client, work, until, sent.clock_s)
         self._worked = []
@@ -229,9 +232,10 @@ class Scenario:
         offline = np.where(remaining == 0, 0.0, offline)  # also where nothing takes any time
         causes = np.stack([dropped, empty, offline])  # (causes, K)
         first, when = causes.argmin(axis=0), causes.min(axis=0)
-        lost = np.isfinite(when)
+        silent = traits.silent(nodes)
+        lost = np.isfinite(when) & ~silent
         reasons = [_REASONS[i] if gone else "" for i, gone in zip(first.tolist(), lost.tolist(), strict=True)]
-        return np.where(lost, when, whole), reasons
+        return np.where(silent, np.inf, np.where(lost, when, whole)), reasons
 
     def online(self, node_ids: Sequence[int], clock_s: float) -> list[int]:
         """Those that have joined, are in their window and have the charge to take part, in the same order."""

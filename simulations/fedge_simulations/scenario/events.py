@@ -7,8 +7,9 @@ The first line names the population; each further line is one sending of message
      "lost": {"8": "dropped out"}, "attack": {"3": "nan"}}
 
 `arrives_s` counts from `clock_s`, the simulated seconds of the run when the messages were sent; of a lost
-client it is when the server hears of that. `work_s` stands beside it where batteries are simulated. Who was
-cut off by quorum or deadline stands there like the others: it would have arrived then.
+client it is when the server hears of that, and null when it never does. `work_s` stands beside it where
+batteries are simulated. Who was cut off by quorum or deadline stands there like the others: it would have
+arrived then.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Sending:
             "kind": self.kind,
             "clock_s": self.clock_s,
             "client": list(self.client),
-            "arrives_s": [fate.arrives_s for fate in self.fates],
+            "arrives_s": [f.arrives_s if math.isfinite(f.arrives_s) else None for f in self.fates],
         }
         if self.work_s is not None:
             plain["work_s"] = list(self.work_s)
@@ -68,7 +69,8 @@ class Sending:
         """
         plain = json.loads(line)
         try:
-            client, arrives_s = plain["client"], [_seconds(value) for value in plain["arrives_s"]]
+            client = plain["client"]
+            arrives_s = [math.inf if value is None else _seconds(value) for value in plain["arrives_s"]]
             lost, attack = _words(plain.get("lost", {})), _words(plain.get("attack", {}))
             known = {str(node) for node in client}
             if not all(type(node) is int and node > 0 for node in client) or len(known) != len(client):

@@ -32,6 +32,7 @@ class Of(IntEnum):
     DROPS_AT = 12
     NOISE = 13
     DATA = 14
+    SILENT = 15
 
 
 class Traits:
@@ -88,6 +89,10 @@ class Traits:
     def charge(self, nodes: Nodes) -> Floats:
         """Of each battery at the beginning, 0 to 1."""
         return self.uniform(nodes, Of.CHARGE)
+
+    def silent(self, nodes: Nodes) -> npt.NDArray[np.bool_]:
+        """Who never answers."""
+        return self.uniform(nodes, Of.SILENT) < self.settings.silent
 
     def attacks(self, nodes: Nodes) -> npt.NDArray[np.str_]:
         """What each does to its update; empty: it is honest."""
