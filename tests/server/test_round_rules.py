@@ -512,3 +512,34 @@ def test_a_round_needs_one_update_and_one_accumulator():
 
     assert peak(3) < 2.2
     assert peak(30) < 2.2
+
+
+@pytest.mark.parametrize("read_once", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "int64"])
+def test_a_file_that_ends_early_rejects_its_client(read_once, dtype, tmp_path):
+    from fedge.wire.arrays import FileArray
+
+    (tmp_path / "w").write_bytes(bytes(100))
+    message = update(1)
+    arrays = ArrayRecord()
+    arrays["w"] = FileArray(tmp_path / "w", 0, dtype, (1000,))
+    message.content["arrays"] = arrays
+    with pytest.raises(UnfitError, match="arrays cannot be decoded"):
+        validated(message, Rules({"w": np.zeros(1000, dtype)}, read_once=read_once))
+
+
+def test_a_large_update_is_looked_at_in_pieces_and_stays_in_its_file(tmp_path, monkeypatch):
+    from fedge.wire.arrays import FileArray
+    from fedge_server.rounds import validation
+
+    value = np.arange(5000, dtype=np.float32)
+    (tmp_path / "w").write_bytes(value.tobytes())
+    rules = Rules({"w": np.zeros(5000, np.float32)}, norms=True, read_once=True)
+    for held, kind in ((10**6, MemoryArray), (10, FileArray)):
+        monkeypatch.setattr(validation, "HELD_BYTES", held)
+        message = update(1)
+        message.content["arrays"] = ArrayRecord()
+        message.content["arrays"]["w"] = FileArray(tmp_path / "w", 0, "float32", (5000,))
+        found = validated(message, rules)
+        assert type(found.records["arrays"]["w"]) is kind
+        assert found.norm == pytest.approx(float(np.linalg.norm(value.astype(np.float64))), rel=1e-6)

@@ -233,7 +233,7 @@ def _decoded(
 ) -> DirectArray:
     try:
         decoded = in_memory(array, in_place=in_place)
-        if held and isinstance(decoded, FileArray):
+        if (held or like.dtype.kind != "f") and isinstance(decoded, FileArray):
             decoded = MemoryArray(decoded.numpy(), shared=False)
         if not isinstance(decoded, FileArray):  # a file's bytes are read as what was declared
             value = decoded.numpy()
@@ -245,6 +245,8 @@ def _decoded(
 
 
 def _squares(array: DirectArray, start: npt.NDArray[np.generic] | None) -> float:
+    if not isinstance(array, FileArray):
+        return squares(array.numpy().reshape(-1), start)
     try:
         return sum(
             squares(piece, None if start is None else start[at : at + piece.size])
