@@ -16,6 +16,7 @@ most. A float64 sum that goes back to float32 is almost always the same to the b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final, Literal, get_args
 
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
 
-from fedge.wire.arrays import MemoryArray, pieces
+from fedge.wire.arrays import FileArray, MemoryArray, pieces, put
 from fedge_server.scratch import BLOCK, scratch_of
 
 Accumulate = Literal["float32", "float64"]
@@ -42,7 +43,8 @@ class Mean:
             accumulate: precision of the sums, at least; values that are wider, or whole numbers, get float64.
         """
         self._least = np.dtype(accumulate)
-        self._sums: dict[str, Values] = {}
+        self._sums: dict[str, Values] = {}  # flat
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, np.dtype[Any]] = {}  # of the mean
         self._first = 0.0  # the first weight
         self._weight = 0.0  # all of them
@@ -58,9 +60,12 @@ class Mean:
             self._begin(update, weight)
             return
         factor = weight / self._first
-        for name, total in self._sums.items():
-            flat = total.reshape(-1)
-            for at, piece in pieces(update[name]):
+        for name, flat in self._sums.items():
+            array = update[name]
+            if not isinstance(array, FileArray):
+                _add(flat, array.numpy().reshape(-1), factor)
+                continue
+            for at, piece in pieces(array):
                 _add(flat[at : at + piece.size], piece, factor)
         self._weight += weight
 
@@ -70,11 +75,10 @@ class Mean:
             floating = dtype.kind == "f"
             self._dtypes[name] = dtype if floating else np.dtype(np.float64)
             wide = np.result_type(dtype, self._least) if floating else np.dtype(np.float64)
-            total = np.empty(array.shape, wide)
-            flat = total.reshape(-1)
+            self._shapes[name] = tuple(array.shape)
+            self._sums[name] = flat = np.empty(math.prod(array.shape), wide)
             for at, piece in pieces(array):
                 flat[at : at + piece.size] = piece
-            self._sums[name] = total
         self._first = self._weight = float(weight)
 
     def result(self) -> ArrayRecord:
@@ -83,7 +87,8 @@ class Mean:
         for name, dtype in self._dtypes.items():
             total = self._sums.pop(name)
             total *= share
-            mean[name] = MemoryArray(total.astype(dtype, copy=False), shared=False)
+            value = total.astype(dtype, copy=False).reshape(self._shapes[name])
+            put(mean, {name: MemoryArray(value, shared=False)})
         return mean
 
 
