@@ -19,7 +19,7 @@ from fedge.errors import FormatError
 from fedge.learning import local
 from fedge.learning.messages import ARRAYS, CODED, Instructions, arrays_named, from_record, to_record
 from fedge.learning.state import NamedArrays
-from fedge.wire.arrays import raw_bytes, records_of
+from fedge.wire.arrays import put, raw_bytes, records_of
 
 HELD: Final = "held"  # arrays: the last global state
 
@@ -43,7 +43,7 @@ def travelled(
         return arrays
     if instructions.change is not None:
         arrays = _changed(arrays, context, instructions, local.parameters_of(model))
-    context.state[HELD] = to_record(arrays)
+    put(context.state, {HELD: to_record(arrays)})
     return arrays
 
 
