@@ -27,7 +27,7 @@ from fedge.learning.messages import (
     to_record,
     train_reply,
 )
-from fedge.wire.arrays import records_of
+from fedge.wire.arrays import put, records_of
 
 RECORD: Final = "codec"  # arrays: residual, sent
 SENT: Final = "codec-sent"  # config: what the answer was to, and what else it said
@@ -81,13 +81,13 @@ def answer(
     coded = encode(arrays, layout, codec, key=key, residual=_residual(context, layout))
     sent = np.frombuffer(coded.data, np.uint8)
     if coded.residual is not None:
-        context.state[RECORD] = to_record({"residual": coded.residual, "sent": sent})
+        record = to_record({"residual": coded.residual, "sent": sent})
         about: dict[str, Any] = {
             "round": instructions.round,
             "state": _state_of(message, instructions),
             **said,
         }
-        context.state[SENT] = ConfigRecord(about)
+        put(context.state, {RECORD: record, SENT: ConfigRecord(about)})
     return train_reply(message, {CODED: sent}, **said)
 
 

@@ -13,6 +13,7 @@ CONFIG = {
     "rounds": {"count": 4},
     "model": {"standardise": False},
     "train": {"epochs": 1},
+    "strategy": {"name": "fedavg", "accumulate": "float64"},  # whoever answers first
     "communication": {"codec": ["topk:0.05", "int8"], "downlink": ["topk:0.2", "int8"]},
 }
 
