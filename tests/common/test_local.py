@@ -195,6 +195,26 @@ def test_the_proximal_term_pulls_towards_the_global_weights_as_worked_by_hand() 
     assert weights(twice) == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_pull_towards_other_weights_and_a_shift_are_added_to_each_step_as_worked_by_hand() -> None:
+    """Ditto's and SCAFFOLD's terms, three steps over all examples in float64."""
+    mu, rate, (x, y) = 0.5, 0.1, data()
+    model = linear().double()
+    rng = np.random.default_rng(3)
+    named = {n: rng.normal(size=tuple(p.shape)) for n, p in model.named_parameters()}
+    other = {n: rng.normal(size=v.shape) for n, v in named.items()}
+    anchor, shift = (np.concatenate([v.ravel() for v in part.values()]) for part in (named, other))
+    w = weights(model)
+    twin = linear().double()
+    for _ in range(3):
+        with torch.no_grad():
+            torch.nn.utils.vector_to_parameters(torch.tensor(w), twin.parameters())
+        dw, db, _ = numpy_gradient(twin, x, y)
+        w = w - rate * (np.concatenate([dw.ravel(), db]) + mu * (w - anchor) + shift)
+    tensors = ({n: torch.tensor(v) for n, v in part.items()} for part in (named, other))
+    train(model, x.double(), y, settings(epochs=3), seed=0, pull=Pull(mu, *tensors))
+    assert weights(model) == pytest.approx(w, abs=1e-12)
+
+
 def test_a_strong_proximal_term_keeps_the_weights_near() -> None:
     x, y = data(60)
     moved = []

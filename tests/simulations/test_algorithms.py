@@ -324,3 +324,23 @@ def test_a_client_that_answers_with_anothers_architecture_is_rejected(small, lea
     (record,) = learn(config, tmp_path, tamper={2: tamper}).records
     assert record.clients == 4
     assert [(r.client, r.reason.startswith("array names differ")) for r in record.rejected] == [(2, True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fedper", "ditto"])
+@pytest.mark.parametrize(
+    "privacy", [{"secure_aggregation": True}, {"mechanism": "central"}, {"mechanism": "local"}]
+)
+def test_what_stays_on_devices_goes_with_masks_and_noise(privacy, name, small, learn, tmp_path):
+    config = small(
+        model={"name": "mlp", "standardise": False},
+        strategy={"name": name},
+        privacy={**privacy, "accountant": "rdp"},
+        rounds={"count": 2},
+    )
+    learned = learn(config, tmp_path)
+    assert [record.clients for record in learned.records] == [5, 5]
+    states = States(tmp_path / "clients")
+    kept = from_record(states.load(1)["own" if name == "fedper" else "personal"])
+    whole = arrays_of(learned.model.network)
+    assert sorted(kept) == (["5.bias", "5.weight"] if name == "fedper" else sorted(whole))
