@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedge.config import Train
 from fedge.errors import ConfigError, FormatError
 from fedge.learning import messages
 from fedge.learning.messages import Instructions
+from fedge.learning.terms import Terms
 from fedge.spec import Spec
 from fedge.statistics import Moments
 
@@ -291,3 +293,27 @@ def test_all_who_read_a_shared_record_get_the_same_arrays_and_none_can_write_to_
     own = messages.to_record({"w": np.zeros(3, np.float32)}, shared=False)
     messages.from_record(own)["w"][0] = 1
     assert messages.from_record(own)["w"].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [Terms(), Terms(steps=True), Terms(control=True), Terms(own=("a.weight", "b")), Terms(pull=0.25)],
+)
+def test_terms_come_back_and_only_what_is_asked_for_is_said(terms: Terms) -> None:
+    assert Instructions.of(sent(config_of(**terms.said()))).terms == terms
+    assert len(terms.said()) == (terms != Terms())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("terms-pull", -1.0),
+        ("terms-pull", "1"),
+        ("terms-pull", math.nan),
+        ("terms-own", [1]),
+        ("terms-own", "w"),
+    ],
+)
+def test_terms_that_are_none_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(FormatError, match="config is malformed"):
+        Instructions.of(sent(config_of(**{key: value})))

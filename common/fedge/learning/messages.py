@@ -98,7 +98,7 @@ class Instructions:
             record["guard-min-examples"] = self.guard.min_examples
             if self.guard.kind == "distributed":
                 record["guard-least"] = self.guard.least
-        record.update(_terms_values(self.terms))
+        record.update(self.terms.said())
         if self.void is not None:
             record[VOID] = self.void
         if self.codec is not None:
@@ -159,7 +159,7 @@ class Instructions:
             task_digest=_text(config, "task-digest") if "task-digest" in config else "",
             guard=_guard(config) if "guard" in config else None,
             holdout=_share(config, "holdout") if "holdout" in config else 0.0,
-            terms=_terms(config),
+            terms=Terms.of(config),
             void=_number(config, VOID, int) if VOID in config else None,
             codec=codec_of(config),
             downlink=_codec(config, "downlink") if "downlink" in config else None,
@@ -211,28 +211,6 @@ def _guard(config: ConfigRecord) -> Guard:
     examples = _number(config, "guard-min-examples", int)
     least = max(_number(config, "guard-least", int), 1) if kind == "distributed" else 1
     return Guard(kind, clip_norm, noise_multiplier, examples, least)  # type: ignore[arg-type]  # checked above
-
-
-def _terms_values(terms: Terms) -> dict[str, Any]:
-    """What is asked for; nothing of what is not, so that older devices go on reading all else."""
-    said = {"terms-steps": terms.steps, "terms-control": terms.control, "terms-pull": terms.pull}
-    found: dict[str, Any] = {key: value for key, value in said.items() if value}
-    names = {"terms-own": list(terms.own), "terms-frozen": list(terms.frozen)}
-    return {**found, **{key: value for key, value in names.items() if value}}
-
-
-def _terms(config: ConfigRecord) -> Terms:
-    own, frozen = _names(config, "terms-own"), _names(config, "terms-frozen")
-    pull = float(_number(config, "terms-pull", float)) if "terms-pull" in config else 0.0
-    steps, control = config.get("terms-steps", False), config.get("terms-control", False)
-    return Terms(steps is True, control is True, own, frozen, pull)
-
-
-def _names(config: ConfigRecord, key: str) -> tuple[str, ...]:
-    found = config.get(key, [])
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"{key} is no list of names")
-    return tuple(map(str, found))
 
 
 def frozen_of(message: Message, terms: Terms) -> dict[str, npt.NDArray[np.generic]]:

@@ -52,10 +52,40 @@ class Terms:
         """Whether a client has something to remember: its app must run, whoever does the training."""
         return self.control or bool(self.own) or self.pull > 0
 
+    def said(self) -> dict[str, bool | float | list[str]]:
+        """The keys of a config for what is asked for, none for what is not: older devices read the rest."""
+        names = {"terms-own": list(self.own), "terms-frozen": list(self.frozen)}
+        found: dict[str, bool | float | list[str]] = {key: value for key, value in names.items() if value}
+        for key, value in (("steps", self.steps), ("control", self.control), ("pull", self.pull)):
+            if value:
+                found[f"terms-{key}"] = value
+        return found
+
+    @classmethod
+    def of(cls, config: Mapping[str, object]) -> Terms:
+        """Read the keys that `said` gives, from a config that came over a network.
+
+        Raises:
+            ValueError: a value of another type, or out of range.
+        """
+        pull = config.get("terms-pull", 0.0)
+        if not isinstance(pull, (int, float)) or isinstance(pull, bool):
+            raise ValueError(f"terms-pull is a {type(pull).__name__}, not a number")
+        steps, control = (config.get(f"terms-{key}") is True for key in ("steps", "control"))
+        own, frozen = (_names(config, f"terms-{key}") for key in ("own", "frozen"))
+        return cls(steps, control, own, frozen, float(pull))
+
     def shared(self, state: Arrays) -> dict[str, npt.NDArray[np.generic]]:
         """The part of a model's state that clients send, and strategies aggregate."""
         other = frozenset((*self.own, *self.frozen))
         return {name: value for name, value in state.items() if name not in other}
+
+
+def _names(config: Mapping[str, object], key: str) -> tuple[str, ...]:
+    found = config.get(key, [])
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{key} is no list of names")
+    return tuple(found)
 
 
 PLAIN: Final = Terms()

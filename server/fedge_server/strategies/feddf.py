@@ -73,14 +73,7 @@ class FedDf(FedAvg):
             raise ValueError(f"epochs {epochs} must be at least 1, learning_rate {learning_rate} above 0")
         self.own = run.model.name or task.default_model
         self.names = tuple(name.strip() for name in models.split(",")) if models else (self.own,)
-        if unknown := [name for name in self.names if name not in task.models]:
-            raise ValueError(f"models {unknown} are none of task {task.name!r}: {', '.join(task.models)}")
-        for key, set_ in (
-            ("communication.codec", run.communication.codec),
-            ("evaluate.anomalies", run.evaluate.anomalies),
-        ):
-            if set_ and set(self.names) != {self.own}:
-                raise ValueError(f"models {models!r}: {key} is for one architecture; leave one of them out")
+        _check(run, task, self.own, self.names)
         self.blank: Callable[[str], nn.Module] = lambda name: copy.deepcopy(
             local.first(task, name, data.spec, run.seed)
         )
@@ -203,3 +196,16 @@ class FedDf(FedAvg):
             Message(contents[self.model_of(node)], node, kind)
             for node in (message.metadata.dst_node_id for message in messages)
         ]
+
+
+def _check(run: Config, task: Task, own: str, names: tuple[str, ...]) -> None:
+    if unknown := [name for name in names if name not in task.models]:
+        raise ValueError(f"models {unknown} are none of task {task.name!r}: {', '.join(task.models)}")
+    for key, is_set in (
+        ("communication.codec", run.communication.codec),
+        ("evaluate.anomalies", run.evaluate.anomalies),
+    ):
+        if is_set and set(names) != {own}:
+            raise ValueError(
+                f"models {', '.join(names)}: {key} is for one architecture; leave one of them out"
+            )
