@@ -2,10 +2,10 @@
 
 50 clients (Dirichlet 0.5) whose speeds are log-normal (sigma 1) and of which a tenth never answers. Who waits
 for everyone waits until the deadline, set to what the slowest living client needs, since the dead never
-answer; "first 80 %" closes a round once so many have answered; fedbuff and fedasync wait for nobody. Clients,
-data, model (2NN) and settings of training are the same. Every run is fedge's own on the simulated clock, on
-data of your own copy (`--data-dir DIR` with `fashion_mnist.npz`); 10,000 of the 60,000 images, so that it
-takes minutes.
+answer; "first 80 %" closes a round once so many have answered; "fitted work" gives each client as much as it
+can do by a shorter deadline; fedbuff and fedasync wait for nobody. Clients, data, model (2NN) and settings of
+training are the same. Every run is fedge's own on the simulated clock, on data of your own copy (`--data-dir
+DIR` with `fashion_mnist.npz`); 10,000 of the 60,000 images, so that it takes minutes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ DEADLINE_S = 250.0  # above the slowest living client's time at these seeds; che
 WAYS: dict[str, dict[str, Any]] = {
     "waits for everyone": {"strategy": {"name": "fedavg"}},
     "first 80 %": {"strategy": {"name": "fedavg"}, "rounds": {"quorum": 0.8}},
+    "fitted work, 40 s": {"strategy": {"name": "fedavg"}, "rounds": {"fit_work": True, "deadline_s": 40.0}},
+    "fitted work, 20 s": {"strategy": {"name": "fedavg"}, "rounds": {"fit_work": True, "deadline_s": 20.0}},
     "fedbuff, 5": {"strategy": {"name": "fedbuff", "buffer": 5}},
     "fedbuff, 10": {"strategy": {"name": "fedbuff", "buffer": 10}},
     "fedbuff, 20": {"strategy": {"name": "fedbuff", "buffer": 20}},
     "fedasync, 0.2": {"strategy": {"name": "fedasync", "mixing": 0.2}},
 }
-QUICK = ("waits for everyone", "first 80 %", "fedbuff, 10")
-MOST = {"fedavg": 60, "fedbuff": 600, "fedasync": 2500}  # rounds; none needs so many
+QUICK = ("waits for everyone", "first 80 %", "fitted work, 20 s", "fedbuff, 10")
+MOST = {"fedavg": 200, "fedbuff": 600, "fedasync": 2500}  # rounds; none needs so many
 
 
 def part_of(data: Path, folder: Path) -> Path:
@@ -110,7 +112,9 @@ def main(asked: Options) -> None:
     claims = {
         f"speedup of {name}": slow / seconds(name) for name in WAYS if any(r["way"] == name for r in rows)
     }
-    claims["speedup"] = max(v for k, v in claims.items() if "fedbuff" in k or "fedasync" in k)
+    claims["speedup"] = max(
+        value for name, value in claims.items() if "%" not in name and "everyone" not in name
+    )
     publish(asked, before, claims, rows)
 
 

@@ -43,6 +43,7 @@ that name, and DataError when there are no usable examples. What a server says i
 Secret = Callable[[Instructions, int], bytes]
 """The key of a client's noise in a round, for the client of this node id."""
 
+_SUBSET = 2  # stream of a client's key; `fedge.learning.local` has 0 and 1
 NodeConfig = Mapping[str, bool | float | int | str]
 
 
@@ -161,8 +162,10 @@ def build(
         instructions = Instructions.of(message)
         if instructions.codec is not None and (sent := coding.answered(message, context, instructions)):
             return sent
-        own = trained_on(share(context, instructions), instructions)
-        job = keeping.begun(_job(message, context, instructions, *own), message, context)
+        task, examples = trained_on(share(context, instructions), instructions)
+        some = _some(examples, instructions, context.node_id)
+        instructions = replace(instructions, most_examples=None)  # those of all clients are alike again
+        job = keeping.begun(_job(message, context, instructions, task, some), message, context)
         if instructions.guard is not None:
             if instructions.guard.kind == "distributed" and not masking.is_asked_for(message):
                 raise FormatError("guard distributed: a share of the noise hides nothing without masks")
@@ -192,6 +195,16 @@ def build(
 def trained_on(own: tuple[Task, Examples], instructions: Instructions) -> tuple[Task, Examples]:
     """The task and what is left of a client's examples to train on, and to take moments of."""
     return _divided(own, instructions, back=False) if instructions.holdout else own
+
+
+def _some(examples: Examples, instructions: Instructions, node_id: int) -> Examples:
+    """As many as the client is to train on in this round, drawn from all; each round has others."""
+    most = instructions.most_examples
+    if most is None or most >= len(examples):
+        return examples
+    seed = client_seed(instructions.seed, instructions.round, node_id)
+    order = draws.permutation(draws.derive(draws.key(seed), _SUBSET), len(examples))
+    return examples.take(order[:most].sort().values.numpy())
 
 
 def evaluated_on(own: tuple[Task, Examples], instructions: Instructions) -> tuple[Task, Examples]:

@@ -164,12 +164,18 @@ class Rounds:
     quorum: Fraction = 1.0  # of a round's clients: so many valid updates close it early
     min_updates: Count = 1  # fewer valid updates than this: the round does not count
     deadline_s: Positive | None = None  # after this it closes with what has come
+    fit_work: bool = False  # each client trains on as much as it can by deadline_s, as its answers show
     target: Annotated[str, AfterValidator(_parses_as_target)] | None = None  # "accuracy>=0.97"
     # reached once it holds with this certainty, one-sided, over the test data; None: once the figure does
     target_confidence: Confidence | None = None
     patience: Count | None = None  # stop after so many rounds without a gain of min_gain
     min_gain: NotNegative = 0.001  # of the target's metric, or accuracy
     smooth: Count = 1  # patience looks at the mean of so many last rounds
+
+    def __post_init__(self) -> None:
+        """Refuse work that is fitted to nothing."""
+        if self.fit_work and self.deadline_s is None:
+            raise ValueError("fit_work needs deadline_s, by which clients are to answer")
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)

@@ -19,7 +19,7 @@ from fedge.learning.messages import ARRAYS, arrays_named
 from fedge_server.rounds.closing import payload_bytes
 from fedge_server.rounds.grids import OwnGrid
 from fedge_simulations.course import Course, Fate, Ring, Steady
-from fedge_simulations.sizes import answer_bytes, sized
+from fedge_simulations.sizes import answer_bytes, most_examples, sized
 from fedge_simulations.states import States
 from fedge_simulations.summing import Holders, clients_in, failure, sum_of, sum_of_moments
 from fedge_simulations.trainers import OneByOne, Trainers, Turn
@@ -145,7 +145,9 @@ class VectorGrid(OwnGrid):
         for (kind, size), group in itertools.groupby(sized(messages), key=lambda each: each[0]):
             sent = [message for _, message in group]
             asked = [message.metadata.dst_node_id for message in sent]
-            fates = self._fates(asked, kind, size, answer_bytes(sent[0], size))
+            fates = self._fates(
+                asked, kind, size, answer_bytes(sent[0], size), [most_examples(message) for message in sent]
+            )
             for message, fate in zip(sent, fates, strict=True):
                 self._sequence += 1
                 message_id = f"m{self._sequence}"
@@ -158,14 +160,24 @@ class VectorGrid(OwnGrid):
         self._asked = len(ids)
         return ids
 
-    def _fates(self, node_ids: Sequence[int], kind: str, bytes_down: int, bytes_up: int) -> list[Fate]:
+    def _fates(
+        self,
+        node_ids: Sequence[int],
+        kind: str,
+        bytes_down: int,
+        bytes_up: int,
+        most: Sequence[float] | None = None,
+    ) -> list[Fate]:
         holders = self._holders
+        sizes = [holders.size(node_id) if holders is not None else 0 for node_id in node_ids]
+        if most is not None:
+            sizes = [int(min(size, limit)) for size, limit in zip(sizes, most, strict=True)]
         return self._course.fates(
             node_ids,
             kind=kind,
             round=self.round,
             clock_s=self.sent_s,
-            examples=[holders.size(node_id) if holders is not None else 0 for node_id in node_ids],
+            examples=sizes,
             bytes_down=bytes_down,
             bytes_up=bytes_up,
         )

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedge.codecs.update import estimated_bytes
-from fedge.learning.messages import ARRAYS, CONFIG, STATE_BYTES, arrays_named, codec_of, from_record
+from fedge.learning.messages import (
+    ARRAYS,
+    CONFIG,
+    MOST_EXAMPLES,
+    STATE_BYTES,
+    arrays_named,
+    codec_of,
+    from_record,
+)
 from fedge.wire.arrays import records_of
 from fedge_server.rounds.closing import payload_bytes
 
@@ -21,6 +30,13 @@ def sized(messages: Iterable[Message]) -> Iterator[tuple[tuple[str, int], Messag
         if id(content) not in sizes:
             sizes[id(content)] = (content, payload_bytes(message))
         yield (message.metadata.message_type, sizes[id(content)][1]), message
+
+
+def most_examples(message: Message) -> float:
+    """That a client is told to train on at most; infinite: it trains on all it has."""
+    config = records_of(message.content, ConfigRecord).get(CONFIG)
+    told = None if config is None else config.get(MOST_EXAMPLES)
+    return float(told) if isinstance(told, int) else math.inf
 
 
 def answer_bytes(message: Message, size: int) -> int:

@@ -38,6 +38,7 @@ GUARDED = "guarded"  # 1: the client has protected itself as it was told to
 HELD_OUT = "held-out"  # 1: evaluated on examples that the client keeps back from training
 CLIENTS = "clients"  # how many clients' updates a partial sum holds; in no client's own answer
 CODED = "coded"  # the one array of an update in a codec (`fedge.codecs.update`)
+MOST_EXAMPLES = "most-examples"  # that a client trains on in this round
 STATE_BYTES = "state-bytes"  # of the state that a change stands for
 MAX_EXAMPLES = 10**9  # of one client: keeps sums exact; it is no defence against a client that lies
 QUERY_MOMENTS = "query.moments"
@@ -65,6 +66,7 @@ class Instructions:
     task_digest: str = ""  # the client's must be the same (fedge.task_digest); empty: not checked
     guard: Guard | None = None  # how the client protects what it sends; None: not at all
     holdout: float = 0.0  # share of its examples that the client keeps back from training, to evaluate on
+    most_examples: int | None = None  # that this client trains on, drawn anew each round; None: on all
     terms: Terms = PLAIN  # what the strategy asks for besides
     void: int | None = None  # what this client sent from that round on was not counted; None: all was
     codec: Codec | None = None  # what it does to its change then; None: it sends all of it
@@ -160,6 +162,8 @@ class Instructions:
             guard=_guard(config) if "guard" in config else None,
             holdout=_share(config, "holdout") if "holdout" in config else 0.0,
             terms=Terms.of(config),
+            most_examples=max(_number(config, MOST_EXAMPLES, int), 1) if MOST_EXAMPLES in config else None,
+            terms=_terms(config),
             void=_number(config, VOID, int) if VOID in config else None,
             codec=codec_of(config),
             downlink=_codec(config, "downlink") if "downlink" in config else None,

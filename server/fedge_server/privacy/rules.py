@@ -143,6 +143,11 @@ def _check_secure(config: Config, *, linear: bool) -> None:
             f"nobody sees a single update that could stand out with {beside}; leave it out",
         ),
         (
+            rounds.fit_work,
+            "rounds.fit_work = true",
+            f"each client's count and time would be looked at; leave it out with {beside}",
+        ),
+        (
             config.scenario.attackers > 0,
             "scenario.attackers",
             f"change what is sent on its way, which spoils a masked sum; leave it out with {beside}",

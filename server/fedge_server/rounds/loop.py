@@ -59,6 +59,7 @@ from fedge_server.rounds.downlink import Downlink
 from fedge_server.rounds.grids import Identified, Simulated, Summing, nodes_of
 from fedge_server.rounds.moments import federated_moments, kept_moments, moments_arrays
 from fedge_server.rounds.norms import norm_limit
+from fedge_server.rounds.pace import Pace
 from fedge_server.rounds.record import Metric, RoundRecord
 from fedge_server.rounds.sampling import MANY, Cohort, cohort_size, draw, draw_each
 from fedge_server.rounds.scoring import Answers, Sureness, is_finite, probabilities_of, score, sureness
@@ -156,6 +157,7 @@ class _Run:
     downlink: Downlink | None = None  # of runs that send changes of the global state
     answers: Answers | None = None  # of the global state to the test data, once it was asked
     under_way: UnderWay | None = None  # of asynchronous rounds
+    pace: Pace | None = None  # of runs that fit clients' work to their speed
 
     @classmethod
     def prepare(
@@ -215,13 +217,15 @@ class _Run:
             run.downlink = Downlink(told.downlink, local.parameters_of(network), config.seed)
         if isinstance(chosen.strategy, Asynchronous):
             run.under_way = UnderWay.of(grid, config, chosen.strategy)
+        run.pace = Pace.of(config)
         if last is None:
             scores, _ = run.evaluate_centrally()
             run.commit(RoundRecord(0, scores, simulated_s=run.simulated_s(), origin=start.origin))
         else:
             run.records = registry.records(run_id)
-            if run.downlink is not None:
-                run.downlink = run.downlink.remembering(beside_of(last.state))
+            beside = beside_of(last.state)
+            run.downlink = None if run.downlink is None else run.downlink.remembering(beside)
+            run.pace = None if run.pace is None else run.pace.remembering(beside)
             run.model_sha256 = last.model_sha256
         return run
 
@@ -304,7 +308,9 @@ class _Run:
             sent = list(self.configure(number, MessageType.TRAIN, nodes))
             if self.downlink is not None:
                 sent = self.downlink.dressed(sent, sum(value.nbytes for value in self.shared.values()))
+            sent = sent if self.pace is None else self.pace.fitted(sent)
             came = self.grid.send_and_receive(sent, timeout=rounds.deadline_s)
+            came = came if self.pace is None else self.pace.watched(came, nodes, self.now)
             admit, collected.bytes_down = singles(self.rules(number), set(nodes)), payload_bytes_of(sent)
         return collect(came, admit, collected, needed=needed, once=self.at_once), collected
 
@@ -327,7 +333,7 @@ class _Run:
 
         Clipping is, and so are bounds, scores and a codec.
         """
-        alone = self.protection is not None or self.config.validate.of_singles
+        alone = self.protection is not None or self.config.validate.of_singles or self.pace is not None
         return self.chosen.sums and not (alone or self.instructions.codec is not None or self.scoring)
 
     @property
@@ -485,6 +491,10 @@ class _Run:
         nodes = {message.metadata.dst_node_id for message in asked}
         return on_clients(self.chosen.strategy, number, replies, nodes, self.config)
 
+    def now(self) -> float:
+        """Seconds, by the clock that clients' work goes by."""
+        return self.grid.elapsed_s if isinstance(self.grid, Simulated) else time.monotonic()
+
     def simulated_s(self) -> float | None:
         """Simulated seconds since the run began; None in real time."""
         return self.grid.elapsed_s if isinstance(self.grid, Simulated) else None
@@ -495,7 +505,8 @@ class _Run:
 
     def commit(self, record: RoundRecord) -> None:
         """Make the round count."""
-        state = capture(self.chosen.strategy, {} if self.downlink is None else self.downlink.memory())
+        remembered = {} if self.downlink is None else dict(self.downlink.memory())
+        state = capture(self.chosen.strategy, remembered | ({} if self.pace is None else self.pace.memory()))
         kept = {**self.arrays, **moments_arrays(self.instructions.moments)}
         self.model_sha256 = self.registry.commit_round(self.run_id, record, kept, state, self.about)
         self.records.append(record)

@@ -233,6 +233,7 @@ def _refuse_what_waits(config: Config, buffer: int) -> None:
         ("privacy.mechanism", config.privacy.mechanism != "none", "counts one answer of a client in a round"),
         ("communication.codec", bool(config.communication.codec), "codes changes of this round's model"),
         ("rounds.sampling", rounds.sampling != "fixed", "draws a round's clients, and here they go on"),
+        ("rounds.fit_work", rounds.fit_work, "fits clients' work to a deadline that nobody waits for"),
         ("rounds.quorum", rounds.quorum < 1, "has no effect: strategy.buffer updates close a round"),
         ("rounds.min_updates", rounds.min_updates > buffer, f"is above the {buffer} that close a round"),
     ):
