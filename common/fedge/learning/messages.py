@@ -163,7 +163,6 @@ class Instructions:
             holdout=_share(config, "holdout") if "holdout" in config else 0.0,
             terms=Terms.of(config),
             most_examples=max(_number(config, MOST_EXAMPLES, int), 1) if MOST_EXAMPLES in config else None,
-            terms=_terms(config),
             void=_number(config, VOID, int) if VOID in config else None,
             codec=codec_of(config),
             downlink=_codec(config, "downlink") if "downlink" in config else None,
