@@ -120,3 +120,12 @@ def test_another_precision_is_refused_and_so_is_any_where_nothing_is_accumulated
         strategy(name="fedavg", accumulate="float46")
     with pytest.raises(ConfigError, match=r"unknown key 'strategy\.accumulate' for strategy 'fedmedian'"):
         strategy(name="fedmedian", accumulate="float64")
+
+
+def test_arrays_of_any_length_are_added_whole():
+    """The pieces that BLAS is given have an end of their own."""
+    for size in (1, 9_983, 9_984, 9_985, 30_000, 70_001):
+        values = np.stack([np.arange(size), np.arange(size)[::-1]]).astype(np.float32)
+        for dtype in ("float32", "float64", "float16"):
+            given = (values % 8).astype(dtype)
+            np.testing.assert_allclose(mean_of(given, [1, 3]), (given[0] + 3.0 * given[1]) / 4, rtol=1e-3)

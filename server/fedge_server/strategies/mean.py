@@ -2,7 +2,9 @@
 
 Every array is read where it lies, or a piece at a time from its file, and added in place, a block at a time.
 Weights are taken relative to the first one: equal ones are not multiplied with, and sums stay as large as the
-values. BLAS's axpy is a fifth faster, but takes all cores at each call, whose waiting threads spin.
+values. Product and sum are BLAS's axpy, a third faster than numpy's two steps, in pieces for which OpenBLAS
+takes one thread: given whole arrays it takes all cores, whose waiting threads spin, and on a busy machine that
+was six times slower.
 
 The order of arrival changes no more than this. With K updates, u = 2^-24 for float32 and 2^-53 for float64,
 and g = (K + 4) u / (1 - (K + 4) u), each value of the mean is within
@@ -23,12 +25,15 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
+from scipy.linalg import blas
 
 from fedge.wire.arrays import FileArray, MemoryArray, pieces, put
 from fedge_server.scratch import BLOCK, scratch_of
 
 Accumulate = Literal["float32", "float64"]
 ACCUMULATE: Final = get_args(Accumulate)
+_AXPY: Final = {np.dtype(np.float32): blas.saxpy, np.dtype(np.float64): blas.daxpy}
+_ONE_THREAD: Final = 9_984  # values: OpenBLAS takes more threads above 10,000
 
 Values = npt.NDArray[Any]
 
@@ -96,6 +101,11 @@ def _add(total: Values, values: Values, factor: float) -> None:
     """Add factor * values to the total, both flat; no new array as large as they are."""
     if factor == 1.0:
         total += values
+        return
+    axpy = _AXPY.get(values.dtype)
+    if axpy is not None and values.dtype == total.dtype:
+        for at in range(0, values.size, _ONE_THREAD):
+            axpy(values[at : at + _ONE_THREAD], total[at : at + _ONE_THREAD], a=factor)
         return
     scratch = scratch_of(total.dtype)
     for at in range(0, values.size, BLOCK):
