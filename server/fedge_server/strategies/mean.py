@@ -3,8 +3,8 @@
 Every array is read where it lies, or a piece at a time from its file, and added in place, a block at a time.
 Weights are taken relative to the first one: equal ones are not multiplied with, and sums stay as large as the
 values. Product and sum are BLAS's axpy, a third faster than numpy's two steps, in pieces for which OpenBLAS
-takes one thread: given whole arrays it takes all cores, whose waiting threads spin, and on a busy machine that
-was six times slower.
+takes one thread: given whole arrays it takes all cores, whose waiting threads spin, and on a busy machine
+that was six times slower.
 
 The order of arrival changes no more than this. With K updates, u = 2^-24 for float32 and 2^-53 for float64,
 and g = (K + 4) u / (1 - (K + 4) u), each value of the mean is within
