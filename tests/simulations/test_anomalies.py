@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from fedge.errors import ConfigError
 from fedge_server.cli import main
 from fedge_simulations import run
+from fedge_simulations.world import prepare
 
 HOSTILE = {
     "clients": {"count": 10},
@@ -59,6 +61,12 @@ def test_attackers_stand_in_history_report_and_command(small, tmp_path, capsys):
     [run_id] = {row["id"] for row in _json(main, ["run", "ls", "--home", str(tmp_path / "run")], capsys)}
     assert main(["run", "show", run_id, "--home", str(tmp_path / "run")]) == 0
     assert "stand out (clients " in capsys.readouterr().out
+
+
+def test_updates_of_different_models_are_not_held_against_each_other(small):
+    rule = {"name": "feddf", "models": "mlp,logistic"}
+    with pytest.raises(ConfigError, match=r"feddf.*evaluate\.anomalies is for one architecture"):
+        prepare(small(strategy=rule, evaluate={"anomalies": True}))
 
 
 def _json(command, arguments, capsys):
