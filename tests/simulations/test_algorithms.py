@@ -344,3 +344,29 @@ def test_what_stays_on_devices_goes_with_masks_and_noise(privacy, name, small, l
     kept = from_record(states.load(1)["own" if name == "fedper" else "personal"])
     whole = arrays_of(learned.model.network)
     assert sorted(kept) == (["5.bias", "5.weight"] if name == "fedper" else sorted(whole))
+
+
+@pytest.mark.slow
+def test_fedbn_answers_better_where_each_clients_sensor_measures_otherwise(small, learn, tmp_path):
+    """What it is for: the same classes, but each client's values are turned over, scaled and moved."""
+    digits = prepare(small()).dataset.examples
+    rng = np.random.default_rng(0)
+    client = rng.integers(0, 4, len(digits.y))
+    x = (
+        digits.x * np.array([1, -3, 0.2, -8])[client, None, None]
+        + np.array([0, 60, 7, -40])[client, None, None]
+    )
+    np.savez(tmp_path / "own.npz", x=x.astype(np.float32), y=digits.y.astype(str), client=client)
+
+    def accuracy(name):
+        config = small(
+            data=str(tmp_path / "own.npz"),
+            model={"name": "mlp-bn", "standardise": False},
+            clients={"partition": "natural", "count": None},
+            strategy={"name": name},
+            evaluate={"federated": True, "client_holdout": 0.3},
+            rounds={"count": 12},
+        )
+        return learn(config, tmp_path / name).records[-1].client_metrics["accuracy"]
+
+    assert accuracy("fedbn") > accuracy("fedavg") + 0.02
