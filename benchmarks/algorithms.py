@@ -4,8 +4,8 @@ Each algorithm gets the same data, clients, cohorts, rounds and local steps; onl
 for batch normalisation, the model). 6,000 training examples of the set are dealt out, so that all of it takes
 some minutes. Beside the accuracy of the global model on the server's test data stands that of what each
 client answers with, on examples that it keeps back from training, weighted by their number. Both are means
-of the last five rounds, since they swing where clients' data differ; the spread is over seeds. Options were
-set once, on a seed that is not reported.
+of the last five rounds, since they swing where clients' data differ; the spread is over seeds. Options of
+fedavgm and fedadam are the better of two values on a seed that is not reported; the others were set beforehand.
 
 `--data-dir DIR` with `fashion_mnist.npz` (x_train, y_train, x_test, y_test).
 """
