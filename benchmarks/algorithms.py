@@ -5,7 +5,7 @@ for batch normalisation, the model). 6,000 training examples of the set are deal
 some minutes. Beside the accuracy of the global model on the server's test data stands that of what each
 client answers with, on examples that it keeps back from training, weighted by their number. Both are means
 of the last five rounds, since they swing where clients' data differ; the spread is over seeds. Options of
-fedavgm and fedadam are the better of two values on a seed that is not reported; the others were set beforehand.
+fedavgm and fedadam are the better of two values on a seed that is not reported; the others were set before.
 
 `--data-dir DIR` with `fashion_mnist.npz` (x_train, y_train, x_test, y_test).
 """
