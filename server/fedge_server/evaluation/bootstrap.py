@@ -21,6 +21,9 @@ Figures = npt.NDArray[np.float64]
 
 TAIL_RESAMPLES: Final = 20  # at least so many resamples lie beyond a bound, whatever the configuration says
 
+MIN_UNITS: Final = 5  # fewer say too little: Student's tails reach beyond all that can be drawn
+MIN_TAIL: Final = TAIL_RESAMPLES / 100_000  # no tail is taken further out, so that resamples stay bounded
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -53,10 +56,11 @@ def enough(resamples: int, tail: float) -> int:
 
 
 def expanded(tail: float, units: int) -> float:
-    """The share of resamples beyond the bound of a tail, where so many units, at least 2, were drawn."""
+    """The share of resamples beyond the bound of a tail, where MIN_UNITS units or more were drawn."""
     from scipy.special import ndtr, stdtrit  # half a second, which not every command needs
 
-    return float(ndtr(-math.sqrt(units / (units - 1)) * stdtrit(units - 1, 1 - tail)))
+    found = float(ndtr(-math.sqrt(units / (units - 1)) * stdtrit(units - 1, 1 - tail)))
+    return max(found, min(tail, MIN_TAIL))
 
 
 def bounds(figures: Figures, tail: float) -> Interval:
@@ -70,7 +74,7 @@ def bounds(figures: Figures, tail: float) -> Interval:
 def mean_interval(
     values: npt.NDArray[np.floating], *, tail: float, resamples: int, rng: np.random.Generator
 ) -> Interval:
-    """The interval of the mean of at least two units, each of which counts the same."""
+    """The interval of the mean of at least MIN_UNITS units, each of which counts the same."""
     n = len(values)
     beyond = expanded(tail, n)
     count = enough(resamples, beyond)

@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from fedge.config import Config
 from fedge.learning.messages import HELD_OUT, METRICS
 from fedge.wire.arrays import records_of
-from fedge_server.evaluation.bootstrap import mean_interval
+from fedge_server.evaluation.bootstrap import MIN_UNITS, mean_interval
 from fedge_server.rounds.validation import evaluation_fault
 
 _STREAM: Final = 0xFA12
@@ -65,16 +65,13 @@ def across_clients(
         "accuracy_min": float(values[0]),
         "accuracy_worst_decile": float(values[: math.ceil(n / 10)].mean()),
     }
-    if n < 2:
+    if n > 1:
+        found["accuracy_variance"] = float(values.var(ddof=1))
+    if n < MIN_UNITS:
         return found
     rng = np.random.default_rng([seed, _STREAM])
     interval = mean_interval(values, tail=(1 - confidence) / 2, resamples=resamples, rng=rng)
-    return {
-        **found,
-        "accuracy_variance": float(values.var(ddof=1)),
-        "accuracy_low": interval.low,
-        "accuracy_high": interval.high,
-    }
+    return {**found, "accuracy_low": interval.low, "accuracy_high": interval.high}
 
 
 def on_clients(

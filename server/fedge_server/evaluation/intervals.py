@@ -66,7 +66,7 @@ class Answered:
 
 
 def interval(metric: str, answered: Answered, *, tail: float, resamples: int, seed: int) -> Interval | None:
-    """From where to where a metric may truly lie; None where fewer than two units say nothing of it.
+    """From where to where a metric may truly lie; None where fewer than MIN_UNITS say too little of it.
 
     Args:
         metric: one of METRICS; auc with two classes only.
@@ -75,7 +75,7 @@ def interval(metric: str, answered: Answered, *, tail: float, resamples: int, se
         resamples: R at least.
         seed: decides the draws: the same for all rounds of a run, so that bounds move only with the answers.
     """
-    if answered.units < 2:
+    if answered.units < bootstrap.MIN_UNITS:
         return None
     if metric == "accuracy":
         return _of_accuracy(answered, tail, resamples, _rng(seed))

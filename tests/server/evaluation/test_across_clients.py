@@ -42,6 +42,15 @@ def test_one_client_has_no_spread():
     assert set(figures([0.5])) == {"clients", "accuracy_mean", "accuracy_min", "accuracy_worst_decile"}
 
 
+def test_few_clients_have_a_variance_and_no_interval_and_take_no_time():
+    """Student's tail of 2 or 3 units is so far out that no number of resamples would reach it."""
+    for n in (2, 3, 4):
+        assert "accuracy_variance" in figures([0.5, 0.75, 0.25, 1.0][:n])
+        assert "accuracy_low" not in figures([0.5, 0.75, 0.25, 1.0][:n])
+    sure = across_clients([0.5, 0.75, 0.25, 1.0, 0.5], confidence=0.999, resamples=1000, seed=0)
+    assert 0.25 <= sure["accuracy_low"] < 0.6 < sure["accuracy_high"] <= 1.0
+
+
 def test_the_order_of_the_clients_does_not_matter():
     rng = np.random.default_rng(0)
     values = rng.random(30)
