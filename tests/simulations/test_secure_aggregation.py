@@ -12,7 +12,7 @@ from fedge.errors import RoundError
 from fedge.learning.messages import ARRAYS, from_record
 from fedge.secagg import wire
 from fedge.wire.arrays import records_of
-from fedge_server.rounds import loop
+from fedge_server.rounds import run as rounds_run
 from fedge_simulations import run
 from fedge_simulations.grid import VectorGrid
 
@@ -68,7 +68,7 @@ def test_a_round_that_asks_nobody_says_nothing_of_an_earlier_one(monkeypatch: py
     def drawn(grid: Any, nodes: Any, share: float, *, seed: int, number: int) -> list[int]:
         return [] if number == 2 else list(nodes)[: 2 if number == 3 else 8]
 
-    monkeypatch.setattr(loop, "draw_each", drawn)
+    monkeypatch.setattr(rounds_run, "draw_each", drawn)
     found = run({**SECTIONS, "rounds": {"count": 4, "sampling": "poisson", "fraction": 0.9}})
     said = [sorted(record.privacy) for record in found.history]
     assert [record.counted for record in found.history] == [True, False, False, True]
