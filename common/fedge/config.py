@@ -286,6 +286,7 @@ class Simulation:
 
     # vector: clients batched; sequential: one by one by the device's own code; ray: Flower's simulation
     engine: Literal["vector", "sequential", "ray"] = "vector"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # vector: auto takes a GPU if there is one
     clients_at_once: WholeOrNone = 0  # batched together; 0: measured for the model and the machine
     # processes of "vector", this one included, and actors of "ray"; 0: one for each core, where it pays
     workers: WholeOrNone = 0

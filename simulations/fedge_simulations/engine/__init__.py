@@ -20,6 +20,7 @@ import torch
 
 from fedge.config import Simulation, Train
 from fedge.dataset import Array, Examples, Indices
+from fedge.errors import ConfigError
 from fedge.learning import draws, local
 from fedge.learning.freezing import training
 from fedge.learning.local import Job, Trained
@@ -28,10 +29,10 @@ from fedge.learning.state import NamedArrays, cast_like
 from fedge.learning.threads import limited
 from fedge.statistics import Moments
 from fedge_simulations.engine import gradients
-from fedge_simulations.engine.choice import Way, choose
+from fedge_simulations.engine.choice import Way, anywhere, choose
 from fedge_simulations.engine.lanes import Part, Sums, cut
 from fedge_simulations.engine.measured import Plan, fastest
-from fedge_simulations.engine.stack import NO_PULL, Layout, Pull, Stacked, in_order, rows_of, train
+from fedge_simulations.engine.stack import CPU, NO_PULL, Layout, Pull, Stacked, in_order, rows_of, train
 from fedge_simulations.engine.steppers import Recipe
 from fedge_simulations.engine.workers import PAYS_S, Workers
 from fedge_simulations.trainers import Client, Sum, attempt
@@ -40,6 +41,7 @@ Say = Callable[[str], None]
 _LOG = logging.getLogger("fedge.simulation")
 
 STACK_BYTES = 13 * 2**19  # of the models that are batched together, until it is measured
+GPU_STACK_BYTES = 2**30  # the same on a GPU, which has no cache to fit into
 ROWS_BYTES = 32 * 1024**2  # of their data
 WHOLE_BYTES = 64 * 1024**2  # of a data set that is pre-processed once and kept, at most
 PREPROCESSED = 256  # examples at a time
@@ -57,6 +59,7 @@ class _Prepared:
     least: int
     keep: bool  # whether the data set is small enough to be pre-processed once
     inputs: torch.Tensor | None = None  # all of it, once that is done
+    classes: torch.Tensor | None = None  # of it, where the inputs are
 
 
 class Engine:
@@ -83,6 +86,9 @@ class Engine:
             say: hears once of each model that cannot be batched, and why.
         """
         self._settings, self.data, self._say, self._rounds = settings, data, say, rounds
+        self._devices = devices_of(settings)
+        if len(self._devices) > 1:  # one process drives the GPU
+            settings = self._settings = replace(settings, workers=1)
         self.workers, self._plan = Workers(settings, data, say), Plan.of(folder)
         self._most_rows = ROWS_BYTES // (4 * prod(data.x.shape[1:]))  # examples of a stack
         self._prepared: dict[tuple[Instructions, bytes], _Prepared] = {}
@@ -111,20 +117,20 @@ class Engine:
 
     def _train_stack(self, prepared: _Prepared, jobs: Sequence[Job]) -> list[Trained | Exception]:
         layout, settings = prepared.recipe.layout, prepared.recipe.settings
-        flat = rows_of(len(jobs), layout.size)
+        flat = rows_of(len(jobs), layout.size, prepared.way.device)
         layout.fill(flat, [job.state for job in jobs])
         own = Examples(
             np.concatenate([job.examples.x for job in jobs]), np.concatenate([job.examples.y for job in jobs])
         )
         lengths = [len(job.examples) for job in jobs]
-        pull = _pull(prepared.recipe, jobs)
+        pull = _pull(prepared.recipe, jobs).to(prepared.way.device)
         seeds = [job.seed for job in jobs]
         losses = self._train(prepared, flat, own, np.arange(len(own)), lengths, seeds, pull)
         if losses is None:
             return [attempt(job) for job in jobs]
         return [
             Trained(layout.arrays(row, job.state), loss, n, _steps(job, settings, prepared.least))
-            for row, job, loss, n in zip(flat.numpy(), jobs, losses, lengths, strict=True)
+            for row, job, loss, n in zip(flat.cpu().numpy(), jobs, losses, lengths, strict=True)
         ]
 
     def at_once(self, job: Job) -> int:
@@ -137,7 +143,8 @@ class Engine:
         if self._settings.clients_at_once:
             return self._settings.clients_at_once
         measured = self._plan.at_once(job.instructions)
-        models = STACK_BYTES // (4 * prepared.recipe.layout.size)
+        here = STACK_BYTES if prepared.way.device == CPU else GPU_STACK_BYTES
+        models = here // (4 * prepared.recipe.layout.size)
         return max(1, min(measured or min(models, MOST_AT_ONCE), self._rows_for(examples)))
 
     def _rows_for(self, examples: int) -> int:
@@ -163,7 +170,15 @@ class Engine:
         most = min(MOST_AT_ONCE, len(clients), self._rows_for(len(middle)))
         some, recipe = replace(job, examples=self.data.take(middle)), prepared.recipe
         try:
-            k = fastest(recipe.layout, recipe.settings, way.stepper, prepared.preprocess, some, most=most)
+            k = fastest(
+                recipe.layout,
+                recipe.settings,
+                way.stepper,
+                prepared.preprocess,
+                some,
+                most=most,
+                device=way.device,
+            )
         except Exception:  # noqa: BLE001 - a user's module may raise anything: this client fails in its rounds
             k = self._at_once(prepared, job, len(middle))
         self._plan.keep(job.instructions, k)
@@ -231,7 +246,7 @@ class Engine:
         stacks = -(-len(lengths) // at_once)
         k = -(-len(lengths) // stacks)  # stacks of equal size rather than a small one at the end
         start = prepared.recipe.layout.flat(job.state, torch.float32)
-        buffer = rows_of(k, len(start))
+        buffer = rows_of(k, len(start), prepared.way.device)
         for chosen in _chunks(range(len(lengths)), lengths, k, self._most_rows, prepared.least):
             own = [part.clients[i] for i in chosen]
             flat = buffer[: len(own)].copy_(start)
@@ -242,7 +257,7 @@ class Engine:
             if losses is None:
                 self._add_one_by_one(job, part, chosen, prepared.recipe.layout, found)
             else:
-                found.add(flat, own, [part.lane_of[i] for i in chosen], losses)
+                found.add(flat.cpu(), own, [part.lane_of[i] for i in chosen], losses)
 
     def _train(
         self,
@@ -269,14 +284,17 @@ class Engine:
     def _inputs(
         self, prepared: _Prepared, examples: Examples, indices: Indices
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pre-processed examples, their classes, and which of them `indices` names."""
+        """Pre-processed examples and their classes, where the models are, and which `indices` names."""
+        device = prepared.way.device
         if examples is self.data and prepared.keep:
             prepared.keep = False  # if this raises, because of one client, others are pre-processed apart
-            prepared.inputs = _preprocessed(prepared.preprocess, self.data.x)
-        if examples is self.data and prepared.inputs is not None:
-            return prepared.inputs, torch.from_numpy(self.data.y), torch.from_numpy(indices)
+            prepared.inputs = _preprocessed(prepared.preprocess, self.data.x).to(device)
+            prepared.classes = torch.from_numpy(self.data.y).to(device)
+        if prepared.inputs is not None and prepared.classes is not None and examples is self.data:
+            return prepared.inputs, prepared.classes, torch.from_numpy(indices)
         own = examples.take(indices) if examples is self.data else examples
-        return _preprocessed(prepared.preprocess, own.x), torch.from_numpy(own.y), torch.arange(len(own))
+        x, y = _preprocessed(prepared.preprocess, own.x), torch.from_numpy(own.y)
+        return x.to(device), y.to(device), torch.arange(len(own))
 
     def _prepare(self, job: Job) -> _Prepared:
         instructions = job.instructions
@@ -302,13 +320,32 @@ class Engine:
                 if instructions.guard is not None and instructions.guard.kind == "example":
                     way = Way(None)  # DP-SGD batches the examples of one client instead
                 else:
-                    way = choosing(recipe, replace(job, examples=some), preprocess)
+                    tried = replace(job, examples=some)
+                    way = anywhere(recipe, self._devices, lambda there: choosing(there, tried, preprocess))
+            if way.aside:
+                self._say(f"model {instructions.model}: {way.aside}; its clients are trained on the CPU")
             if way.why:
                 self._say(f"model {instructions.model}: {way.why}; its clients are trained one by one")
             keep = 4 * self.data.x.size <= WHOLE_BYTES
+            recipe = replace(recipe, device=way.device)
             found = _Prepared(recipe, preprocess, way, local.least_batch(model), keep)
             self._prepared[key] = found
         return found
+
+
+def devices_of(settings: Simulation) -> tuple[torch.device, ...]:
+    """Where clients may be trained: a GPU first, if there is one and it is wanted; the CPU last.
+
+    Raises:
+        ConfigError: a GPU was asked for, and torch finds none.
+    """
+    found = settings.device != "cpu" and torch.cuda.is_available()
+    if settings.device == "cuda" and not found:
+        raise ConfigError(
+            "simulation.device = 'cuda': torch finds no GPU here; install a build of it with CUDA, or "
+            "set 'auto'"
+        )
+    return (torch.device("cuda"), CPU) if found else (CPU,)
 
 
 def _pull(recipe: Recipe, jobs: Sequence[Job]) -> Pull:

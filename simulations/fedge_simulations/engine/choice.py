@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from fedge.learning import draws, local
 from fedge.learning.local import Job
-from fedge_simulations.engine.stack import Layout, Named, Pull, Stacked, Stepper, train
+from fedge_simulations.engine.stack import CPU, Layout, Named, Pull, Stacked, Stepper, train
 from fedge_simulations.engine.steppers import Linears, Recipe, Single, linear_layers
 from fedge_simulations.engine.vmapped import Vmapped
 
@@ -33,6 +33,8 @@ class Way:
     stepper: Stepper | None  # None: one by one, by the device's own code
     single: bool = False  # the stepper takes stacks of one
     why: str = ""  # nothing batches this model: what it was
+    device: torch.device = CPU  # where its stacks lie
+    aside: str = ""  # why it is no other device
 
 
 def choose(recipe: Recipe, job: Job, preprocess: nn.Module) -> Way:
@@ -50,6 +52,23 @@ def choose(recipe: Recipe, job: Job, preprocess: nn.Module) -> Way:
     return first_that(
         _candidates(recipe), recipe, lambda make, one: difference(make, recipe, job, preprocess, single=one)
     )
+
+
+def anywhere(recipe: Recipe, devices: Sequence[torch.device], choosing: Callable[[Recipe], Way]) -> Way:
+    """The way on the first of the devices that has one.
+
+    Args:
+        recipe: what is trained.
+        devices: those that should be tried first, first; the last is the CPU.
+        choosing: the way of a recipe on its own device.
+    """
+    reasons: list[str] = []
+    for device in devices:
+        way = replace(choosing(replace(recipe, device=device)), device=device)
+        if way.stepper is not None:
+            return replace(way, aside="; ".join(reasons))
+        reasons.append(f"not on {device.type}: {way.why or 'nothing is gained'}")
+    return way
 
 
 def first_that(
@@ -79,7 +98,8 @@ def first_that(
 def _candidates(recipe: Recipe) -> Iterator[tuple[Make, bool]]:
     if linear_layers(recipe.model) is not None:
         yield Linears, False
-    if any(isinstance(module, nn.Conv2d) for module in recipe.model.modules()):
+    convolves = any(isinstance(module, nn.Conv2d) for module in recipe.model.modules())
+    if convolves and recipe.device == CPU:  # which one client's fill already
         yield Single, True
     yield partial(Vmapped, fused=True), False
     yield Vmapped, False
@@ -130,16 +150,19 @@ def distance(
     with torch.no_grad():
         x = preprocess(torch.from_numpy(np.ascontiguousarray(job.examples.x)))
     x, y = x.double() if x.is_floating_point() else x, torch.from_numpy(job.examples.y)
+    device = recipe.device
     double = replace(recipe, model=copy.deepcopy(recipe.model).double())
     start = Layout.of(job.state).flat(job.state, torch.float64)
     sizes = [len(x)] if single else [len(x), len(x) if least > 1 else max(len(x) // 2, 1)]
     seeds = list(range(1, len(sizes) + 1))
-    flat = start.expand(len(sizes), -1).clone()
+    flat = start.to(device).expand(len(sizes), -1).clone()
     rows = torch.cat([torch.arange(n) for n in sizes])
-    data = Stacked(x, y, rows, torch.tensor(sizes), draws.key(torch.tensor(seeds)))
+    keys = draws.key(torch.tensor(seeds))
+    data = Stacked(x.to(device), y.to(device), rows, torch.tensor(sizes), keys)
     pull = _some_pull(recipe, start, len(sizes))
     with torch.no_grad():
-        losses = train(make(double), flat, data, recipe.settings, least, pull)
+        losses = train(make(double), flat, data, recipe.settings, least, pull.to(device))
+    flat = flat.cpu()
     far = []
     for i, (n, seed) in enumerate(zip(sizes, seeds, strict=True)):
         model = copy.deepcopy(double.model)

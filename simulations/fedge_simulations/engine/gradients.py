@@ -18,7 +18,7 @@ from fedge.config import Train
 from fedge.learning import local
 from fedge.learning.local import Job
 from fedge_simulations.engine.choice import TOLERANCE, Make, Way, distance, first_that
-from fedge_simulations.engine.stack import NO_PULL, Named, Pull
+from fedge_simulations.engine.stack import CPU, NO_PULL, Named, Pull
 from fedge_simulations.engine.steppers import Recipe
 from fedge_simulations.engine.vmapped import Vmapped
 
@@ -49,7 +49,7 @@ class Gradients(Vmapped):
         k = len(x)
         views = {name: value[:k] for name, value in self._views.items()}
         gradients, loss = self.gradients(views, x, y, weight, keys)
-        rows = torch.full((k,), float(x.shape[1]), dtype=loss.dtype) if weight is None else weight.sum(1)
+        rows = loss.new_full((k,), float(x.shape[1])) if weight is None else weight.sum(1)
         for name, value in gradients.items():
             self._found[name][:k].addcmul_(value, rows.view(-1, *[1] * (value.dim() - 1)))
         self._seen[:k] += rows
@@ -82,6 +82,7 @@ def choose(recipe: Recipe, job: Job, preprocess: nn.Module) -> Way:
         preprocess: raw input to the model's.
     """
     convolves = any(isinstance(module, nn.Conv2d) for module in recipe.model.modules())
+    convolves = convolves and recipe.device == CPU
     candidates = [] if convolves else [(Gradients, False)]
     return first_that(candidates, recipe, lambda make, _: difference(make, recipe, job, preprocess))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from fedge.learning.augment import augment
 from fedge.learning.state import NamedArrays
 
 Named = dict[str, torch.Tensor]
+CPU: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +75,13 @@ class Layout:
                 row.copy_(self.flat(state, flat.dtype))
 
 
-def rows_of(k: int, size: int) -> torch.Tensor:
+def rows_of(k: int, size: int, device: torch.device = CPU) -> torch.Tensor:
     """Room for k models, (k, D) float32, of which each begins at a multiple of 64 bytes.
 
     Matrix products round otherwise where their operands lie otherwise: so that a client's result does not
     depend on its place in a stack, every row lies alike.
     """
-    return torch.empty(k, -(-size // 16) * 16)[:, :size]
+    return torch.empty(k, -(-size // 16) * 16, device=device)[:, :size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,13 @@ class Pull:
 
     anchor: torch.Tensor | None = None  # (K, D); None: the weights at the start
     shift: torch.Tensor | None = None  # (K, D), 0 for buffers; None: nothing
+
+    def to(self, device: torch.device) -> Pull:
+        """The same, elsewhere."""
+        return Pull(
+            None if self.anchor is None else self.anchor.to(device),
+            None if self.shift is None else self.shift.to(device),
+        )
 
 
 NO_PULL = Pull()
@@ -118,10 +126,10 @@ class Stepper(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """The data of a stack's clients, those with most steps first."""
+    """The data of a stack's clients, those with most steps first; all but x and y in main memory."""
 
-    x: torch.Tensor  # (M, ...) pre-processed
-    y: torch.Tensor  # (M,)
+    x: torch.Tensor  # (M, ...) pre-processed, where the models are
+    y: torch.Tensor  # (M,), likewise
     rows: torch.Tensor  # (sum of N,) which of these are whose, one client after the other
     lengths: torch.Tensor  # (K,) N of each
     keys: torch.Tensor  # (K,) of each client in this round
@@ -149,21 +157,22 @@ def train(
     keys = local.step_keys(
         data.keys, torch.arange(steps)[:, None]
     )  # (T, K): in one go, since each call costs
-    losses = torch.zeros(steps, len(flat), dtype=torch.float64)
+    there, device = keys.to(flat.device), flat.device
+    losses = torch.zeros(steps, len(flat), dtype=torch.float64, device=device)
     seen = torch.zeros(steps, len(flat), dtype=torch.float64)
     stepper.begin(flat, pull)
     for step, (index, valid) in enumerate(schedule(data, settings, least)):
         k, rows = index.shape
-        chosen = index.reshape(-1)  # (k * R,)
+        chosen = index.reshape(-1).to(device)  # (k * R,)
         x = data.x.index_select(0, chosen)
         if settings.augment:
-            x = augment(x, settings.augment, local.example_keys(keys[step, :k], rows).reshape(-1))
+            x = augment(x, settings.augment, local.example_keys(there[step, :k], rows).reshape(-1))
         y = data.y.index_select(0, chosen).view(k, rows)
-        weight = None if valid is None else valid.to(flat.dtype)
-        losses[step, :k] = stepper.step(x.view(k, rows, *x.shape[1:]), y, weight, keys[step, :k])
+        weight = None if valid is None else valid.to(device, flat.dtype)
+        losses[step, :k] = stepper.step(x.view(k, rows, *x.shape[1:]), y, weight, there[step, :k])
         seen[step, :k] = rows if valid is None else valid.sum(1)
     stepper.end()
-    return (losses * seen).sum(0) / (data.lengths * settings.epochs)
+    return (losses.cpu() * seen).sum(0) / (data.lengths * settings.epochs)
 
 
 def schedule(

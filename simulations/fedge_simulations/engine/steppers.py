@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedge.config import Train
 from fedge.learning import draws, local
-from fedge_simulations.engine.stack import NO_PULL, Layout, Named, Pull
+from fedge_simulations.engine.stack import CPU, NO_PULL, Layout, Named, Pull
 
 # Weights of a linear layer from which on a few rows are multiplied the other way round: by size and not by
 # measurement, since it rounds otherwise and the same seed shall give the same result.
@@ -37,6 +37,7 @@ class Recipe:
     settings: Train
     mu: float = 0.0  # FedProx's
     shifted: bool = False  # something is added to each client's gradients (SCAFFOLD)
+    device: torch.device = CPU  # where the stacks lie
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -283,7 +284,7 @@ class Single:
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._loss = local.losses(recipe.settings)
-        self._model = copy.deepcopy(recipe.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._model = copy.deepcopy(recipe.model).to(recipe.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._flat: torch.Tensor | None = None
         # A layer steps in its backward pass, which there is none of where all before it is frozen.
         fused = recipe.plain_sgd and all(p.requires_grad for p in recipe.model.parameters())

@@ -43,9 +43,12 @@ class Vmapped:
         self._trainable = tuple(name for name in self._parameters if name not in own)
         self._buffers = tuple(name for name in recipe.layout.shapes if name not in recipe.trainable)
         self._counters = {
-            name: value for name, value in recipe.model.named_buffers() if not value.is_floating_point()
+            name: value.to(recipe.device)
+            for name, value in recipe.model.named_buffers()
+            if not value.is_floating_point()
         }
-        self._trigger = torch.zeros((), requires_grad=True)  # else a first layer would have no backward pass
+        # Else a first layer would have no backward pass.
+        self._trigger = torch.zeros((), device=recipe.device, requires_grad=True)
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in recipe.model.modules())
         forward = self._decomposed if self._recurrent else self._logits
         self._forward = vmap(forward, in_dims=(0, 0, 0, 0), randomness="error")
@@ -95,9 +98,13 @@ class Vmapped:
 
     @contextmanager
     def _kernels(self) -> Iterator[None]:
-        """OneDNN's recurrent layers have no batching rule; without it torch takes its own, which have."""
+        """Recurrent layers of OneDNN and cuDNN have no batching rule; without them torch's own do it."""
         if not self._recurrent:
             yield
+            return
+        if self._recipe.device.type == "cuda":
+            with torch.backends.cudnn.flags(enabled=False):
+                yield
             return
         before = torch._C._get_mkldnn_enabled()
         # Not `torch.backends.mkldnn.flags`, which sets TF32 too and warns where there is none.
