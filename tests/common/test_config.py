@@ -123,7 +123,10 @@ def wrong(values: dict[Any, Any]) -> str:
         ({"data_size": [8, 9, 10]}, "data_size = [8, 9, 10]: must be a list of two"),
         ({"data_size": [8, 0]}, "data_size.1 = 0: should be greater than or equal to 1"),
         ({5: 1}, "5 = 5: a key must be text"),
-        ({"model": {"x\ny": 1}}, r"unknown key 'model.x\ny': valid: filter, name, standardise"),
+        (
+            {"model": {"x\ny": 1}},
+            r"unknown key 'model.x\ny': valid: distil_from, filter, name, standardise, start",
+        ),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_key_value_and_what_is_valid(
