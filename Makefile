@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check format proto clean
+.PHONY: help install demo test lint check format proto clean
 
 help:
 	@echo "make install   make .venv with everything"
 	@echo "make demo      the whole loop on scikit-learn's digits, into demo-out/"
+	@echo "make lint      format, lint and types"
 	@echo "make check     format, lint, types and fast tests"
 	@echo "make test      all tests"
 	@echo "make proto     generate fedge.wire.v1 from its .proto files"
@@ -26,10 +27,12 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/fedge-sim demo --out demo-out --overwrite
 
-check: install
+lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/pytest -q -n 2 -m "not slow"
 
 test: install
