@@ -247,13 +247,14 @@ class Engine:
         k = -(-len(lengths) // stacks)  # stacks of equal size rather than a small one at the end
         start = prepared.recipe.layout.flat(job.state, torch.float32)
         buffer = rows_of(k, len(start), prepared.way.device)
+        longest = 0 if prepared.way.single or prepared.least > 1 else part.longest  # no stack is filled up
         for chosen in _chunks(range(len(lengths)), lengths, k, self._most_rows, prepared.least):
             own = [part.clients[i] for i in chosen]
             flat = buffer[: len(own)].copy_(start)
             indices = np.concatenate([client.indices for client in own])
             sizes = [lengths[i] for i in chosen]
             seeds = [client.seed for client in own]
-            losses = self._train(prepared, flat, self.data, indices, sizes, seeds)
+            losses = self._train(prepared, flat, self.data, indices, sizes, seeds, longest=longest)
             if losses is None:
                 self._add_one_by_one(job, part, chosen, prepared.recipe.layout, found)
             else:
@@ -268,13 +269,15 @@ class Engine:
         lengths: Sequence[int],
         seeds: Sequence[int],
         pull: Pull = NO_PULL,
+        longest: int = 0,
     ) -> list[float] | None:
         """Train a stack in place; its losses, or None when one of its clients spoilt it for all."""
         assert prepared.way.stepper is not None  # noqa: S101 - the callers have asked
         try:
             with torch.no_grad(), limited(1):
                 keys = draws.key(torch.tensor(seeds, dtype=torch.int64))
-                data = Stacked(*self._inputs(prepared, examples, indices), torch.tensor(lengths), keys)
+                own = self._inputs(prepared, examples, indices)
+                data = Stacked(*own, torch.tensor(lengths), keys, longest)
                 return train(
                     prepared.way.stepper, flat, data, prepared.recipe.settings, prepared.least, pull
                 ).tolist()

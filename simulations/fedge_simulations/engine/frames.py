@@ -100,12 +100,12 @@ def of_part(part: Part) -> Arrays:
     }
 
 
-def part_of(arrays: Arrays, lanes: int) -> Part:
+def part_of(arrays: Arrays, lanes: int, longest: int) -> Part:
     """The part again."""
     own = np.split(arrays["indices"], np.cumsum(arrays["lengths"])[:-1])
     names = zip(arrays["nodes"].tolist(), own, arrays["seeds"].tolist(), strict=True)
     clients = tuple(Client(node_id, indices, seed) for node_id, indices, seed in names)
-    return Part(clients, tuple(arrays["lane_of"].tolist()), lanes)
+    return Part(clients, tuple(arrays["lane_of"].tolist()), lanes, longest)
 
 
 def of_sums(sums: Sums) -> Arrays:

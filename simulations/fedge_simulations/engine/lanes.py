@@ -29,6 +29,7 @@ class Part:
     clients: tuple[Client, ...]
     lane_of: tuple[int, ...]  # of each, counted from 0 in this part
     lanes: int  # L
+    longest: int = 0  # examples of the largest client of the whole round; 0: all have as many
 
 
 def cut(ordered: Sequence[Client], *, at_once: int, processes: int) -> list[Part]:
@@ -42,12 +43,14 @@ def cut(ordered: Sequence[Client], *, at_once: int, processes: int) -> list[Part
     lanes = min(LANES, len(ordered))
     wanted = -(-at_once * lanes // len(ordered))  # lanes that fill a stack
     each = max(1, min(wanted, lanes // min(processes, lanes)))
+    sizes = [len(client.indices) for client in ordered]
+    longest = max(sizes) if max(sizes) > min(sizes) else 0
     found = []
     for first in range(0, lanes, each):
         count = min(each, lanes - first)
         chosen = [i for i in range(len(ordered)) if first <= i % lanes < first + count]
         own = tuple(i % lanes - first for i in chosen)
-        found.append(Part(tuple(ordered[i] for i in chosen), own, count))
+        found.append(Part(tuple(ordered[i] for i in chosen), own, count, longest))
     return found
 
 

@@ -133,6 +133,9 @@ class Stacked:
     rows: torch.Tensor  # (sum of N,) which of these are whose, one client after the other
     lengths: torch.Tensor  # (K,) N of each
     keys: torch.Tensor  # (K,) of each client in this round
+    # Examples of the largest client of the round: batches are filled up to its. Some CPUs' kernels round by
+    # the number of rows, and a client's result must not depend on whom it is stacked with. 0: of the stack.
+    longest: int = 0
 
 
 def train(
@@ -188,7 +191,7 @@ def schedule(
     """
     lengths, keys = data.lengths, data.keys
     starts = (lengths.cumsum(0) - lengths)[:, None]
-    if int(lengths.min()) == int(lengths.max()):
+    if not data.longest and int(lengths.min()) == int(lengths.max()):
         n = int(lengths[0])
         for epoch in range(settings.epochs):
             order = draws.permutation(local.order_keys(keys, epoch), n)  # (K, N)
@@ -198,15 +201,14 @@ def schedule(
         return
     if least > 1:
         raise ValueError("clients of unequal size cannot be stacked where batches depend on their size")
-    for positions, valid in _unequal(lengths, keys, settings):
+    for positions, valid in _unequal(lengths, keys, settings, data.longest or int(lengths.max())):
         yield data.rows[positions + starts[: len(positions)]], valid
 
 
 def _unequal(
-    lengths: torch.Tensor, keys: torch.Tensor, settings: Train
+    lengths: torch.Tensor, keys: torch.Tensor, settings: Train, largest: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    size, epochs = settings.batch_size, settings.epochs
-    size = min(size, int(lengths.max()))
+    size, epochs = min(settings.batch_size, largest), settings.epochs
     steps = -(-lengths // size)  # (K,) of one pass
     longest = int(steps.max())
     positions = torch.zeros(len(lengths), longest * epochs, size, dtype=torch.int64)

@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _do(engine: Engine, job: Job, arrays: frames.Arrays, text: dict[str, str], answers: IO[bytes]) -> None:
-    part = frames.part_of(arrays, int(text["lanes"]))
+    part = frames.part_of(arrays, int(text["lanes"]), int(text["longest"]))
     sums = engine.sums(job, part, int(text["at_once"]))
     frames.write(answers, "done", frames.of_sums(sums))
 

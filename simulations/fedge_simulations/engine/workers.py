@@ -213,7 +213,8 @@ class _Hired:
                     self._answer("ready")
                 part = turn.parts[number]
                 arrays = frames.of_part(part)
-                frames.write(self._pipes[0], "part", arrays, lanes=str(part.lanes), at_once=str(at_once))
+                told = {"lanes": part.lanes, "longest": part.longest, "at_once": at_once}
+                frames.write(self._pipes[0], "part", arrays, **{k: str(v) for k, v in told.items()})
                 sums = frames.sums_of(self._answer("done"))
             except Exception as error:  # noqa: BLE001 - as above; the parent waits for every part
                 turn.give_back(number)
