@@ -4,14 +4,15 @@ Teacher and variant answer the same N examples. An example is a *loss* where onl
 *win* where only the variant is, else a *tie*, so the drop of accuracy is (losses - wins) / N. Its upper
 confidence bound is the percentile bootstrap (Efron 1979, "Bootstrap Methods: Another Look at the
 Jackknife"): resampling N values of -1, 0 and 1 is exactly a multinomial draw of the three counts, so no
-example is ever resampled.
+example is ever resampled. So counts are all that `decide` needs, whether the server has counted on its own
+data or clients have on theirs.
 
 Shapes: N examples, C classes, R resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,11 +21,14 @@ import numpy.typing as npt
 
 from fedge.artefact import unpack
 from fedge.config import Gate, Tier
+from fedge.counts import Counts, Whole, rightly
 from fedge.inference import CompactModel, Float32
 from fedge.spec import Spec
 from fedge_server.evaluation import bootstrap
 
 MAX_ATTEMPTS = 3  # candidates of one tier that may face the gate
+
+_EMPTY = "the gate set is empty; keep data for it (evaluate.holdout_fraction, evaluate.gate_fraction)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class GateReport:
     worst_class_drop: float
     worst_class_drop_upper: float  # the largest bound of any class, perhaps another one
     classes: tuple[ClassReport, ...]
+    clients: int | None = None  # on whose own data was counted; None: on the server's
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -75,6 +80,15 @@ class GateReport:
             "reasons": list(self.reasons),
             "classes": [asdict(row) for row in self.classes],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a decision rests on."""
+
+    counts: Counts
+    faults: tuple[str, ...] = ()  # why no figure at all could be trusted
+    clients: int | None = None  # that have counted; None: the server has
 
 
 def score(wire: bytes, installed_bytes: int, spec: Spec, x: npt.NDArray[Any]) -> Float32:
@@ -97,47 +111,80 @@ def judge(
     attempt: int = 1,
     seed: int = 0,
 ) -> GateReport:
-    """Hold a variant's answers to a tier's limits; whatever cannot be shown counts against the variant.
-
-    All requirements must be met at once, so each may be tested at the full level (an intersection-union
-    test); several candidates of one tier may not: see `level`.
+    """Hold a variant's answers to a tier's limits: count, then `decide`.
 
     Args:
         probabilities: (N, C) of the variant, from `score`.
         teacher: (N, C) of the global model on the same examples.
         y: (N,) true classes.
         labels: names of the C classes.
+        tier: as in `decide`.
+        settings: likewise.
+        attempt: likewise.
+        seed: likewise.
+    """
+    found = evidence_of(probabilities, teacher, y, len(labels))
+    return decide(found, labels=labels, tier=tier, settings=settings, attempt=attempt, seed=seed)
+
+
+def evidence_of(probabilities: Float32, teacher: Float32, y: npt.NDArray[np.int64], classes: int) -> Evidence:
+    """What answers are evidence of; those that cannot be used count as wrong.
+
+    Args:
+        probabilities: (N, C) of the variant.
+        teacher: (N, C) of the global model on the same examples.
+        y: (N,) true classes.
+        classes: C.
+    """
+    y = np.asarray(y, dtype=np.int64)
+    faults = _faults(probabilities, teacher, y, classes)
+    usable = probabilities.shape == teacher.shape == (len(y), classes)
+    right = rightly(probabilities, y) if usable else np.zeros(len(y), dtype=bool)
+    teacher_right = rightly(teacher, y) if usable else np.ones(len(y), dtype=bool)
+    return Evidence(Counts.of(right, teacher_right, y, classes), faults)
+
+
+def decide(
+    evidence: Evidence,
+    *,
+    labels: Sequence[str],
+    tier: Tier,
+    settings: Gate,
+    attempt: int = 1,
+    seed: int = 0,
+) -> GateReport:
+    """Hold counts to a tier's limits; whatever cannot be shown counts against the variant.
+
+    All requirements must be met at once, so each may be tested at the full level (an intersection-union
+    test); several candidates of one tier may not: see `level`.
+
+    Args:
+        evidence: of the variant.
+        labels: names of the C classes.
         tier: max_drop bounds the drop of accuracy, max_class_drop that of each class's recall.
         settings: confidence over all attempts, and resamples.
         attempt: 1 for a tier's first candidate.
         seed: decides the resampling.
     """
-    y = np.asarray(y, dtype=np.int64)
-    faults = _faults(probabilities, teacher, y, len(labels))
-    usable = probabilities.shape == teacher.shape == (len(y), len(labels))
-    right = _right(probabilities, y) if usable else np.zeros(len(y), dtype=bool)
-    teacher_right = _right(teacher, y) if usable else np.ones(len(y), dtype=bool)
+    counts, faults = evidence.counts, evidence.faults
+    if not counts.examples:
+        faults = (_EMPTY,)
     confidence = level(settings.confidence, attempt)
     rng = np.random.default_rng([seed, attempt])
 
-    def bounded(chosen: npt.NDArray[np.bool_]) -> Bound:
-        losses = int((chosen & teacher_right & ~right).sum())
-        wins = int((chosen & ~teacher_right & right).sum())
-        return bound(losses, wins, int(chosen.sum()), confidence, settings.resamples, rng)
+    def bounded(losses: int, wins: int, n: int) -> Bound:
+        return bound(losses, wins, n, confidence, settings.resamples, rng)
 
-    whole = bounded(np.ones(len(y), dtype=bool))
-    classes = tuple(
-        _class_report(label, bounded(y == index), teacher_right[y == index], right[y == index])
-        for index, label in enumerate(labels)
-    )
+    whole = bounded(int(counts.losses.sum()), int(counts.wins.sum()), counts.examples)
+    classes = tuple(_class_report(label, i, counts, bounded) for i, label in enumerate(labels))
     worst = max(classes, key=lambda row: row.drop)
     reasons = (*faults, *_shortfalls(whole, classes, tier, confidence))
     return GateReport(
         passed=not reasons,
         reasons=reasons,
-        n=len(y),
-        accuracy=_share(right),
-        teacher_accuracy=_share(teacher_right),
+        n=counts.examples,
+        accuracy=counts.accuracy,
+        teacher_accuracy=counts.teacher_accuracy,
         drop=whole.drop,
         drop_upper=whole.drop_upper,
         max_drop=tier.max_drop,
@@ -148,6 +195,7 @@ def judge(
         worst_class_drop=worst.drop,
         worst_class_drop_upper=max(row.drop_upper for row in classes),
         classes=classes,
+        clients=evidence.clients,
     )
 
 
@@ -191,21 +239,12 @@ def smallest_provable(n: int, settings: Gate, *, attempt: int = 1) -> float:
     return bound(0, 0, n, level(settings.confidence, attempt), settings.resamples, rng).drop_upper
 
 
-def _right(probabilities: Float32, y: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """(N,) whether the answer is the true class; an answer with a NaN is not."""
-    finite = np.isfinite(probabilities).all(axis=1)
-    correct: npt.NDArray[np.bool_] = finite & (probabilities.argmax(axis=1) == y)
-    return correct
-
-
 def _faults(
     probabilities: Float32, teacher: Float32, y: npt.NDArray[np.int64], classes: int
 ) -> tuple[str, ...]:
     """Why no figure at all could be trusted; empty where nothing is wrong."""
     if len(y) == 0:
-        return (
-            "the gate set is empty; keep data for it (evaluate.holdout_fraction, evaluate.gate_fraction)",
-        )
+        return (_EMPTY,)
     faults = []
     for name, scores in (("variant", probabilities), ("teacher", teacher)):
         if scores.shape != (len(y), classes):
@@ -240,10 +279,13 @@ def _excess(what: str, key: str, found: Bound, limit: float, confidence: float) 
 
 
 def _class_report(
-    label: str, found: Bound, teacher_right: npt.NDArray[np.bool_], right: npt.NDArray[np.bool_]
+    label: str, index: int, counts: Counts, bounded: Callable[[int, int, int], Bound]
 ) -> ClassReport:
-    return ClassReport(label, found.n, _share(teacher_right), _share(right), found.drop, found.drop_upper)
+    n, both, losses, wins = (int(values[index]) for values in _columns(counts))
+    found = bounded(losses, wins, n)
+    shares = ((both + losses) / max(n, 1), (both + wins) / max(n, 1))
+    return ClassReport(label, n, *shares, found.drop, found.drop_upper)
 
 
-def _share(right: npt.NDArray[np.bool_]) -> float:
-    return float(right.mean()) if len(right) else 0.0
+def _columns(counts: Counts) -> tuple[Whole, Whole, Whole, Whole]:
+    return counts.n, counts.both, counts.losses, counts.wins

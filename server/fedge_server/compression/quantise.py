@@ -8,19 +8,19 @@ keep their weights in 8 bits and compute in float: onnxruntime has no integer fo
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnx import TensorProto, numpy_helper
+from onnxruntime.quantization import QuantType
+from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
 
-from fedge.errors import CompressionError
-from fedge.inference import INPUT
+from fedge.errors import CompressionError, FormatError
+from fedge.ranges import MAX_TENSORS, Ranges, observe
 from fedge_server.compression.onnx_graph import (
     LAYERS,
     RAW,
@@ -35,7 +35,6 @@ from fedge_server.compression.onnx_graph import (
 
 MAX_CALIBRATION = 256  # examples that are used at most; 32 suffice where they are in the domain
 _FOLDED = ("Relu", "Clip")  # where one follows such an operator it becomes the lower end of its range
-_CHUNK = 32
 _SMALL = 256  # constants of fewer values gain nothing
 _PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")  # the exporter has folded what there is to fold
 
@@ -55,35 +54,105 @@ def quantise(onnx_bytes: bytes, calibration: npt.NDArray[Any]) -> bytes:
     """
     if len(calibration) == 0:
         raise CompressionError("quantise: no calibration data; keep some (evaluate.proxy_fraction)")
-    model = _named(load(onnx_bytes))
-    if not _chosen(model.graph):
-        raise CompressionError(f"quantise: the network has none of {', '.join(LAYERS)}")
-    quantised = _quantised(model, calibration[:MAX_CALIBRATION])
+    seen = calibration[:MAX_CALIBRATION]
+    try:
+        return quantise_within(onnx_bytes, observe(watched(onnx_bytes), seen))
+    except FormatError as error:
+        raise CompressionError(f"quantise: {error}") from error
+
+
+def quantise_within(onnx_bytes: bytes, ranges: Ranges) -> bytes:
+    """The same from the ranges of the activations, whoever has looked at them.
+
+    Args:
+        onnx_bytes: what `export` returned.
+        ranges: of the outputs of `watched`, in their order.
+
+    Raises:
+        CompressionError: there is nothing to quantise, the ranges are of another graph, or onnxruntime fails.
+    """
+    model = _inferred(onnx_bytes)
+    names = _watched(model.graph)
+    if len(names) != len(ranges.lowest):
+        raise CompressionError(
+            f"quantise: {len(ranges.lowest)} ranges for the {len(names)} activations of the graph"
+        )
+    limits = zip(names, ranges.lowest, ranges.highest, strict=True)
+    quantised = _quantised(model, {name: (low, high) for name, low, high in limits})
     return dump(stripped(_with_small_weights(_with_float_logits(quantised))))
 
 
-def _quantised(model: onnx.ModelProto, calibration: npt.NDArray[Any]) -> onnx.ModelProto:
-    with tempfile.TemporaryDirectory(prefix="fedge-quantise-") as folder:
-        path = Path(folder) / "quantised.onnx"
-        try:
-            quantize_static(
-                model,
-                path,
-                _Reader(calibration),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=[*LAYERS, *_FOLDED],
-                nodes_to_quantize=_chosen(model.graph),
-                per_channel=True,
-                reduce_range=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-            )
-            return load(path.read_bytes())
-        except CompressionError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CompressionError(f"quantise: onnxruntime cannot quantise the graph ({reason})") from error
+def watched(onnx_bytes: bytes) -> bytes:
+    """The graph whose outputs are the activations that will be quantised, for `fedge.ranges.observe`.
+
+    Raises:
+        CompressionError: there is nothing to quantise, or more than can be asked about.
+    """
+    model = _inferred(onnx_bytes)
+    names = _watched(model.graph)
+    if len(names) > MAX_TENSORS:
+        raise CompressionError(f"quantise: {len(names)} activations; at most {MAX_TENSORS} are calibrated")
+    result = copied(model)
+    graph = result.graph
+    del graph.output[:]
+    graph.output.extend(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    _drop_unused(graph)
+    for field in ("value_info", "metadata_props"):
+        graph.ClearField(field)
+    data: bytes = result.SerializeToString(deterministic=True)
+    return data
+
+
+def _inferred(onnx_bytes: bytes) -> onnx.ModelProto:
+    """The model with named nodes and the types of all tensors.
+
+    Raises:
+        CompressionError: the network has nothing to quantise.
+    """
+    model = _named(load(onnx_bytes))
+    if not _chosen(model.graph):
+        raise CompressionError(f"quantise: the network has none of {', '.join(LAYERS)}")
+    try:
+        return save_and_reload_model_with_shape_infer(model)
+    except Exception as error:
+        raise CompressionError(f"quantise: the graph's types cannot be told ({error})") from error
+
+
+def _watched(graph: onnx.GraphProto) -> list[str]:
+    """Names of the float tensors that go into and come out of what is quantised, in their order."""
+    known = (*graph.value_info, *graph.output, *graph.input)
+    floats = {item.name for item in known if item.type.tensor_type.elem_type == TensorProto.FLOAT}
+    constants = {tensor.name for tensor in graph.initializer}
+    chosen = frozenset(_chosen(graph))
+    names = (name for node in graph.node if node.name in chosen for name in (*node.input, *node.output))
+    return [name for name in dict.fromkeys(names) if name in floats and name not in constants]
+
+
+def _quantised(model: onnx.ModelProto, limits: dict[str, tuple[np.float32, np.float32]]) -> onnx.ModelProto:
+    """The model in the QDQ form; as onnxruntime's `quantize_static` calls it, without its calibration."""
+    found = {
+        name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
+        for name, (low, high) in limits.items()
+    }
+    try:
+        quantizer = QDQQuantizer(
+            copied(model),
+            True,  # per channel
+            True,  # reduced range
+            QuantType.QInt8,
+            QuantType.QUInt8,
+            TensorsData(CalibrationMethod.MinMax, found),
+            _chosen(model.graph),
+            [],
+            [*LAYERS, *_FOLDED],
+            {},
+        )
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+        return quantizer.model.model
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CompressionError(f"quantise: onnxruntime cannot quantise the graph ({reason})") from error
 
 
 def _chosen(graph: onnx.GraphProto) -> list[str]:
@@ -170,14 +239,3 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
     constants = used_initializers(graph)
     del graph.initializer[:]
     graph.initializer.extend(constants)
-
-
-class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
-    """Hands the calibration data to onnxruntime, some at a time."""
-
-    def __init__(self, data: npt.NDArray[Any]) -> None:
-        self._chunks: Iterator[npt.NDArray[Any]] = iter(np.split(data, range(_CHUNK, len(data), _CHUNK)))
-
-    def get_next(self) -> dict[str, npt.NDArray[Any]] | None:
-        chunk = next(self._chunks, None)
-        return None if chunk is None else {INPUT: chunk}

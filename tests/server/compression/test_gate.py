@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from fedge.config import Gate, Tier
-from fedge_server.compression.gate import bound, judge, level, smallest_provable
+from fedge.counts import Counts
+from fedge_server.compression.gate import (
+    Evidence,
+    bound,
+    decide,
+    evidence_of,
+    judge,
+    level,
+    smallest_provable,
+)
 
 LABELS = ("a", "b")
 SETTINGS = Gate()
@@ -184,3 +193,27 @@ def test_a_report_is_plain_json():
     assert value["passed"] is False
     assert value["classes"][0]["label"] == "a"
     assert value["reasons"] == list(report.reasons)
+
+
+def test_counts_of_many_clients_decide_as_the_same_examples_in_one_place_do():
+    y = half_and_half(300)
+    variant, teacher = answers(y, [0, 2, 4]), answers(y, [4, 5])
+    parts = [evidence_of(variant[i::3], teacher[i::3], y[i::3], 2).counts for i in range(3)]
+    merged = Evidence(Counts.sum(parts, 2), clients=3)
+    found = decide(merged, labels=LABELS, tier=ALLOWED, settings=SETTINGS)
+    alone = judge(variant, teacher, y, labels=LABELS, tier=ALLOWED, settings=SETTINGS)
+    assert found.clients == 3
+    assert {**found.to_json(), "clients": None} == alone.to_json()
+
+
+def test_counts_that_come_with_a_fault_or_are_none_fail():
+    y = half_and_half(1000)
+    good = evidence_of(answers(y), answers(y), y, 2).counts
+    report = decide(
+        Evidence(good, ("a client lies",)), labels=LABELS, tier=Tier(max_drop=0.5), settings=SETTINGS
+    )
+    assert report.reasons == ("a client lies",)
+    nothing = decide(
+        Evidence(Counts.sum([], 2), clients=0), labels=LABELS, tier=Tier(max_drop=0.9), settings=SETTINGS
+    )
+    assert "the gate set is empty" in nothing.reasons[0]

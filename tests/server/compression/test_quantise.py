@@ -13,8 +13,9 @@ from fedge.artefact import pack
 from fedge.errors import CompressionError
 from fedge.inference import CompactModel
 from fedge.learning.whole import WholeModel
+from fedge.ranges import Ranges, observe
 from fedge_server.compression.export import export
-from fedge_server.compression.quantise import quantise
+from fedge_server.compression.quantise import quantise, quantise_within, watched
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +107,39 @@ def test_bytes_that_are_no_model_are_refused(digits):
 
 def _graph(data: bytes) -> onnx.GraphProto:
     return onnx.load_model_from_string(data).graph
+
+
+def test_ranges_that_others_have_seen_give_the_bytes_that_their_examples_give(exported, quantised, digits):
+    parts = [observe(watched(exported), digits.proxy.x[i:64:4]) for i in range(4)]
+    lowest = np.min([part.lowest for part in parts], axis=0)
+    highest = np.max([part.highest for part in parts], axis=0)
+    assert quantise_within(exported, Ranges(lowest, highest)) == quantised
+
+
+def test_ranges_of_another_graph_are_refused(exported):
+    one = np.zeros(1, np.float32)
+    with pytest.raises(CompressionError, match="1 ranges for the"):
+        quantise_within(exported, Ranges(one, one))
+
+
+def test_it_is_what_onnxruntimes_own_function_gives(exported, quantised, digits, tmp_path):
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    from fedge_server.compression import quantise as module
+
+    class Reader(CalibrationDataReader):
+        def __init__(self):
+            self.parts = iter([digits.proxy.x[:32], digits.proxy.x[32:64]])
+
+        def get_next(self):
+            part = next(self.parts, None)
+            return None if part is None else {"input": part}
+
+    model = module._named(onnx.load_model_from_string(exported))
+    quantize_static(
+        model, tmp_path / "q.onnx", Reader(), op_types_to_quantize=["Conv", "Gemm", "MatMul", "Relu", "Clip"],
+        nodes_to_quantize=module._chosen(model.graph), per_channel=True, reduce_range=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    theirs = module._with_float_logits(onnx.load(tmp_path / "q.onnx"))
+    assert module.dump(module.stripped(theirs)) == quantised
