@@ -42,6 +42,8 @@ OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 FilterName = Literal["none", "median", "gaussian", "clip"]
 MetricName = Literal["accuracy", "macro_f1", "auc", "recall"]
 AccountantName = Literal["pld", "rdp"]
+PrecisionName = Literal["auto", "fp32", "bf16"]
+PruneKind = Literal["structured", "unstructured"]
 
 _AUGMENT = re.compile(r"(flip|shift:[1-9]\d?|noise:(0?\.\d+|\d+(\.\d+)?)|mask:0?\.\d+)")
 _PARTITION = re.compile(
@@ -360,16 +362,23 @@ class Distil:
     batch_size: Count = 64
     learning_rate: Positive = 0.01  # Adam, the peak of one cycle
     augment: tuple[Augmentation, ...] = ()
+    hint_weight: NotNegative = 0.0  # of what the teacher's last hidden layer says (FitNets); 0: not asked
+    precision: PrecisionName = "auto"  # bf16: products in bfloat16; auto: where this processor gains by it
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
 class Prune:
-    """`[compress.prune]`: structured pruning along the dependency graph."""
+    """`[compress.prune]`: what is removed from the global model, in how many steps, and how it recovers."""
 
-    criterion: Literal["l1", "l2", "lp", "random"] = "l2"
+    # structured: whole channels along the dependency graph; unstructured: single weights, which become 0
+    kinds: tuple[PruneKind, ...] = ("structured",)
+    criterion: Literal["l1", "l2", "lp", "random"] = "l2"  # of single weights every norm is the magnitude
     p: Positive = 3.0  # exponent of the norm, criterion "lp"
-    ratios: tuple[Share, ...] = (0.5, 0.75)  # channels removed; one candidate each
-    recovery_epochs: Count = 20  # of distillation from the unpruned model
+    ratios: tuple[Share, ...] = (0.5, 0.75)  # channels removed, kind "structured"; one candidate each
+    sparsities: tuple[Share, ...] = (0.9, 0.95)  # weights set to 0, kind "unstructured"; one candidate each
+    schedule: Literal["one_shot", "gradual"] = "one_shot"  # gradual: in steps, with recovery between them
+    steps: Annotated[int, Field(ge=2, le=1000, strict=True)] = 5  # of schedule "gradual"
+    recovery_epochs: Count = 20  # of distillation from the unpruned model, over all steps
     recovery_learning_rate: Positive = 0.003  # Adam, the peak of one cycle; lower than a student's
 
 

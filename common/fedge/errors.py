@@ -64,6 +64,10 @@ class CompressionError(FedgeError):
     """A compression stage could not produce a variant."""
 
 
+class TimeUpError(CompressionError):
+    """A stage has not ended by its deadline; with more time it may."""
+
+
 class TrustError(FedgeError):
     """Something that came from outside was refused."""
 

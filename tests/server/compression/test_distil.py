@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 
 from fedge.config import Distil
-from fedge.errors import CompressionError, ConfigError
+from fedge.errors import CompressionError, ConfigError, TimeUpError
+from fedge_server.compression import precision
 from fedge_server.compression.distil import _loss, distil, preprocessed
 
 QUICK = Distil(epochs=30, learning_rate=0.01)
@@ -95,3 +97,93 @@ def test_preprocessing_in_parts_equals_preprocessing_at_once(helpers, digits):
     whole = helpers.Scale()(torch.from_numpy(digits.train.x))
     assert torch.equal(preprocessed(helpers.Scale(), digits.train.x), whole)
     assert np.shape(whole) == (700, 64)
+
+
+def test_soft_answers_need_no_labels(teacher, student, data, helpers):
+    x, y = data
+    soft = Distil(mode="soft", epochs=2)
+    given, absent = (distil(teacher.network, student, x, labels, soft, seed=0) for labels in (y, None))
+    assert helpers.same(helpers.weights(given), helpers.weights(absent))
+
+
+@pytest.mark.parametrize("mode", ["hard", "both"])
+def test_labels_that_a_mode_needs_are_asked_for(mode, teacher, student, data):
+    with pytest.raises(CompressionError, match=r"compress\.distil\.mode = '" + mode):
+        distil(teacher.network, student, data[0], None, Distil(mode=mode), seed=0)
+
+
+def test_each_epoch_is_told_with_its_mean_loss(teacher, data):
+    told: list[tuple[int, int, float]] = []
+    x, y = data
+    still = nn.Sequential(nn.Linear(64, 10))
+    nn.init.zeros_(still[0].weight)
+    nn.init.zeros_(still[0].bias)
+    settings = Distil(mode="hard", epochs=3, batch_size=250, learning_rate=1e-9)
+    distil(teacher.network, still, x, y, settings, seed=0, tell=lambda *each: told.append(each))
+    assert [(epoch, epochs) for epoch, epochs, _ in told] == [(1, 3), (2, 3), (3, 3)]
+    assert [loss for _, _, loss in told] == pytest.approx([math.log(10)] * 3, rel=1e-4)
+
+
+def test_past_its_deadline_it_raises_and_changes_nothing(teacher, student, data, helpers):
+    before, told = helpers.weights(student), []
+    with pytest.raises(TimeUpError, match="epoch 1 of 30"):
+        distil(teacher.network, student, *data, QUICK, seed=0, deadline=time.monotonic() - 1)
+
+    def slow(epoch: int, _epochs: int, _loss: float) -> None:
+        told.append(epoch)
+        while time.monotonic() <= deadline:
+            pass
+
+    deadline = time.monotonic() + 0.3
+    with pytest.raises(TimeUpError, match="epoch 2 of 30"):
+        distil(teacher.network, student, *data, QUICK, seed=0, deadline=deadline, tell=slow)
+    assert told == [1]
+    assert helpers.same(before, helpers.weights(student))
+
+
+def test_zeros_that_are_to_be_kept_stay_and_all_else_learns(teacher, student, data):
+    mask = torch.rand(16, 64, generator=torch.Generator().manual_seed(0)) < 0.5
+    with torch.no_grad():
+        student[0].weight[mask] = 0.0
+        student[0].bias.zero_()  # of one dimension: not a weight that was pruned
+    learned = distil(teacher.network, student, *data, Distil(epochs=3), seed=0, keep_zeros=True)
+    assert (learned[0].weight[mask] == 0).all()
+    assert (learned[0].weight[~mask] != student[0].weight[~mask]).float().mean() > 0.9
+    assert (learned[0].bias != 0).any()
+    free = distil(teacher.network, student, *data, Distil(epochs=3), seed=0)
+    assert (free[0].weight[mask] != 0).any()
+
+
+def test_bfloat16_is_chosen_where_convolutions_are_large_and_the_processor_has_it(monkeypatch, helpers):
+    large = nn.Sequential(nn.Conv2d(1, 64, 5), nn.Flatten(), nn.Linear(64 * 576, 10))
+    for has in (False, True):
+        monkeypatch.setattr(precision, "has_bf16", lambda has=has: has)
+        assert precision.numbers_for("auto", large, 64).bf16 is has
+        assert not precision.numbers_for("auto", large, 1).bf16
+        assert not precision.numbers_for("auto", helpers.mlp(2000), 64).bf16
+        assert precision.numbers_for("bf16", helpers.mlp(4), 1).bf16
+        assert not precision.numbers_for("fp32", large, 64).bf16
+
+
+def test_a_student_trained_in_bfloat16_is_as_good_and_is_float32(teacher, data, digits, helpers):
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x.reshape(-1, 1, 8, 8))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        student = Images()
+    scores = []
+    for name in ("fp32", "bf16"):
+        settings = Distil(epochs=15, learning_rate=0.01, precision=name)
+        learned = distil(teacher.network, student, *data, settings, seed=0)
+        assert all(p.dtype == torch.float32 and p.is_contiguous() for p in learned.parameters())
+        scores.append(helpers.share_right(learned, digits.gate))
+    assert scores[0] > 0.93
+    assert scores[1] == pytest.approx(scores[0], abs=0.015)
