@@ -167,6 +167,8 @@ class Rounds:
     min_updates: Count = 1  # fewer valid updates than this: the round does not count
     deadline_s: Positive | None = None  # after this it closes with what has come
     fit_work: bool = False  # each client trains on as much as it can by deadline_s, as its answers show
+    # fixed: train.epochs passes over a client's data; adaptive: as many as pay, as rounds have shown
+    local_work: Literal["fixed", "adaptive"] = "fixed"
     target: Annotated[str, AfterValidator(_parses_as_target)] | None = None  # "accuracy>=0.97"
     # reached once it holds with this certainty, one-sided, over the test data; None: once the figure does
     target_confidence: Confidence | None = None

@@ -51,8 +51,12 @@ class Course(Protocol):
         examples: Sequence[int],
         bytes_down: int,
         bytes_up: int,
+        passes: int = 1,
     ) -> list[Fate]:
-        """What becomes of messages of type `kind` that are sent to these clients now."""
+        """What becomes of messages of type `kind` that are sent to these clients now.
+
+        Those who train make so many `passes` over their examples.
+        """
         ...
 
     def online(self, node_ids: Sequence[int], clock_s: float) -> list[int]:
@@ -105,6 +109,7 @@ class Steady:
         examples: Sequence[int],
         bytes_down: int,
         bytes_up: int,
+        passes: int = 1,
     ) -> list[Fate]:
         """All arrive at once."""
         return [Fate(0.0)] * len(node_ids)

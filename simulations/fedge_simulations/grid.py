@@ -19,7 +19,7 @@ from fedge.learning.messages import ARRAYS, arrays_named
 from fedge_server.rounds.closing import payload_bytes
 from fedge_server.rounds.grids import OwnGrid
 from fedge_simulations.course import Course, Fate, Ring, Steady
-from fedge_simulations.sizes import answer_bytes, most_examples, sized
+from fedge_simulations.sizes import answer_bytes, most_examples, passes, sized
 from fedge_simulations.states import States
 from fedge_simulations.summing import Holders, clients_in, failure, sum_of, sum_of_moments
 from fedge_simulations.trainers import OneByOne, Trainers, Turn
@@ -142,11 +142,15 @@ class VectorGrid(OwnGrid):
         self.sent_s = self.elapsed_s
         self._forget_rings()
         ids = []
-        for (kind, size), group in itertools.groupby(sized(messages), key=lambda each: each[0]):
+        for (_, size), group in itertools.groupby(sized(messages), key=lambda each: each[0]):
             sent = [message for _, message in group]
             asked = [message.metadata.dst_node_id for message in sent]
             fates = self._fates(
-                asked, kind, size, answer_bytes(sent[0], size), [most_examples(message) for message in sent]
+                asked,
+                sent[0],
+                size,
+                answer_bytes(sent[0], size),
+                [most_examples(message) for message in sent],
             )
             for message, fate in zip(sent, fates, strict=True):
                 self._sequence += 1
@@ -163,7 +167,7 @@ class VectorGrid(OwnGrid):
     def _fates(
         self,
         node_ids: Sequence[int],
-        kind: str,
+        message: Message,
         bytes_down: int,
         bytes_up: int,
         most: Sequence[float] | None = None,
@@ -174,12 +178,13 @@ class VectorGrid(OwnGrid):
             sizes = [int(min(size, limit)) for size, limit in zip(sizes, most, strict=True)]
         return self._course.fates(
             node_ids,
-            kind=kind,
+            kind=message.metadata.message_type,
             round=self.round,
             clock_s=self.sent_s,
             examples=sizes,
             bytes_down=bytes_down,
             bytes_up=bytes_up,
+            passes=passes(message),
         )
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -370,8 +375,8 @@ class VectorGrid(OwnGrid):
         """When each answer arrives: (seconds on this call's clock, order of sending, node, why lost)."""
         self._restart()
         self.sent_s = self.elapsed_s
-        kind, size = message.metadata.message_type, payload_bytes(message)
-        fates = self._fates(node_ids, kind, size, answer_bytes(message, size))
+        size = payload_bytes(message)
+        fates = self._fates(node_ids, message, size, answer_bytes(message, size))
         arriving = [
             (fate.arrives_s, order, node_id, fate.lost)
             for order, (node_id, fate) in enumerate(zip(node_ids, fates, strict=True))

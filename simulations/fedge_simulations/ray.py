@@ -56,6 +56,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             "scenario: simulation.engine = 'ray' has no simulated clock; leave all but its pace out"
         )
+    if config.rounds.local_work == "adaptive":
+        raise ConfigError(
+            "rounds.local_work = 'adaptive': simulation.engine = 'ray' has no simulated clock to decide by; "
+            "leave one of them out"
+        )
     if config.evaluate.leave_one_client_out or config.evaluate.folds:
         raise ConfigError(
             "evaluate.folds, evaluate.leave_one_client_out: not with simulation.engine = 'ray'; leave one out"

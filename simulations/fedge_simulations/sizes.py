@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedge.codecs.update import estimated_bytes
+from fedge.config import parse_train
 from fedge.learning.messages import (
     ARRAYS,
     CONFIG,
@@ -37,6 +39,18 @@ def most_examples(message: Message) -> float:
     config = records_of(message.content, ConfigRecord).get(CONFIG)
     told = None if config is None else config.get(MOST_EXAMPLES)
     return float(told) if isinstance(told, int) else math.inf
+
+
+def passes(message: Message) -> int:
+    """That clients make over their data, where they are told to train."""
+    config = records_of(message.content, ConfigRecord).get(CONFIG)
+    told = None if config is None else config.get("train")
+    return _epochs(told) if isinstance(told, str) else 1
+
+
+@lru_cache(maxsize=16)
+def _epochs(train: str) -> int:
+    return parse_train(train).epochs
 
 
 def answer_bytes(message: Message, size: int) -> int:

@@ -20,12 +20,12 @@ LABELS = np.arange(40) % 4
 MANY = np.arange(1, 20_001)
 
 
-def scenario(folder=None, clients=20_000, seed=0, epochs=2, **settings) -> Scenario:
-    config = Config.from_mapping({"seed": seed, "train": {"epochs": epochs}, "scenario": settings})
+def scenario(folder=None, clients=20_000, seed=0, **settings) -> Scenario:
+    config = Config.from_mapping({"seed": seed, "scenario": settings})
     return Scenario(config, clients=clients, labels=LABELS, folder=folder)
 
 
-def ask(course: Scenario, nodes, *, kind="train", number=1, clock_s=0.0, examples=50, down=0, up=0):
+def ask(course: Scenario, nodes, *, kind="train", number=1, clock_s=0.0, examples=50, down=0, up=0, passes=2):
     return course.fates(
         list(nodes),
         kind=kind,
@@ -34,6 +34,7 @@ def ask(course: Scenario, nodes, *, kind="train", number=1, clock_s=0.0, example
         examples=[examples] * len(nodes),
         bytes_down=down,
         bytes_up=up,
+        passes=passes,
     )
 
 
@@ -96,7 +97,9 @@ def test_a_fate_is_the_same_whatever_the_order_and_the_company():
     assert together == backwards[::-1]
     course = scenario(**RICH)
     alone = [
-        course.fate(node, kind="train", round=1, clock_s=0.0, examples=50, bytes_down=0, bytes_up=30)
+        course.fate(
+            node, kind="train", round=1, clock_s=0.0, examples=50, bytes_down=0, bytes_up=30, passes=2
+        )
         for node in (50, 3, 99)
     ]
     assert alone == [together[49], together[2], together[98]]
@@ -243,8 +246,8 @@ def test_growing_data_grows_to_all_and_loses_nothing():
     assert set(held[0]) < set(held[1]) < set(held[2])
     assert set(held[0]) != set(part(clock_s=0.0, node=2, **settings))
     # Less data is less work: 5 of 20 examples.
-    course = scenario(seconds_per_example=0.1, epochs=1, **settings)
-    assert ask(course, [1], examples=20) == [Fate(0.5)]
+    course = scenario(seconds_per_example=0.1, **settings)
+    assert ask(course, [1], examples=20, passes=1) == [Fate(0.5)]
 
 
 def test_moving_data_goes_through_the_classes_and_comes_back():

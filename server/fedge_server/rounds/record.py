@@ -67,6 +67,10 @@ class RoundRecord:
     privacy: Mapping[str, float | str] = field(default_factory=dict)
     staleness: float | None = None  # of asynchronous rounds: mean age of the updates, in rounds
     norm: float | None = None  # median L2 norm of the changes aggregated, where [validate] bounds it
+    # With rounds.local_work = "adaptive": what each client made, and what the next rounds are decided by.
+    passes: int | None = None
+    answer_s: float | None = None  # median seconds from asking to a valid answer
+    agreement: float | None = None  # mean cosine between the changes of two clients
     anomalies: tuple[Score, ...] = ()  # of each update, where they were held against each other
 
     @property
@@ -108,6 +112,9 @@ class RoundRecord:
             **({"intervals": {k: list(v) for k, v in self.intervals.items()}} if self.intervals else {}),
             **({"origin": dict(self.origin)} if self.origin else {}),
             **({"staleness": self.staleness} if self.staleness is not None else {}),
+            **({"passes": self.passes} if self.passes is not None else {}),
+            **({"answer_s": self.answer_s} if self.answer_s is not None else {}),
+            **({"agreement": self.agreement} if self.agreement is not None else {}),
             **({"target_bound": self.target_bound} if self.target_bound is not None else {}),
             **({"privacy": dict(self.privacy)} if self.privacy else {}),
             **({"anomalies": [s.to_json() for s in self.anomalies]} if self.anomalies else {}),

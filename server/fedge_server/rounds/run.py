@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,7 @@ from fedge_server.rounds.secure import secure_sum
 from fedge_server.rounds.stopping import check_hope
 from fedge_server.rounds.traffic import Traffic
 from fedge_server.rounds.validation import Rules
+from fedge_server.rounds.work import Look, most_passes, passes
 from fedge_server.strategies.asynchronous import Asynchronous
 from fedge_server.strategies.state import capture
 
@@ -79,6 +80,7 @@ class Run:
     answers: Answers | None = None  # of the global state to the test data, once it was asked
     under_way: UnderWay | None = None  # of asynchronous rounds
     pace: Pace | None = None  # of runs that fit clients' work to their speed
+    look: Look | None = None  # at this round's answers, in runs that decide by them how much is worked
 
     def next_round(self) -> RoundRecord:
         """One whole round: choose, configure, send, collect, aggregate, evaluate, commit."""
@@ -118,6 +120,9 @@ class Run:
             intervals=sure.intervals,
             target_bound=sure.target_bound,
             anomalies=collected.scores,
+            passes=self.passes if self.adaptive else None,
+            answer_s=self.look.answer_s if self.look else None,
+            agreement=self.look.agreement if self.look else None,
             privacy={**collected.facts, **({} if self.protection is None else self.protection.of_round())},
         )
         self.commit(record)
@@ -160,9 +165,11 @@ class Run:
             if self.downlink is not None:
                 sent = self.downlink.dressed(sent, sum(value.nbytes for value in self.shared.values()))
             sent = sent if self.pace is None else self.pace.fitted(sent)
+            self.look = Look(self.origin(), self.now) if self.adaptive else None
             came = self.grid.send_and_receive(sent, timeout=rounds.deadline_s)
             came = came if self.pace is None else self.pace.watched(came, nodes, self.now)
             admit, collected.bytes_down = singles(self.rules(number), set(nodes)), payload_bytes_of(sent)
+            admit = admit if self.look is None else self.look.around(admit)
         return collect(came, admit, collected, needed=needed, once=self.at_once), collected
 
     def ask_on(self, number: int, under_way: UnderWay) -> tuple[Iterable[Message], Collected]:
@@ -185,7 +192,19 @@ class Run:
         Clipping is, and so are bounds, scores and a codec.
         """
         alone = self.protection is not None or self.config.validate.of_singles or self.pace is not None
+        alone = alone or self.adaptive
         return self.chosen.sums and not (alone or self.instructions.codec is not None or self.scoring)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether clients' work is decided by what earlier rounds have shown."""
+        return self.config.rounds.local_work == "adaptive"
+
+    @property
+    def passes(self) -> int:
+        """That each client makes over its data in the next round."""
+        epochs = self.config.train.epochs
+        return passes(self.records, epochs) if self.adaptive else epochs
 
     @property
     def at_once(self) -> bool:
@@ -228,7 +247,7 @@ class Run:
         """What each reply must hold besides."""
         shared, network = self.shared, self.model.network
         parameters = {name: shared[name] for name, _ in network.named_parameters() if name in shared}
-        most = self.config.train.epochs * messages.MAX_EXAMPLES
+        most = most_passes(self.config) * messages.MAX_EXAMPLES
         return Beside.of(self.chosen.terms, parameters, most, self.chosen.like)
 
     def decoder(self, number: int) -> Decoder | None:
@@ -254,7 +273,8 @@ class Run:
         _reseed(self.config.seed, number, kind)
         strategy = self.chosen.strategy
         make = strategy.configure_train if kind == MessageType.TRAIN else strategy.configure_evaluate
-        record = self.instructions.to_config()
+        train = replace(self.instructions.train, epochs=self.passes)
+        record = replace(self.instructions, train=train).to_config()
         sent = list(make(number, messages.to_record(self.shared), record, Cohort(self.grid, nodes)))
         if self.chosen.terms.frozen:
             frozen = messages.to_record({name: self.arrays[name] for name in self.chosen.terms.frozen})

@@ -170,6 +170,8 @@ def build(
     terms = replace(getattr(made, "terms", PLAIN_TERMS), frozen=frozen)
     _check_frozen(chosen.name, terms, network)
     check_terms(config, terms)
+    if config.rounds.local_work == "adaptive":
+        _refuse_what_hides_clients(config, terms)
     return Chosen(made, "gradient" if chosen.name == "fedsgd" else "weights", terms)
 
 
@@ -233,6 +235,7 @@ def _refuse_what_waits(config: Config, buffer: int) -> None:
         ("privacy.mechanism", config.privacy.mechanism != "none", "counts one answer of a client in a round"),
         ("communication.codec", bool(config.communication.codec), "codes changes of this round's model"),
         ("rounds.sampling", rounds.sampling != "fixed", "draws a round's clients, and here they go on"),
+        ("rounds.local_work", rounds.local_work != "fixed", "compares clients that were asked together"),
         ("rounds.fit_work", rounds.fit_work, "fits clients' work to a deadline that nobody waits for"),
         ("rounds.quorum", rounds.quorum < 1, "has no effect: strategy.buffer updates close a round"),
         ("rounds.min_updates", rounds.min_updates > buffer, f"is above the {buffer} that close a round"),
@@ -240,6 +243,21 @@ def _refuse_what_waits(config: Config, buffer: int) -> None:
         if wrong:
             name = config.strategy.name
             raise ConfigError(f"{key}: {why}, so it does not go with strategy {name!r}; leave it out")
+
+
+def _refuse_what_hides_clients(config: Config, terms: Terms) -> None:
+    """What keeps a round from showing how long clients take, which way they go, and what is gained."""
+    name = f"strategy.name = {config.strategy.name!r}"
+    for key, wrong, why in (
+        ("privacy.mechanism", config.privacy.mechanism != "none", "times and directions of clients show"),
+        ("privacy.secure_aggregation", config.privacy.secure_aggregation, "nobody sees a single change"),
+        ("rounds.fit_work", config.rounds.fit_work, "decides how much a client works, too"),
+        (name, config.strategy.name == "fedsgd", "clients make exactly one pass"),
+        (name, config.strategy.name == "feddf", "clients' models differ, and cannot be compared"),
+        (name, bool(terms.own), "the server has no whole model whose loss could fall"),
+    ):
+        if wrong:
+            raise ConfigError(f"rounds.local_work = 'adaptive': {key}: {why}; leave one of them out")
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:

@@ -301,8 +301,10 @@ class Engine:
 
     def _prepare(self, job: Job) -> _Prepared:
         instructions = job.instructions
+        train = instructions.train
+        alike = replace(train, epochs=min(train.epochs, 2))  # of which a proof makes two at most
         key = (
-            replace(instructions, round=0, seed=0, moments=None, void=None),
+            replace(instructions, round=0, seed=0, moments=None, void=None, train=alike),
             _bytes_of(instructions.moments),
         )
         found = self._prepared.get(key)
@@ -314,7 +316,7 @@ class Engine:
                 instructions.spec, instructions.moments, instructions.noise_filter
             )
             whole = instructions.update == "gradient"
-            settings = gradients.in_batches(instructions.train) if whole else instructions.train
+            settings = gradients.in_batches(train) if whole else train
             shifted = instructions.terms.control
             recipe = Recipe(model, Layout.of(job.state), settings, instructions.proximal_mu, shifted)
             some = self.data.take(np.arange(min(len(self.data), TRIED)))
@@ -333,6 +335,8 @@ class Engine:
             recipe = replace(recipe, device=way.device)
             found = _Prepared(recipe, preprocess, way, local.least_batch(model), keep)
             self._prepared[key] = found
+        if instructions.update == "weights" and found.recipe.settings.epochs != train.epochs:
+            found.recipe = replace(found.recipe, settings=train)
         return found
 
 

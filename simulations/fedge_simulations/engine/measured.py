@@ -67,8 +67,9 @@ class Plan:
 
 
 def _key(instructions: Instructions) -> str:
-    """The model and how it is trained."""
-    same = replace(instructions, round=0, moments=None, void=None).to_config()
+    """The model and how it is trained, however often."""
+    train = replace(instructions.train, epochs=1)
+    same = replace(instructions, round=0, moments=None, void=None, train=train).to_config()
     return hashlib.sha256(json.dumps(dict(same), sort_keys=True).encode()).hexdigest()[:16]
 
 

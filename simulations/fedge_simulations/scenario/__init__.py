@@ -68,7 +68,7 @@ class Scenario:
         """
         settings = self.settings = config.scenario
         _check(config)
-        self._epochs, self._labels, self._trigger = config.train.epochs, labels, trigger
+        self._labels, self._trigger = labels, trigger
         self._traits = Traits(settings, config.seed)
         self._replay = None if settings.replay is None else Recording(Path(settings.replay), clients=clients)
         if self._replay is not None and settings.battery_s is not None and not self._replay.has_work:
@@ -132,9 +132,10 @@ class Scenario:
         examples: int,
         bytes_down: int,
         bytes_up: int,
+        passes: int = 1,
     ) -> Fate:
         """What becomes of one message; nothing is recorded."""
-        found, _ = self._decide([node_id], kind, round, clock_s, [examples], bytes_down, bytes_up)
+        found, _ = self._decide([node_id], kind, round, clock_s, [examples], bytes_down, bytes_up, passes)
         return found[0]
 
     def fates(
@@ -147,6 +148,7 @@ class Scenario:
         examples: Sequence[int],
         bytes_down: int,
         bytes_up: int,
+        passes: int = 1,
     ) -> list[Fate]:
         """What becomes of messages that are sent together, each as `fate` says; it is recorded.
 
@@ -154,7 +156,7 @@ class Scenario:
             RoundError: they are not in the recording that is replayed.
             DataError: events.jsonl cannot be written.
         """
-        found, work = self._decide(node_ids, kind, round, clock_s, examples, bytes_down, bytes_up)
+        found, work = self._decide(node_ids, kind, round, clock_s, examples, bytes_down, bytes_up, passes)
         told = work if self._batteries is not None else None
         sending = Sending(round, kind, clock_s, node_ids, found, told)
         if self._recorder is not None:
@@ -172,6 +174,7 @@ class Scenario:
         examples: Sequence[int],
         bytes_down: int,
         bytes_up: int,
+        passes: int,
     ) -> tuple[list[Fate], list[float]]:
         """The fates, and how many seconds each client works."""
         if self._replay is not None:
@@ -181,7 +184,8 @@ class Scenario:
         latency, speed = self._traits.latency(nodes), self._traits.bandwidth(nodes)
         down = latency + _seconds(bytes_down, self.settings.down_bytes_per_s, speed)
         up = latency + _seconds(bytes_up, self.settings.up_bytes_per_s, speed)
-        work = self._work(nodes, kind, np.asarray(examples, dtype=np.int64), clock_s, words)
+        each = passes if kind == MessageType.TRAIN else _LOOK
+        work = self._work(nodes, each, np.asarray(examples, dtype=np.int64), clock_s, words)
         whole = down + work + up
         ends, reasons = self._losses(nodes, down, work, whole, clock_s, words)
         attacks = (
@@ -193,14 +197,13 @@ class Scenario:
     def _work(
         self,
         nodes: Nodes,
-        kind: str,
+        passes: float,
         examples: npt.NDArray[np.int64],
         clock_s: float,
         words: tuple[int, ...],
     ) -> Floats:
         """(K,) seconds of computing."""
         settings = self.settings
-        passes = self._epochs if kind == MessageType.TRAIN else _LOOK
         counts = drift.held(settings, examples, clock_s)
         work: Floats = counts * (settings.seconds_per_example * passes) * self._traits.slowness(nodes)
         if settings.stragglers:
