@@ -94,6 +94,7 @@ def test_the_walk_sees_an_arrow_that_points_up(source: str) -> None:
             {"torch", "flwr", "sklearn", "pydantic", "onnxruntime"},
         ),
         ("import fedge_server.hub.enrolment, fedge_server.cli.fleet", {"torch", "flwr", "sklearn"}),
+        ("import fedge.artefact", {"torch", "flwr", "onnx", "onnxruntime", "sklearn", "pydantic"}),
         ("import fedge_client.updater", {"torch", "flwr", "sklearn", "pydantic"}),
         (
             "import fedge_client.agent.running, fedge_client.cli",

@@ -1,0 +1,351 @@
+"""A model file as it travels: weights as small codes and a few scales, restored to the very same bytes.
+
+Training on a grid leaves float32 weights that are code * scale, with a small integer code and a float16 scale
+for each output channel. Such tensors travel as codes at the size of their entropy; other large tensors as
+planes of bytes; everything else as it is. Whatever the file, unpacking gives its bytes again: that is checked
+when it is packed. Nothing here needs onnx or torch: a device unpacks with numpy alone. The layout is in
+docs/packed.md.
+
+Shapes: a tensor is looked at as (O, C, I): one scale for each of C channels along one axis.
+"""
+
+from __future__ import annotations
+
+import lzma
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from fedge.entropy import MAX_ALPHABET, Decoder, Symbols, encode
+from fedge.errors import FormatError
+from fedge.onnx_layout import FLOAT32, Stored, stored_tensors
+
+MAGIC: Final = b"FPK\x01"  # the last byte is the version
+MAX_TENSORS: Final = 4096  # that are not literal
+MAX_LEVELS: Final = 127  # the largest code
+
+_HEADER: Final = struct.Struct(
+    "<4sII"
+)  # magic, CRC-32 of the installed bytes, length of the skeleton as stored
+_GRID, _PLANES = 0, 1
+_LEAST_GRID, _LEAST_PLANES = 8, 1024  # elements on a grid, bytes in planes, from which it pays
+_SLACK = 4096  # the skeleton may be so much longer than the file, for its table
+_DICTIONARY = 8 * 1024**2  # bytes, at most
+_COARSE = 7  # low bits of a float16 scale that are 0 where it takes one byte
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """A tensor of float32 values code * scale, as the table has it."""
+
+    shape: tuple[int, int, int]  # (O, C, I)
+    levels: int  # no |code| is larger; 0 .. MAX_LEVELS
+    scale_bytes: int  # 1 or 2 for each scale
+
+    @property
+    def scales(self) -> int:
+        """Bytes of all scales."""
+        return self.shape[1] * self.scale_bytes
+
+    @property
+    def length(self) -> int:
+        """Bytes of the tensor in the file."""
+        return 4 * prod(self.shape)
+
+    @property
+    def symbols(self) -> int:
+        """How many it is coded in."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planes:
+    """A tensor of any numbers: the first bytes of all, the second bytes of all, and so on."""
+
+    width: int  # bytes of an element, 1 to 8
+    elements: int
+    scales: int = 0  # bytes
+
+    @property
+    def length(self) -> int:
+        """Bytes of the tensor in the file."""
+        return self.width * self.elements
+
+    @property
+    def symbols(self) -> int:
+        """How many it is coded in."""
+        return self.width * self.elements
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A tensor of the file that is packed: where it lies, how, and with which content."""
+
+    offset: int
+    how: _Grid | _Planes
+    scales: bytes  # as stored
+    parts: tuple[tuple[Symbols, int], ...]  # symbols and size of their alphabet
+
+
+def is_packed(wire: bytes) -> bool:
+    """Whether these bytes claim to be in this layout, of whatever version."""
+    return wire[:3] == MAGIC[:3]
+
+
+def pack(installed: bytes) -> bytes:
+    """The file in this layout: with or without planes of bytes, whichever is smaller."""
+    grids: list[_Piece] = []
+    planes: list[_Piece] = []
+    for stored in stored_tensors(installed):
+        raw = installed[stored.offset : stored.offset + stored.length]
+        piece = _on_grid(stored, raw)
+        if piece is not None:
+            grids.append(piece)
+        elif stored.length >= _LEAST_PLANES:
+            planes.append(_in_planes(stored, raw))
+    both = sorted((*grids, *planes), key=lambda piece: piece.offset)
+    forms = [_stored(installed, pieces[:MAX_TENSORS]) for pieces in ((grids, both) if planes else (grids,))]
+    wire = min(forms, key=len)
+    if unpack(wire, len(installed)) != installed:
+        raise FormatError("packed: unpacking would give other bytes; this is a fault of the packer")
+    return wire
+
+
+def unpack(wire: bytes, installed_bytes: int) -> bytes:
+    """Undo `pack`; whatever the bytes, it takes four times `installed_bytes` of memory and a little at most.
+
+    Raises:
+        FormatError: truncated, damaged, trailing bytes, another length than declared, or another version.
+    """
+    if len(wire) < _HEADER.size or wire[: len(MAGIC)] != MAGIC:
+        raise FormatError(
+            f"packed: begins with {wire[:4]!r}, not with {MAGIC!r}; a newer fedge may have made it"
+        )
+    _, checksum, length = _HEADER.unpack_from(wire)
+    if length > len(wire) - _HEADER.size:
+        raise FormatError(f"packed: a skeleton of {length} bytes is truncated")
+    stream = wire[_HEADER.size + length :]
+    skeleton = _Reader(_inflated(wire[_HEADER.size : _HEADER.size + length], installed_bytes))
+    table = _table(skeleton, installed_bytes)
+    scales = [skeleton.take(how.scales) for _, how in table]
+    whole = skeleton.left + sum(how.length for _, how in table)
+    if whole != installed_bytes:
+        raise FormatError(f"packed: unpacks to {whole} bytes, not to the {installed_bytes} declared")
+    decoder = Decoder(stream, sum(how.symbols for _, how in table))
+    pieces: list[bytes] = []
+    for (gap, how), own in zip(table, scales, strict=True):
+        pieces.append(skeleton.take(gap))
+        pieces.append(_on_values(how, own, decoder) if isinstance(how, _Grid) else _of_planes(how, decoder))
+    decoder.close()
+    result = b"".join((*pieces, skeleton.take(skeleton.left)))
+    if zlib.crc32(result) != checksum:
+        raise FormatError("packed: the bytes that come out are not those that were packed (CRC-32)")
+    return result
+
+
+def _stored(installed: bytes, pieces: Sequence[_Piece]) -> bytes:
+    """Header, skeleton (table, scales, literal bytes; LZMA) and stream of codes."""
+    table, literal, at = [_number(len(pieces))], [], 0
+    for piece in pieces:
+        table.append(_number(piece.offset - at))
+        literal.append(installed[at : piece.offset])
+        at = piece.offset + piece.how.length
+        if isinstance(piece.how, _Grid):
+            sizes = b"".join(_number(size) for size in piece.how.shape)
+            table.append(bytes([_GRID]) + sizes + bytes([piece.how.levels, piece.how.scale_bytes]))
+        else:
+            table.append(bytes([_PLANES, piece.how.width]) + _number(piece.how.elements))
+    skeleton = b"".join((*table, *(piece.scales for piece in pieces), *literal, installed[at:]))
+    short = lzma.compress(skeleton, lzma.FORMAT_RAW, filters=_filters(len(installed)))
+    stream = encode([part for piece in pieces for part in piece.parts])
+    return _HEADER.pack(MAGIC, zlib.crc32(installed), len(short)) + short + stream
+
+
+def _filters(installed_bytes: int) -> list[dict[str, Any]]:
+    """LZMA without any header: its settings follow from the length of what is packed."""
+    dictionary = min(installed_bytes + _SLACK, _DICTIONARY)
+    return [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": dictionary, "pb": 0}]
+
+
+def _inflated(short: bytes, installed_bytes: int) -> bytes:
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_filters(installed_bytes))
+    most = installed_bytes + _SLACK
+    try:
+        skeleton = decoder.decompress(short, max_length=most + 1)
+    except (lzma.LZMAError, EOFError) as error:
+        raise FormatError(f"packed: the skeleton cannot be read ({error})") from error
+    if len(skeleton) > most or not decoder.eof or decoder.unused_data:
+        raise FormatError(
+            "packed: the skeleton is truncated, longer than the file, or followed by other bytes"
+        )
+    return skeleton
+
+
+class _Reader:
+    """The skeleton, from its start to its end."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = memoryview(data), 0
+
+    def take(self, length: int) -> bytes:
+        """The next bytes."""
+        part = self._data[self._at : self._at + length]
+        if len(part) < length:
+            raise FormatError("packed: the skeleton ends too soon")
+        self._at += length
+        return bytes(part)
+
+    @property
+    def left(self) -> int:
+        """How many bytes follow."""
+        return len(self._data) - self._at
+
+    def number(self) -> int:
+        """A number below 2^35 in groups of seven bits, least first."""
+        value = 0
+        for place in range(5):
+            (byte,) = self.take(1)
+            value |= (byte & 0x7F) << 7 * place
+            if byte < 0x80:
+                return value
+        raise FormatError("packed: a number in the table is too long")
+
+
+def _number(value: int) -> bytes:
+    groups = bytearray()
+    while value >= 0x80:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*groups, value])
+
+
+def _table(skeleton: _Reader, installed_bytes: int) -> list[tuple[int, _Grid | _Planes]]:
+    """Each tensor with the number of literal bytes before it; all of them fit into the file.
+
+    Raises:
+        FormatError: a field is out of its range, or they do not fit.
+    """
+    count, left = skeleton.number(), installed_bytes
+    if count > MAX_TENSORS:
+        raise FormatError(f"packed: {count} tensors, over {MAX_TENSORS}")
+    table: list[tuple[int, _Grid | _Planes]] = []
+    for _ in range(count):
+        gap, how = skeleton.number(), _entry(skeleton)
+        left -= gap + how.length
+        if left < 0:
+            raise FormatError(f"packed: the tensors take more than the {installed_bytes} bytes declared")
+        table.append((gap, how))
+    return table
+
+
+def _entry(skeleton: _Reader) -> _Grid | _Planes:
+    (kind,) = skeleton.take(1)
+    if kind == _GRID:
+        shape = (skeleton.number(), skeleton.number(), skeleton.number())
+        levels, scale_bytes = skeleton.take(2)
+        if prod(shape) and levels <= MAX_LEVELS and scale_bytes in (1, 2):
+            return _Grid(shape, levels, scale_bytes)
+    elif kind == _PLANES:
+        (width,) = skeleton.take(1)
+        elements = skeleton.number()
+        if elements and 1 <= width <= 8:
+            return _Planes(width, elements)
+    raise FormatError(
+        f"packed: an entry of kind {kind} has a field out of range; a newer fedge may have made it"
+    )
+
+
+def _on_values(how: _Grid, scales: bytes, decoder: Decoder) -> bytes:
+    """The float32 values, little-endian."""
+    if how.scale_bytes == 1:
+        halves = np.frombuffer(scales, np.uint8).astype("<u2") << _COARSE
+    else:
+        halves = np.frombuffer(scales, "<u2")
+    wide = halves.astype("<u2").view("<f2").astype("<f4")
+    codes = decoder.take(how.symbols, 2 * how.levels + 1).reshape(how.shape)
+    values = codes.astype("<f4")
+    values -= np.float32(how.levels)
+    with np.errstate(invalid="ignore"):  # a scale that is not finite: the checksum refuses what comes out
+        values *= wide[:, None]
+    return values.tobytes()
+
+
+def _of_planes(how: _Planes, decoder: Decoder) -> bytes:
+    elements = np.empty((how.elements, how.width), np.uint8)
+    for place in range(how.width):
+        elements[:, place] = decoder.take(how.elements, MAX_ALPHABET)
+    return elements.tobytes()
+
+
+def _in_planes(stored: Stored, raw: bytes) -> _Piece:
+    width = stored.itemsize
+    elements = np.frombuffer(raw, np.uint8).reshape(-1, width)
+    planes = tuple((np.ascontiguousarray(elements[:, place]), MAX_ALPHABET) for place in range(width))
+    return _Piece(stored.offset, _Planes(width, len(elements)), b"", planes)
+
+
+def _on_grid(stored: Stored, raw: bytes) -> _Piece | None:
+    """The tensor as codes and scales if that gives its bytes again, with as few scales as will do."""
+    if stored.data_type != FLOAT32 or prod(stored.shape) < _LEAST_GRID:
+        return None
+    values = np.frombuffer(raw, "<f4")
+    for shape in _views(stored.shape):
+        found = _grid(values.reshape(shape))
+        if found is None:
+            continue
+        codes, scales = found
+        if (codes * scales.astype("<f4")[:, None]).astype("<f4").tobytes() != raw:
+            continue  # a zero with a sign
+        levels = int(np.abs(codes).max())
+        bits = scales.view(np.uint16)
+        coarse = not (bits & (1 << _COARSE) - 1).any()
+        stored_scales = (bits >> _COARSE).astype(np.uint8) if coarse else bits.astype("<u2")
+        symbols = (codes.reshape(-1) + levels).astype(np.uint8)
+        how = _Grid(shape, levels, 1 if coarse else 2)
+        return _Piece(stored.offset, how, stored_scales.tobytes(), ((symbols, 2 * levels + 1),))
+    return None
+
+
+def _views(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """As (O, C, I) with one scale for all, then with one for each place along an axis."""
+    yield 1, 1, prod(shape)
+    for axis, size in enumerate(shape):
+        if size > 1:
+            yield prod(shape[:axis]), size, prod(shape[axis + 1 :])
+
+
+def _grid(values: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float16]] | None:
+    """Codes (O, C, I) and scales (C,) whose products these values are; None where there are none.
+
+    In each channel the scale is the largest |value| over the smallest k up to `MAX_LEVELS` that makes it a
+    float16 and every value a multiple of it.
+    """
+    top = np.abs(values).max(axis=(0, 2)).astype(np.float64)  # (C,)
+    if not np.isfinite(top).all():
+        return None
+    ratios = top / np.arange(1, MAX_LEVELS + 1)[:, None]  # (k, C)
+    with np.errstate(over="ignore"):
+        halves = ratios.astype(np.float16)
+    exact = (halves == ratios) & ((halves > 0) | (top == 0))
+    if not exact.any(axis=0).all():
+        return None
+    scales = np.zeros(len(top), np.float16)
+    codes = np.zeros(values.shape, np.int16)
+    open_ = top > 0  # channels without a scale so far
+    for k in range(MAX_LEVELS):
+        (chosen,) = np.nonzero(open_ & exact[k])
+        if len(chosen) == 0:
+            continue
+        trial = values[:, chosen].astype(np.float64) / halves[k, chosen, None].astype(np.float64)
+        whole = trial == np.rint(trial)
+        good = whole.all(axis=(0, 2))
+        codes[:, chosen[good]] = trial[:, good].astype(np.int16)
+        scales[chosen[good]] = halves[k, chosen[good]]
+        open_[chosen[good]] = False
+    return None if open_.any() else (codes, scales)
