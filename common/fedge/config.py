@@ -161,8 +161,9 @@ class Rounds:
     count: Count = 20  # at most this many rounds
     fraction: Fraction = 1.0  # of the clients, drawn anew each round
     cohort: Count | None = None  # so many clients in each round, whatever the population; None: the fraction
-    # fixed: as many each time, without replacement; poisson: each client by itself, with this probability
-    sampling: Literal["fixed", "poisson"] = "fixed"
+    # fixed: as many each time, without replacement; poisson: each client by itself, with this probability;
+    # size: so many draws by the clients' examples, with replacement; round_robin: who was asked longest ago
+    sampling: Literal["fixed", "poisson", "size", "round_robin"] = "fixed"
     quorum: Fraction = 1.0  # of a round's clients: so many valid updates close it early
     min_updates: Count = 1  # fewer valid updates than this: the round does not count
     deadline_s: Positive | None = None  # after this it closes with what has come

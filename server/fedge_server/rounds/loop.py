@@ -32,6 +32,7 @@ from fedge_server.privacy.rules import check_model
 from fedge_server.registry.database import Registry
 from fedge_server.registry.ledger import Ledger
 from fedge_server.rounds.asynchronous import UnderWay
+from fedge_server.rounds.choosing import Choice
 from fedge_server.rounds.downlink import Downlink
 from fedge_server.rounds.grids import Simulated, nodes_of
 from fedge_server.rounds.moments import federated_moments, kept_moments
@@ -150,7 +151,7 @@ def _prepare(
         run.downlink = Downlink(told.downlink, local.parameters_of(network), config.seed)
     if isinstance(chosen.strategy, Asynchronous):
         run.under_way = UnderWay.of(grid, config, chosen.strategy)
-    run.pace = Pace.of(config)
+    run.pace, run.choice = Pace.of(config), Choice.of(config)
     if last is None:
         scores, _ = run.evaluate_centrally()
         run.commit(RoundRecord(0, scores, simulated_s=run.simulated_s(), origin=start.origin))
@@ -159,6 +160,7 @@ def _prepare(
         beside = beside_of(last.state)
         run.downlink = None if run.downlink is None else run.downlink.remembering(beside)
         run.pace = None if run.pace is None else run.pace.remembering(beside)
+        run.choice = None if run.choice is None else run.choice.remembering(beside)
         run.model_sha256 = last.model_sha256
     return run
 

@@ -28,6 +28,7 @@ from fedge_server.privacy.protection import Protection
 from fedge_server.registry.database import Registry
 from fedge_server.rounds.anomalies import scored
 from fedge_server.rounds.asynchronous import UnderWay
+from fedge_server.rounds.choosing import Choice
 from fedge_server.rounds.closing import (
     Collected,
     TooFewError,
@@ -80,6 +81,7 @@ class Run:
     answers: Answers | None = None  # of the global state to the test data, once it was asked
     under_way: UnderWay | None = None  # of asynchronous rounds
     pace: Pace | None = None  # of runs that fit clients' work to their speed
+    choice: Choice | None = None  # of runs that choose clients by what is known of them
     look: Look | None = None  # at this round's answers, in runs that decide by them how much is worked
 
     def next_round(self) -> RoundRecord:
@@ -170,6 +172,7 @@ class Run:
             came = came if self.pace is None else self.pace.watched(came, nodes, self.now)
             admit, collected.bytes_down = singles(self.rules(number), set(nodes)), payload_bytes_of(sent)
             admit = admit if self.look is None else self.look.around(admit)
+            admit = admit if self.choice is None else self.choice.around(admit)
         return collect(came, admit, collected, needed=needed, once=self.at_once), collected
 
     def ask_on(self, number: int, under_way: UnderWay) -> tuple[Iterable[Message], Collected]:
@@ -192,7 +195,7 @@ class Run:
         Clipping is, and so are bounds, scores and a codec.
         """
         alone = self.protection is not None or self.config.validate.of_singles or self.pace is not None
-        alone = alone or self.adaptive
+        alone = alone or self.adaptive or (self.choice is not None and self.choice.by == "size")
         return self.chosen.sums and not (alone or self.instructions.codec is not None or self.scoring)
 
     @property
@@ -266,6 +269,8 @@ class Run:
         wanted = cohort_size(len(nodes), self.config.rounds) if kind == MessageType.TRAIN else MANY
         if kind == MessageType.TRAIN and self.protection is not None and self.protection.central:
             wanted = min(self.protection.expected, len(nodes))
+        if kind == MessageType.TRAIN and self.choice is not None:
+            return self.choice.draw(self.grid, nodes, wanted, seed=self.config.seed, number=number)
         return draw(self.grid, nodes, wanted, seed=self.config.seed, number=number, purpose=kind)
 
     def configure(self, number: int, kind: str, nodes: Sequence[int]) -> Iterable[Message]:
@@ -376,8 +381,8 @@ class Run:
 
     def commit(self, record: RoundRecord) -> None:
         """Make the round count."""
-        remembered = {} if self.downlink is None else dict(self.downlink.memory())
-        state = capture(self.chosen.strategy, remembered | ({} if self.pace is None else self.pace.memory()))
+        parts = [part.memory() for part in (self.downlink, self.pace, self.choice) if part is not None]
+        state = capture(self.chosen.strategy, {name: value for part in parts for name, value in part.items()})
         kept = {**self.arrays, **moments_arrays(self.instructions.moments)}
         self.model_sha256 = self.registry.commit_round(self.run_id, record, kept, state, self.about)
         self.records.append(record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -45,13 +45,26 @@ def draw(grid: Grid, nodes: Sequence[int], wanted: int, *, seed: int, number: in
     Raises:
         RoundError: nobody is there, or comes online in two weeks.
     """
+    key = key_of(seed, number, purpose)
+
+    def attempt() -> list[int]:
+        if isinstance(grid, Simulated):
+            return _online(grid, nodes, wanted, key)
+        return random.Random(key).sample(nodes, min(wanted, len(nodes)))  # noqa: S311 - a simulation's choice
+
+    return when_online(grid, nodes, attempt, number)
+
+
+def when_online(grid: Grid, nodes: Sequence[int], attempt: Callable[[], list[int]], number: int) -> list[int]:
+    """What an attempt to choose clients gives, once it gives anybody.
+
+    Raises:
+        RoundError: nobody is there, or comes online in two weeks.
+    """
     if not nodes:
         raise RoundError(f"round {number}: there are no clients")
-    key = key_of(seed, number, purpose)
-    if not isinstance(grid, Simulated):
-        return random.Random(key).sample(nodes, min(wanted, len(nodes)))  # noqa: S311 - a simulation's choice
     for _ in range(MAX_WAITS):
-        if found := _online(grid, nodes, wanted, key):
+        if (found := attempt()) or not isinstance(grid, Simulated):
             return found
         grid.elapsed_s += WAIT_S
     raise RoundError(f"round {number}: no client is online, and none came in two simulated weeks")

@@ -170,6 +170,8 @@ def build(
     terms = replace(getattr(made, "terms", PLAIN_TERMS), frozen=frozen)
     _check_frozen(chosen.name, terms, network)
     check_terms(config, terms)
+    if config.rounds.sampling == "size":
+        _refuse_what_weighs_twice(config)
     if config.rounds.local_work == "adaptive":
         _refuse_what_hides_clients(config, terms)
     return Chosen(made, "gradient" if chosen.name == "fedsgd" else "weights", terms)
@@ -243,6 +245,23 @@ def _refuse_what_waits(config: Config, buffer: int) -> None:
         if wrong:
             name = config.strategy.name
             raise ConfigError(f"{key}: {why}, so it does not go with strategy {name!r}; leave it out")
+
+
+def _refuse_what_weighs_twice(config: Config) -> None:
+    """Where clients are drawn by size, the plain mean of what was drawn is the right one."""
+    privacy, name = config.privacy, config.strategy.name
+    for key, wrong, why in (
+        (f"strategy.name = {name!r}", PLAIN[name] not in LINEAR, "does more than average what was drawn"),
+        ("privacy.mechanism", privacy.mechanism != "none", "counts each client once"),
+        ("privacy.secure_aggregation", privacy.secure_aggregation, "clients weigh their changes themselves"),
+        (
+            "rounds.fit_work",
+            config.rounds.fit_work,
+            "clients then tell what they trained on, not what they have",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(f"rounds.sampling = 'size': {key}: {why}; leave one of them out")
 
 
 def _refuse_what_hides_clients(config: Config, terms: Terms) -> None:
