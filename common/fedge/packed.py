@@ -180,10 +180,10 @@ def _inflated(short: bytes, installed_bytes: int) -> bytes:
         skeleton = decoder.decompress(short, max_length=most + 1)
     except (lzma.LZMAError, EOFError) as error:
         raise FormatError(f"packed: the skeleton cannot be read ({error})") from error
-    if len(skeleton) > most or not decoder.eof or decoder.unused_data:
-        raise FormatError(
-            "packed: the skeleton is truncated, longer than the file, or followed by other bytes"
-        )
+    if len(skeleton) > most:
+        raise FormatError(f"packed: unpacks to more than {installed_bytes} bytes, the length declared")
+    if not decoder.eof or decoder.unused_data:
+        raise FormatError("packed: the skeleton is truncated, or followed by other bytes")
     return skeleton
 
 
