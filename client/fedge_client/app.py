@@ -35,6 +35,8 @@ from fedge.statistics import Moments
 from fedge.task import Source, Task, resolve
 from fedge.task_digest import task_digest
 from fedge_client import coding, keeping, masking, receiving
+from fedge_client.surveying import answer_surveys
+from fedge_client.teaching import taught_by
 
 Share = Callable[[Context, Instructions], tuple[Task, Examples]]
 """The task that this client offers and its own examples for it; raises ConfigError when it offers none of
@@ -153,6 +155,7 @@ def build(
         _, examples = trained_on(share(context, instructions), instructions)
         return messages.moments_reply(message, Moments.of(examples.x, instructions.spec), len(examples))
 
+    answer_surveys(client, share)
     masking.answer_queries(
         client, lambda message, context: secret(Instructions.of(message), context.node_id), signer
     )
@@ -288,7 +291,8 @@ def _job(
     }
     state = keeping.whole_state(task, instructions, context, travelled)
     seed = client_seed(instructions.seed, instructions.round, context.node_id)
-    return Job(task, instructions, state, examples, seed)
+    teacher = taught_by(message, context, instructions.terms)
+    return Job(task, instructions, state, examples, seed, teacher=teacher)
 
 
 app = build(own_share)

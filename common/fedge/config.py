@@ -41,6 +41,7 @@ LossName = Literal["cross_entropy", "focal", "multi_margin"]
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 FilterName = Literal["none", "median", "gaussian", "clip"]
 MetricName = Literal["accuracy", "macro_f1", "auc", "recall"]
+DataKind = Literal["labelled", "unlabelled", "clients", "none"]  # what compression learns from
 AccountantName = Literal["pld", "rdp"]
 PrecisionName = Literal["auto", "fp32", "bf16"]
 PruneKind = Literal["structured", "unstructured"]
@@ -394,12 +395,28 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
+class OnClients:
+    """`[compress.clients]`: how clients distil, calibrate and gate, where they are the data."""
+
+    rounds: Count = 30  # in which they train a student
+    epochs: Count = 2  # passes over a client's own examples in each
+    learning_rate: Positive = 0.003  # Adam's, on each client anew in each round
+    selection_share: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.3  # of what a client keeps back
+    min_examples: Count = 8  # a client with fewer tells neither ranges nor counts of them
+    max_examples: Count = 1000  # of a client that count for a variant: nobody's share of a gate is larger
+    trim: Annotated[float, Field(ge=0, lt=0.5, strict=True)] = 0.1  # of the clients' ranges, at either end
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
 class Compress:
     """`[compress]`: settings of the stages that make variants."""
 
+    # what students learn from, ranges are taken from, and variants are judged on
+    data: Literal["auto"] | DataKind = "auto"
     distil: Distil = Distil()
     prune: Prune = Prune()
     gate: Gate = Gate()
+    clients: OnClients = OnClients()
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)

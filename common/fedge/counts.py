@@ -13,9 +13,8 @@ from typing import Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from fedge.inference import Float32
-
 Whole = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
 Truths = npt.NDArray[np.bool_]
 NAMES: Final = ("n", "both", "losses", "wins")
 

@@ -8,12 +8,14 @@ the same side on every client, and a simulation and a device divide alike.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Places = npt.NDArray[np.float64]
+Part = Literal["selection", "gate"]
+"""What examples that are kept back are for: to order the candidates of a tier, or to let one of them out."""
 
 
 def places(x: npt.NDArray[Any], seed: int) -> Places:
@@ -38,3 +40,17 @@ def kept_back(of: Places, share: float) -> npt.NDArray[np.bool_]:
     if len(of) and held.all():
         held[of.argmax()] = False
     return held
+
+
+def judged_on(of: Places, share: float, part: Part, selection: float) -> npt.NDArray[np.bool_]:
+    """(N,) whether an example is kept back for this part; one of either is never in the other, nor trained.
+
+    Args:
+        of: where the examples stand.
+        share: that is kept back, as for `kept_back`.
+        part: which one.
+        selection: share of what is kept back that is for selection.
+    """
+    first = of < share * selection
+    found: npt.NDArray[np.bool_] = kept_back(of, share) & (first if part == "selection" else ~first)
+    return found

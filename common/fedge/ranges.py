@@ -1,6 +1,7 @@
 """Between which values the tensors of a graph lie: all that calibration needs to know of anybody's data.
 
-Numpy and onnxruntime alone: a server asks this of its own data, a device of what it holds, by the same code.
+Numpy and onnxruntime alone, the latter once something is observed: a server asks this of its own data, a
+device of what it holds, by the same code.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from fedge.errors import FormatError
-from fedge.inference import INPUT, Float32
+
+Float32 = npt.NDArray[np.float32]
 
 MAX_TENSORS: Final = 1024  # that a graph may ask about
 _CHUNK: Final = 32  # examples that are run together
@@ -61,6 +62,10 @@ def observe(graph: bytes, x: npt.NDArray[Any]) -> Ranges:
     Raises:
         FormatError: the graph cannot be opened or run, has other outputs or too many, or gives no numbers.
     """
+    import onnxruntime as ort
+
+    from fedge.inference import INPUT
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3

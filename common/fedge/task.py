@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fedge.config import FilterName, suggestion
 from fedge.dataset import Dataset
 from fedge.errors import ConfigError
 from fedge.spec import Spec
 from fedge.statistics import Moments
+
+STUDENT: Final = "student:"  # begins the name of a model that is one of the task's students
 
 if TYPE_CHECKING:  # a task can be named and described without torch
     from torch import nn
@@ -70,18 +72,28 @@ class Task:
             )
 
     def model(self, name: str) -> ModelBuilder:
-        """The builder of a named model; an empty name means the default.
+        """The builder of a named model; an empty name means the default, 'student:NAME' a student.
 
         Raises:
             ConfigError: the task has no such model; the line names the nearest one.
         """
         chosen = name or self.default_model
+        if chosen.startswith(STUDENT):
+            return self._student(chosen.removeprefix(STUDENT))
         if chosen not in self.models:
             raise ConfigError(
                 f"model.name = {name!r}: task {self.name!r} has no such model; "
                 f"{suggestion(name, list(self.models))}"
             )
         return self.models[chosen]
+
+    def _student(self, name: str) -> ModelBuilder:
+        if name not in self.students:
+            hint = suggestion(name, list(self.students)) if self.students else "it has none"
+            raise ConfigError(
+                f"model.name = {STUDENT + name!r}: task {self.name!r} has no such student; {hint}"
+            )
+        return self.students[name]
 
 
 def resolve(name: str) -> Task:

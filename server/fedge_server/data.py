@@ -53,11 +53,12 @@ def split_of(config: Config, dataset: Dataset) -> Split:
         ConfigError: clients were to keep examples back, and the data's share values.
         DataError: too few examples.
     """
-    settings = config.evaluate
-    if settings.client_holdout and not settings.federated:
+    settings, source = config.evaluate, config.compress.data
+    judged = source == "clients" or (source == "auto" and settings.proxy_fraction == 0)
+    if settings.client_holdout and not settings.federated and not judged:
         raise ConfigError(
             "evaluate.client_holdout: nothing is measured on what clients keep back; set evaluate.federated "
-            "= true, or leave it out"
+            "= true or compress.data = 'clients', or leave it out"
         )
     if settings.client_holdout and dataset.overlap:
         raise ConfigError(

@@ -14,10 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedge.config import Config
 from fedge.files import write_atomically
 from fedge.task import Task
 from fedge_server.compression import TierOutcome, compress
+from fedge_server.compression.clients import Fleet
+from fedge_server.compression.sources import Source, source_of
 from fedge_server.data import ServerData
 from fedge_server.evaluation.intervals import Answered, stated
 from fedge_server.plots import Holdings
@@ -28,6 +32,7 @@ from fedge_server.registry.ledger import Ledger
 from fedge_server.release import publish_outcomes
 from fedge_server.report import Report, write_report
 from fedge_server.rounds.loop import Learned, Observer
+from fedge_server.rounds.moments import kept_moments
 from fedge_server.rounds.record import RoundRecord
 from fedge_server.rounds.scoring import probabilities_of
 from fedge_server.rounds.starting import describe
@@ -53,6 +58,20 @@ class Place:
     server: ServerData
     say: Say = lambda _: None
     started: float = field(default_factory=time.perf_counter)
+    fleet: Fleet | None = None  # how the run's clients are asked once its rounds are over; None: they are not
+
+    def source(self, learned: Learned) -> Source:
+        """Where the compression of what was learned learns about data."""
+        last = self.registry.last_round(self.run_id)
+        return source_of(
+            self.config,
+            self.task,
+            self.server,
+            learned.model,
+            moments=None if last is None else kept_moments(last.model),
+            fleet=self.fleet,
+            say=self.say,
+        )
 
 
 def observer(place: Place, further: Observer = lambda _: None) -> Observer:
@@ -100,10 +119,10 @@ def release(place: Place, learned: Learned) -> tuple[tuple[TierOutcome, ...], bo
     shutil.copyfile(place.registry.store.path(learned.model_sha256), place.folder / MODEL)
     outcomes: tuple[TierOutcome, ...] = ()
     if place.config.tiers:
-        data = place.server
-        outcomes = compress(
-            learned.model, place.task, data.spec, data.proxy, data.gate, place.config, place.say
-        )
+        data, source = place.server, place.source(learned)
+        place.say(f"compress: {source.describe()}")
+        proxy = data.proxy if source.learns else data.proxy.take(np.arange(0))
+        outcomes = compress(learned.model, place.task, data.spec, proxy, data.gate, place.config, place.say)
     made = publish_outcomes(
         place.home, place.registry, place.run_id, learned, place.config.task, place.server.spec, outcomes
     )

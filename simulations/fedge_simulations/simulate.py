@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fedge.files import is_held, sole_holder
 from fedge.learning.whole import WholeModel
 from fedge_server import app as server_app
 from fedge_server.compression import TierOutcome
+from fedge_server.compression.clients import Fleet
 from fedge_server.pipeline import (
     HISTORY,
     MODEL,
@@ -46,13 +47,14 @@ from fedge_simulations import ray
 from fedge_simulations.devices import DEVICES, DeviceHome, DeviceResult, deliver
 from fedge_simulations.engine.measured import PLAN
 from fedge_simulations.folds import FOLDS, cross_validate
-from fedge_simulations.grid import RUN_ID, SERVER_NODE
+from fedge_simulations.grid import RUN_ID, SERVER_NODE, VectorGrid
 from fedge_simulations.runs import LOCK, committed, run_id_of
 from fedge_simulations.scenario import EVENTS
 from fedge_simulations.scenario.backdoor import brightest, target_of, triggered
 from fedge_simulations.states import FOLDER
 from fedge_simulations.world import World, prepare
 
+FLEET = "students"  # in a run folder: the rounds in which clients train these, and what else they are asked
 _OCCUPIED = "{}: another process runs in it; wait for it, or choose another --out"
 
 
@@ -139,6 +141,7 @@ def run(
             server=world.server,
             say=say,
             started=started,
+            fleet=_fleet(world, folder),
         )
         learned = learn(world, folder, place.run_id, observer(place, observe))
         outcomes, released = release(place, learned)
@@ -170,6 +173,18 @@ def learn(world: World, home: Path, run_id: str, observe: Observer) -> Learned:
         with _little_to_collect(), closing(world.grid(settings)) as grid:
             app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
     return results[0]
+
+
+def _fleet(world: World, folder: Path) -> Fleet:
+    """The world's clients for what follows their rounds: as they are then, on a clock that begins anew.
+
+    Of any engine they answer in this process: of "ray" and "sequential" alike one by one.
+    """
+
+    def over(home: Path) -> AbstractContextManager[VectorGrid]:
+        return closing(world.grid(server_app.run_config(world.config, home, FLEET)))
+
+    return Fleet(over, folder / FLEET)
 
 
 @contextmanager
@@ -240,7 +255,7 @@ def _remove_run(folder: Path) -> None:
     """Delete what a run writes, and nothing that somebody else put beside it."""
     for name in (SUMMARY, HISTORY, MODEL, REPORT, PRIVACY, EVENTS, PLAN):
         (folder / name).unlink(missing_ok=True)
-    for name in ("store", PUBLISHED, KEYS, DEVICES, FOLDER, FOLDS):
+    for name in ("store", PUBLISHED, KEYS, DEVICES, FOLDER, FOLDS, FLEET):
         shutil.rmtree(folder / name, ignore_errors=True)
     for database in folder.glob("fedge.db*"):
         database.unlink()

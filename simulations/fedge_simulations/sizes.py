@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from fedge.codecs.update import estimated_bytes
 from fedge.config import parse_train
@@ -20,7 +20,8 @@ from fedge.learning.messages import (
     codec_of,
     from_record,
 )
-from fedge.wire.arrays import records_of
+from fedge.learning.terms import TEACHER
+from fedge.wire.arrays import nbytes_of, records_of
 from fedge_server.rounds.closing import payload_bytes
 
 
@@ -60,7 +61,8 @@ def answer_bytes(message: Message, size: int) -> int:
     config = records_of(message.content, ConfigRecord).get(CONFIG)
     codec = None if config is None else codec_of(config)
     if config is None or codec is None:
-        return size
+        sent = records_of(message.content, ArrayRecord).get(TEACHER)
+        return size if sent is None else size - sum(map(nbytes_of, sent.values()))
     if (whole := config.get(STATE_BYTES)) is not None:  # a change was sent, and says how large the state is
         return estimated_bytes({"": np.broadcast_to(np.float32(0), (1, int(whole) // 4))}, codec)  # type: ignore[arg-type]
     return estimated_bytes(from_record(arrays_named(message.content, ARRAYS)), codec)

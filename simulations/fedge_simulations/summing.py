@@ -77,7 +77,8 @@ def sum_of(
         Client(node_id, holders.trained_on(node_id, number, clock_s), seed)
         for node_id, seed in zip(node_ids, seeds, strict=True)
     ]
-    job = Job(holders.task, instructions, state, holders.examples, 0)
+    teacher = messages.teacher_of(message, instructions.terms)
+    job = Job(holders.task, instructions, state, holders.examples, 0, teacher=teacher)
     groups = _by_steps(clients, job) if instructions.terms.steps else [(None, clients)]
     for steps, group in groups:
         found = trainers.sum(job, group)

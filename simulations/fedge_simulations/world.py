@@ -23,6 +23,7 @@ from fedge_client import app as client_app
 from fedge_server import strategies
 from fedge_server.app import HOME
 from fedge_server.compression import check_possible
+from fedge_server.compression.sources import check_source
 from fedge_server.data import ServerData, server_part, source_of, split_of
 from fedge_server.privacy.protection import expected_clients
 from fedge_server.privacy.rules import check_model, check_population
@@ -163,6 +164,7 @@ def prepare(config: Config) -> World:
     world = World(config, task, dataset, server_part(dataset, parts), clients, names)
     _check_learnable(world)
     if config.tiers:
+        check_source(config, world.server.proxy)
         check_possible(task, dataset.spec, config, world.server.proxy.x, gate=world.server.gate)
     return world
 

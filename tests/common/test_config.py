@@ -74,7 +74,10 @@ def wrong(values: dict[Any, Any]) -> str:
             {"compress": {"prune": {"criterium": "l2"}}},
             "'compress.prune.criterium': did you mean 'criterion'?",
         ),
-        ({"compress": {"x": {"y": 2}}}, "unknown key 'compress.x': valid: distil, gate, prune"),
+        (
+            {"compress": {"x": {"y": 2}}},
+            "unknown key 'compress.x': valid: clients, data, distil, gate, prune",
+        ),
         ({"zzz": 1, "qqq": 2}, "(and 1 more)"),
         ({"train": {"optimizer": "sdg"}}, "train.optimizer = 'sdg': did you mean 'sgd'?"),
         ({"train": {"loss": "zzz"}}, "train.loss = 'zzz': valid: cross_entropy, focal, multi_margin"),

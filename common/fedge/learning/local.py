@@ -9,6 +9,7 @@ Legend: B batch, N examples of this client, K classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +22,16 @@ from torch.nn import functional as F
 
 from fedge.config import Train
 from fedge.dataset import Examples
+from fedge.errors import FormatError
 from fedge.learning import draws
 from fedge.learning.augment import augment
 from fedge.learning.dpsgd import train_privately
 from fedge.learning.freezing import freeze, training
 from fedge.learning.guard import Guard
+from fedge.learning.lessons import answered, taught
 from fedge.learning.messages import Instructions, Update
 from fedge.learning.state import NamedArrays, arrays_of, load_arrays
+from fedge.learning.terms import Lesson
 from fedge.learning.threads import fitted
 from fedge.spec import Spec
 from fedge.task import Task
@@ -50,6 +54,7 @@ class Job:
     secret: bytes = b""  # decides noise, and the batches of DP-SGD; of a client that guards something
     anchor: NamedArrays | None = None  # what the proximal term pulls to; None: the state
     shift: NamedArrays | None = None  # added to each step's gradient, by parameter (SCAFFOLD's c - c_i)
+    teacher: NamedArrays | None = None  # the state of the network whose answers are learned, in a lesson
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +74,11 @@ GRADIENT_BATCH = 256  # examples that a gradient over all of them is computed fr
 FOCAL_GAMMA = 2.0  # Lin et al. 2017, Focal Loss for Dense Object Detection
 
 
-def losses(settings: Train) -> Loss:
-    """The loss of each example: cross_entropy (smoothed), focal (Lin et al. 2017), multi_margin."""
+def losses(settings: Train, lesson: Lesson | None = None) -> Loss:
+    """The loss of each example: cross_entropy (smoothed), focal (Lin et al. 2017), multi_margin.
+
+    In a lesson it takes targets in place of classes (`lessons`).
+    """
 
     def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits, y, label_smoothing=settings.label_smoothing, reduction="none")
@@ -86,7 +94,8 @@ def losses(settings: Train) -> Loss:
         return (margins.sum(1) - 1) / logits.shape[1]
 
     named: dict[str, Loss] = {"cross_entropy": cross_entropy, "focal": focal, "multi_margin": multi_margin}
-    return named[settings.loss]
+    own = named[settings.loss]
+    return own if lesson is None else taught(own, lesson)
 
 
 def optimizer(parameters: Iterable[torch.Tensor], settings: Train) -> torch.optim.Optimizer:
@@ -167,18 +176,23 @@ def train(
     *,
     seed: int,
     pull: Pull = NO_PULL,
+    lesson: Lesson | None = None,
+    teacher: nn.Module | None = None,
 ) -> LocalResult:
     """Train the model in place on one client's data.
 
     Args:
         model: a network on pre-processed inputs, at the global weights.
         x: (N, ...) pre-processed float32.
-        y: (N,) class indices.
+        y: (N,) class indices; in a lesson without a `teacher`, targets (N, 1 + K).
         settings: the run's `[train]`.
         seed: decides order, augmentation and dropout of this client in this round.
         pull: what is added to each step's gradient.
+        lesson: what else is learned.
+        teacher: answers each batch as it was altered; None: y holds its answers.
     """
-    loss_of, opt = losses(settings), optimizer([p for p in model.parameters() if p.requires_grad], settings)
+    loss_of = losses(settings, lesson)
+    opt = optimizer([p for p in model.parameters() if p.requires_grad], settings)
     anchors = _anchors(model, pull.anchor) if pull.mu else []
     shifted = [(p, pull.shift[n]) for n, p in model.named_parameters() if pull.shift and p.requires_grad]
     total, steps, client = 0.0, 0, draws.key(seed)
@@ -189,23 +203,33 @@ def train(
             for indices in torch.split(order, sizes):
                 own = step_keys(client, steps)
                 inputs = augment(x[indices], settings.augment, example_keys(own, len(indices)))
+                truth = y[indices] if teacher is None else answered(teacher, inputs, y[indices])
                 opt.zero_grad(set_to_none=True)
                 with draws.keyed_dropout(model, own):
-                    loss = loss_of(model(inputs), y[indices]).mean()  # forward
+                    loss = loss_of(model(inputs), truth).mean()  # forward
                 objective = loss + pull.mu / 2 * _distance(model, anchors) if anchors else loss
                 objective.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
                 for p, value in shifted:
                     p.grad = value.clone() if p.grad is None else p.grad.add_(value)
                 opt.step()
                 total, steps = total + loss.item() * len(indices), steps + 1
-    return LocalResult(total / (len(y) * settings.epochs), len(y), steps)
+    # Rounding may take a teacher's own divergence from itself below 0.
+    return LocalResult(max(total, 0.0) / (len(y) * settings.epochs), len(y), steps)
 
 
 def fit(job: Job) -> Trained:
-    """Do one client's job with torch's own modules and optimisers, as a device does."""
+    """Do one client's job with torch's own modules and optimisers, as a device does.
+
+    Raises:
+        FormatError: a lesson is asked for beside what it does not go with, or without its teacher.
+    """
     instructions = job.instructions
     model, x, y = prepared(job)
-    guard = instructions.guard
+    guard, lesson, teacher = instructions.guard, instructions.terms.lesson, teacher_of(job)
+    if lesson is not None and (guard is not None or instructions.update == "gradient"):
+        raise FormatError("lesson: is for plain training, without a guard, of weights")
+    if teacher is not None and not instructions.train.augment:
+        y, teacher = answered(teacher, x, y), None
     if guard is not None and guard.kind == "example":
         result = _train_privately(model, x, y, job, guard)
         arrays = arrays_of(model)
@@ -214,7 +238,9 @@ def fit(job: Job) -> Trained:
         arrays = {**arrays_of(model), **{name: value.numpy() for name, value in gradients.items()}}
     else:
         pull = Pull(instructions.proximal_mu, _tensors(job.anchor), _tensors(job.shift))
-        result = train(model, x, y, instructions.train, seed=job.seed, pull=pull)
+        result = train(
+            model, x, y, instructions.train, seed=job.seed, pull=pull, lesson=lesson, teacher=teacher
+        )
         arrays = arrays_of(model)
     return Trained(arrays, result.loss, result.examples, result.steps)
 
@@ -252,6 +278,25 @@ def prepared(job: Job) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         x = preprocess(torch.from_numpy(np.ascontiguousarray(job.examples.x)))
     return model, x, torch.from_numpy(job.examples.y)
+
+
+def teacher_of(job: Job) -> nn.Module | None:
+    """The network whose answers are learned, in evaluation mode; None: this is no lesson.
+
+    Raises:
+        FormatError: its state is not there, or not of its architecture.
+    """
+    lesson = job.instructions.terms.lesson
+    if lesson is None:
+        return None
+    if job.teacher is None:
+        raise FormatError("lesson: its teacher was not sent")
+    network = copy.deepcopy(blank(job.task, lesson.model, job.instructions.spec))
+    try:
+        load_arrays(network, job.teacher)
+    except (KeyError, RuntimeError) as error:
+        raise FormatError(f"lesson: the teacher is no {lesson.model!r} ({error})") from error
+    return network.eval().requires_grad_(False)
 
 
 @lru_cache(maxsize=4)

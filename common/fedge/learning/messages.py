@@ -27,7 +27,8 @@ from fedge.codecs.chain import Codec
 from fedge.config import FilterName, Train, parse_train
 from fedge.errors import FormatError
 from fedge.learning.guard import KINDS, Guard
-from fedge.learning.terms import CONTROL, FROZEN, PLAIN, STEPS, VOID, Terms
+from fedge.learning.state import digest
+from fedge.learning.terms import CONTROL, FROZEN, PLAIN, STEPS, TEACHER, VOID, Terms
 from fedge.spec import Spec
 from fedge.statistics import Moments
 from fedge.wire.arrays import MemoryArray, put, records_of
@@ -227,6 +228,20 @@ def frozen_of(message: Message, terms: Terms) -> dict[str, npt.NDArray[np.generi
     found = from_record(arrays_named(message.content, FROZEN))
     if set(found) != set(terms.frozen):
         raise FormatError("message: the frozen arrays are not those that the terms name")
+    return found
+
+
+def teacher_of(message: Message, terms: Terms) -> dict[str, npt.NDArray[np.generic]] | None:
+    """The state of a lesson's teacher that a message brought; None: it brought none.
+
+    Raises:
+        FormatError: it is another one than the lesson names.
+    """
+    if terms.lesson is None or TEACHER not in records_of(message.content, ArrayRecord):
+        return None
+    found = from_record(arrays_named(message.content, TEACHER))
+    if digest(found) != terms.lesson.digest:
+        raise FormatError("message: the teacher is not the one that the lesson names")
     return found
 
 

@@ -172,12 +172,14 @@ def _check(config: Config) -> None:
     from fedge.task import resolve
     from fedge.task_digest import task_digest
     from fedge_server.compression import check_possible
+    from fedge_server.compression.sources import check_source
     from fedge_server.data import own_data
 
     task = resolve(config.task)
     task_digest(config.task)
     data = own_data(config, task)
     if config.tiers:
+        check_source(config, data.proxy)
         check_possible(task, data.spec, config, data.proxy.x, gate=data.gate)
 
 

@@ -27,6 +27,7 @@ from fedge.config import Distil
 from fedge.errors import CompressionError, ConfigError, TimeUpError
 from fedge.learning import draws
 from fedge.learning.augment import augment
+from fedge.learning.lessons import softened
 from fedge.learning.threads import fitted
 from fedge_server.compression.precision import Numbers, numbers_for
 from fedge_server.compression.teachers import Hints, Teachers
@@ -250,20 +251,12 @@ def _check_loss(loss: float, epoch: int, settings: Distil, tell: Tell | None) ->
 
 
 def _loss(answers: Tensor, targets: Tensor | None, y: Tensor | None, settings: Distil) -> Tensor:
-    """T^2 KL(teacher || student) at temperature T, cross-entropy on the labels, or their mixture.
-
-    The factor T^2 keeps the gradient's size independent of T (section 2 of the paper).
-    """
+    """T^2 KL(teacher || student) at temperature T, cross-entropy on the labels, or their mixture."""
     if targets is None:
         assert y is not None  # noqa: S101  # `_check` has seen to it
         return F.cross_entropy(answers, y)
-    T = settings.temperature
-    soft = T**2 * F.kl_div(
-        F.log_softmax(answers / T, dim=1),
-        F.log_softmax(targets / T, dim=1),
-        log_target=True,
-        reduction="batchmean",
-    )
-    if settings.mode == "soft" or y is None:
+    soft = softened(answers, targets, settings.temperature).mean()
+    if settings.mode == "soft":
         return soft
+    assert y is not None  # noqa: S101 - likewise
     return settings.hard_weight * F.cross_entropy(answers, y) + (1 - settings.hard_weight) * soft

@@ -20,7 +20,7 @@ from fedge.config import Config
 from fedge.errors import BudgetError, FedgeError, HubAwayError, RoundError, SupersededError
 from fedge.learning import local
 from fedge.learning.messages import Instructions
-from fedge.learning.state import load_arrays, names_of
+from fedge.learning.state import arrays_of, load_arrays, names_of
 from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
 from fedge.task import Task
@@ -41,8 +41,9 @@ from fedge_server.rounds.record import RoundRecord
 from fedge_server.rounds.run import Run
 from fedge_server.rounds.sampling import cohort_size
 from fedge_server.rounds.secure import encoding_of
-from fedge_server.rounds.starting import about, start_of
+from fedge_server.rounds.starting import Start, about, start_of
 from fedge_server.rounds.stopping import check_target, why_not_counted, why_stop
+from fedge_server.rounds.teaching import Teaching
 from fedge_server.strategies.asynchronous import Asynchronous
 from fedge_server.strategies.state import beside_of, restore
 
@@ -69,10 +70,12 @@ def learn(
     registry: Registry,
     run_id: str,
     observe: Observer,
+    teaching: Teaching | None = None,
 ) -> Learned:
     """Run rounds from the last committed one until target, patience or count ends them.
 
-    The run is left running in the registry: what follows its rounds is part of it.
+    The run is left running in the registry: what follows its rounds is part of it. With `teaching` its model
+    is a student, which clients train to answer as the teacher does (`rounds.teaching`).
 
     Raises:
         ConfigError: the strategy, model or pre-processing is not as configured.
@@ -83,7 +86,7 @@ def learn(
         run_id, task=config.task, seed=config.seed, config=config.to_mapping(), data=data.digest()
     )
     try:
-        run = _prepare(grid, config, task, data, registry, run_id)
+        run = _prepare(grid, config, task, data, registry, run_id, teaching)
         for record in run.records[1:]:
             observe(record)
         reason = _rounds(run, observe)
@@ -112,14 +115,23 @@ def _rounds(run: Run, observe: Observer) -> str:
 
 
 def _prepare(
-    grid: Grid, config: Config, task: Task, data: ServerData, registry: Registry, run_id: str
+    grid: Grid,
+    config: Config,
+    task: Task,
+    data: ServerData,
+    registry: Registry,
+    run_id: str,
+    teaching: Teaching | None,
 ) -> Run:
     """Go on from the last committed round, or ask for moments and commit the initial model as round 0."""
-    network = _initialise(task, config, data)
+    network = copy.deepcopy(_initialise(task, config, data) if teaching is None else teaching.student)
     check_model(config, network)
     if config.privacy.secure_aggregation:
         encoding_of(config, cohort_size(len(nodes_of(grid)), config.rounds))
-    chosen = strategies.build(config, network=network, population=len(nodes_of(grid)), task=task, data=data)
+    lesson = None if teaching is None else teaching.lesson
+    chosen = strategies.build(
+        config, network=network, population=len(nodes_of(grid)), task=task, data=data, lesson=lesson
+    )
     protection = Protection.of(
         config,
         Ledger(registry.engine, config.privacy.ledger),
@@ -134,7 +146,10 @@ def _prepare(
         grid.elapsed_s = 0.0 if last is None else last.record.simulated_s or 0.0
         grid.begin_round(0 if last is None else last.record.round + 1)
     if last is None:
-        start = start_of(config, task, data, registry, network)
+        if teaching is None:
+            start = start_of(config, task, data, registry, network)
+        else:
+            start = Start(arrays_of(network), asks_moments=False, moments=teaching.teacher.moments)
         moments = federated_moments(grid, ask, config) if start.asks_moments else start.moments
         arrays = start.arrays
     else:
@@ -151,7 +166,7 @@ def _prepare(
         run.downlink = Downlink(told.downlink, local.parameters_of(network), config.seed)
     if isinstance(chosen.strategy, Asynchronous):
         run.under_way = UnderWay.of(grid, config, chosen.strategy)
-    run.pace, run.choice = Pace.of(config), Choice.of(config)
+    run.pace, run.choice, run.teaching = Pace.of(config), Choice.of(config), teaching
     if last is None:
         scores, _ = run.evaluate_centrally()
         run.commit(RoundRecord(0, scores, simulated_s=run.simulated_s(), origin=start.origin))
@@ -210,4 +225,4 @@ def recall(registry: Registry, run_id: str, config: Config, task: Task, spec: Sp
 
 def _initialise(task: Task, config: Config, data: ServerData) -> nn.Module:
     """The global model's first weights, decided by the seed alone."""
-    return copy.deepcopy(local.first(task, config.model.name, data.spec, config.seed))
+    return local.first(task, config.model.name, data.spec, config.seed)

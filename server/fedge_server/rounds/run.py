@@ -52,6 +52,7 @@ from fedge_server.rounds.sampling import MANY, Cohort, cohort_size, draw, draw_e
 from fedge_server.rounds.scoring import Answers, Sureness, is_finite, probabilities_of, score, sureness
 from fedge_server.rounds.secure import secure_sum
 from fedge_server.rounds.stopping import check_hope
+from fedge_server.rounds.teaching import Teaching
 from fedge_server.rounds.traffic import Traffic
 from fedge_server.rounds.validation import Rules
 from fedge_server.rounds.work import Look, most_passes, passes
@@ -83,6 +84,7 @@ class Run:
     pace: Pace | None = None  # of runs that fit clients' work to their speed
     choice: Choice | None = None  # of runs that choose clients by what is known of them
     look: Look | None = None  # at this round's answers, in runs that decide by them how much is worked
+    teaching: Teaching | None = None  # of rounds in which clients train a student
 
     def next_round(self) -> RoundRecord:
         """One whole round: choose, configure, send, collect, aggregate, evaluate, commit."""
@@ -169,6 +171,7 @@ class Run:
             sent = sent if self.pace is None else self.pace.fitted(sent)
             self.look = Look(self.origin(), self.now) if self.adaptive else None
             came = self.grid.send_and_receive(sent, timeout=rounds.deadline_s)
+            came = came if self.teaching is None else self.teaching.teacher.noted(came)
             came = came if self.pace is None else self.pace.watched(came, nodes, self.now)
             admit, collected.bytes_down = singles(self.rules(number), set(nodes)), payload_bytes_of(sent)
             admit = admit if self.look is None else self.look.around(admit)
@@ -285,6 +288,8 @@ class Run:
             frozen = messages.to_record({name: self.arrays[name] for name in self.chosen.terms.frozen})
             for message in sent:
                 message.content[FROZEN] = frozen
+        if self.chosen.terms.lesson is not None and self.teaching is not None:
+            sent = self.teaching.teacher.sent_with(sent)
         return sent
 
     def aggregate(

@@ -25,7 +25,7 @@ from fedge.errors import ConfigError
 from fedge.learning.freezing import entries
 from fedge.learning.messages import TRAIN_LOSS, Update
 from fedge.learning.terms import PLAIN as PLAIN_TERMS
-from fedge.learning.terms import Terms
+from fedge.learning.terms import Lesson, Terms
 from fedge.task import Task
 from fedge_server.data import ServerData
 from fedge_server.privacy.rules import check as check_privacy
@@ -128,6 +128,7 @@ def build(
     population: int = 1,
     task: Task | None = None,
     data: ServerData | None = None,
+    lesson: Lesson | None = None,
 ) -> Chosen:
     """The strategy that `[strategy]` names, with its own options.
 
@@ -139,6 +140,7 @@ def build(
         population: clients that there are.
         task: of the run; for strategies that build models.
         data: of the server; for strategies that learn from it.
+        lesson: what clients learn besides their labels.
 
     Raises:
         ConfigError: unknown name or option (the line names the nearest), a value the strategy refuses, or a
@@ -167,7 +169,7 @@ def build(
     made = _plain(config, chosen, given)
     if isinstance(made, Asynchronous):
         _refuse_what_waits(config, made.buffer)
-    terms = replace(getattr(made, "terms", PLAIN_TERMS), frozen=frozen)
+    terms = replace(getattr(made, "terms", PLAIN_TERMS), frozen=frozen, lesson=lesson)
     _check_frozen(chosen.name, terms, network)
     check_terms(config, terms)
     if config.rounds.sampling == "size":

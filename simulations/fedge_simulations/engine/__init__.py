@@ -23,6 +23,7 @@ from fedge.dataset import Array, Examples, Indices
 from fedge.errors import ConfigError
 from fedge.learning import draws, local
 from fedge.learning.freezing import training
+from fedge.learning.lessons import answered
 from fedge.learning.local import Job, Trained
 from fedge.learning.messages import Instructions
 from fedge.learning.state import NamedArrays, cast_like
@@ -59,7 +60,9 @@ class _Prepared:
     least: int
     keep: bool  # whether the data set is small enough to be pre-processed once
     inputs: torch.Tensor | None = None  # all of it, once that is done
-    classes: torch.Tensor | None = None  # of it, where the inputs are
+    classes: torch.Tensor | None = None  # of it, where the inputs are; in a lesson, targets
+    teacher: torch.nn.Module | None = None  # of a lesson, where the models are
+    targets: torch.Tensor | None = None  # (N, 1 + C) of the data set, once a lesson's teacher has answered it
 
 
 class Engine:
@@ -277,7 +280,8 @@ class Engine:
             with torch.no_grad(), limited(1):
                 keys = draws.key(torch.tensor(seeds, dtype=torch.int64))
                 own = self._inputs(prepared, examples, indices)
-                data = Stacked(*own, torch.tensor(lengths), keys, longest)
+                altered = prepared.teacher if prepared.recipe.settings.augment else None
+                data = Stacked(*own, torch.tensor(lengths), keys, longest, altered)
                 return train(
                     prepared.way.stepper, flat, data, prepared.recipe.settings, prepared.least, pull
                 ).tolist()
@@ -292,12 +296,29 @@ class Engine:
         if examples is self.data and prepared.keep:
             prepared.keep = False  # if this raises, because of one client, others are pre-processed apart
             prepared.inputs = _preprocessed(prepared.preprocess, self.data.x).to(device)
-            prepared.classes = torch.from_numpy(self.data.y).to(device)
+            prepared.classes = self._truth(prepared, self.data, slice(None)).to(device)
         if prepared.inputs is not None and prepared.classes is not None and examples is self.data:
             return prepared.inputs, prepared.classes, torch.from_numpy(indices)
         own = examples.take(indices) if examples is self.data else examples
-        x, y = _preprocessed(prepared.preprocess, own.x), torch.from_numpy(own.y)
+        x = _preprocessed(prepared.preprocess, own.x)
+        y = self._truth(prepared, examples, indices) if examples is self.data else _told(prepared, x, own.y)
         return x.to(device), y.to(device), torch.arange(len(own))
+
+    def _truth(self, prepared: _Prepared, examples: Examples, indices: Indices | slice) -> torch.Tensor:
+        """Classes of examples of the data set; in a lesson targets, of which all are made once.
+
+        So a teacher answers in the same parts, whoever is batched with whom.
+        """
+        if prepared.teacher is None or prepared.recipe.settings.augment:
+            return torch.from_numpy(examples.y[indices])
+        if prepared.targets is None:
+            parts = [
+                _told(prepared, _preprocessed(prepared.preprocess, part.x), part.y)
+                for start in range(0, len(examples), PREPROCESSED)
+                for part in (examples.take(np.arange(start, min(start + PREPROCESSED, len(examples)))),)
+            ]
+            prepared.targets = torch.cat(parts)
+        return prepared.targets[indices]
 
     def _prepare(self, job: Job) -> _Prepared:
         instructions = job.instructions
@@ -318,7 +339,10 @@ class Engine:
             whole = instructions.update == "gradient"
             settings = gradients.in_batches(train) if whole else train
             shifted = instructions.terms.control
-            recipe = Recipe(model, Layout.of(job.state), settings, instructions.proximal_mu, shifted)
+            lesson = instructions.terms.lesson
+            recipe = Recipe(
+                model, Layout.of(job.state), settings, instructions.proximal_mu, shifted, lesson=lesson
+            )
             some = self.data.take(np.arange(min(len(self.data), TRIED)))
             with limited(1):
                 choosing = gradients.choose if whole else choose
@@ -333,11 +357,22 @@ class Engine:
                 self._say(f"model {instructions.model}: {way.why}; its clients are trained one by one")
             keep = 4 * self.data.x.size <= WHOLE_BYTES
             recipe = replace(recipe, device=way.device)
+            teacher = local.teacher_of(job)
             found = _Prepared(recipe, preprocess, way, local.least_batch(model), keep)
+            found.teacher = None if teacher is None else teacher.to(way.device)
             self._prepared[key] = found
         if instructions.update == "weights" and found.recipe.settings.epochs != train.epochs:
             found.recipe = replace(found.recipe, settings=train)
         return found
+
+
+def _told(prepared: _Prepared, x: torch.Tensor, y: Array) -> torch.Tensor:
+    """Classes of pre-processed examples; in a lesson its answers too, unless steps alter the examples."""
+    classes, teacher = torch.from_numpy(y), prepared.teacher
+    if teacher is None or prepared.recipe.settings.augment:
+        return classes
+    device = prepared.way.device
+    return answered(teacher, x.to(device), classes.to(device)).cpu()
 
 
 def devices_of(settings: Simulation) -> tuple[torch.device, ...]:

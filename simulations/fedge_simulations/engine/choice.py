@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedge.learning import draws, local
+from fedge.learning.lessons import answered
 from fedge.learning.local import Job
 from fedge_simulations.engine.stack import CPU, Layout, Named, Pull, Stacked, Stepper, train
 from fedge_simulations.engine.steppers import Linears, Recipe, Single, linear_layers
@@ -114,7 +115,7 @@ def difference(make: Make, recipe: Recipe, job: Job, preprocess: nn.Module, *, s
     def alone(
         model: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int, pull: local.Pull
     ) -> tuple[Named, float]:
-        result = local.train(model, x, y, settings, seed=seed, pull=pull)
+        result = local.train(model, x, y, settings, seed=seed, pull=pull, lesson=recipe.lesson)
         return model.state_dict(), result.loss
 
     far = distance(
@@ -150,6 +151,8 @@ def distance(
     with torch.no_grad():
         x = preprocess(torch.from_numpy(np.ascontiguousarray(job.examples.x)))
     x, y = x.double() if x.is_floating_point() else x, torch.from_numpy(job.examples.y)
+    if (teacher := local.teacher_of(job)) is not None:
+        y = answered(teacher.double(), x, y)
     device = recipe.device
     double = replace(recipe, model=copy.deepcopy(recipe.model).double())
     start = Layout.of(job.state).flat(job.state, torch.float64)

@@ -2,7 +2,7 @@
 
 | from | kind | arrays | text |
 |---|---|---|---|
-| parent | job | the state, named `state/NAME` | `config`: the instructions |
+| parent | job | `state/NAME`, and of a lesson `teacher/NAME` | `config`: the instructions |
 | parent | part | indices, lengths, nodes, seeds, lane_of | `lanes`, `at_once` |
 | worker | ready | none | none |
 | worker | done | values, examples, losses, clients, failed | none |
@@ -32,7 +32,7 @@ from fedge_simulations.trainers import Client
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Frame = tuple[str, dict[str, npt.NDArray[Any]], dict[str, str]]  # kind, arrays, text
-_STATE = "state/"
+_STATE, _TEACHER = "state/", "teacher/"
 _NOTHING: Arrays = {}
 
 
@@ -70,10 +70,12 @@ def _exactly(pipe: IO[bytes], size: int) -> bytes:
 def of_job(job: Job) -> tuple[Arrays, str]:
     """A job without its examples and seed, as arrays and text."""
     state = {_STATE + name: np.asarray(value) for name, value in job.state.items()}
+    state |= {_TEACHER + name: np.asarray(value) for name, value in (job.teacher or {}).items()}
     config = job.instructions.to_config()
     if job.instructions.proximal_mu:  # which Flower's own strategy adds on the way
         config["proximal-mu"] = job.instructions.proximal_mu
-    return state, json.dumps({"config": dict(config), "names": list(job.state)})
+    names = {"names": list(job.state), "teacher": job.teacher and list(job.teacher)}
+    return state, json.dumps({"config": dict(config), **names})
 
 
 def job_of(arrays: Arrays, text: str, data: Examples) -> Job:
@@ -85,7 +87,8 @@ def job_of(arrays: Arrays, text: str, data: Examples) -> Job:
     read_text = json.loads(text)
     instructions = Instructions.of_config(ConfigRecord(read_text["config"]))
     state = {name: arrays[_STATE + name] for name in read_text["names"]}
-    return Job(resolve(instructions.task), instructions, state, data, 0)
+    teacher = read_text["teacher"] and {name: arrays[_TEACHER + name] for name in read_text["teacher"]}
+    return Job(resolve(instructions.task), instructions, state, data, 0, teacher=teacher)
 
 
 def of_part(part: Part) -> Arrays:

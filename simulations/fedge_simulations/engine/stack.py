@@ -17,6 +17,7 @@ import torch
 from fedge.config import Train
 from fedge.learning import draws, local
 from fedge.learning.augment import augment
+from fedge.learning.lessons import answered
 from fedge.learning.state import NamedArrays
 
 Named = dict[str, torch.Tensor]
@@ -115,7 +116,7 @@ class Stepper(Protocol):
 
         Args:
             x: (k, R, ...) pre-processed and augmented.
-            y: (k, R).
+            y: (k, R); in a lesson (k, R, 1 + C).
             weight: (k, R) 1 for an example and 0 for padding; None: there is no padding.
             keys: (k,) what each client's step draws from.
         """
@@ -129,13 +130,15 @@ class Stacked:
     """The data of a stack's clients, those with most steps first; all but x and y in main memory."""
 
     x: torch.Tensor  # (M, ...) pre-processed, where the models are
-    y: torch.Tensor  # (M,), likewise
+    y: torch.Tensor  # (M,), likewise; in a lesson (M, 1 + C)
     rows: torch.Tensor  # (sum of N,) which of these are whose, one client after the other
     lengths: torch.Tensor  # (K,) N of each
     keys: torch.Tensor  # (K,) of each client in this round
     # Examples of the largest client of the round: batches are filled up to its. Some CPUs' kernels round by
     # the number of rows, and a client's result must not depend on whom it is stacked with. 0: of the stack.
     longest: int = 0
+    # In a lesson, where steps alter their examples: answers each; else its answers stand in y, (M, 1 + C).
+    teacher: torch.nn.Module | None = None
 
 
 def train(
@@ -170,12 +173,16 @@ def train(
         x = data.x.index_select(0, chosen)
         if settings.augment:
             x = augment(x, settings.augment, local.example_keys(there[step, :k], rows).reshape(-1))
-        y = data.y.index_select(0, chosen).view(k, rows)
+        x = x.view(k, rows, *x.shape[1:])
+        y = data.y.index_select(0, chosen).view(k, rows, *data.y.shape[1:])
+        if data.teacher is not None:  # client by client: a stack must not show in what it answers
+            pairs = zip(x, y, strict=True)
+            y = torch.stack([answered(data.teacher, own, truth) for own, truth in pairs])
         weight = None if valid is None else valid.to(device, flat.dtype)
-        losses[step, :k] = stepper.step(x.view(k, rows, *x.shape[1:]), y, weight, there[step, :k])
+        losses[step, :k] = stepper.step(x, y, weight, there[step, :k])
         seen[step, :k] = rows if valid is None else valid.sum(1)
     stepper.end()
-    return (losses.cpu() * seen).sum(0) / (data.lengths * settings.epochs)
+    return (losses.cpu() * seen).sum(0).clamp(min=0) / (data.lengths * settings.epochs)
 
 
 def schedule(

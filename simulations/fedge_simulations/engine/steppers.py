@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedge.config import Train
 from fedge.learning import draws, local
+from fedge.learning.terms import Lesson
 from fedge_simulations.engine.stack import CPU, NO_PULL, Layout, Named, Pull
 
 # Weights of a linear layer from which on a few rows are multiplied the other way round: by size and not by
@@ -38,6 +39,12 @@ class Recipe:
     mu: float = 0.0  # FedProx's
     shifted: bool = False  # something is added to each client's gradients (SCAFFOLD)
     device: torch.device = CPU  # where the stacks lie
+    lesson: Lesson | None = None  # what is learned besides the classes
+
+    @property
+    def loss(self) -> local.Loss:
+        """Of each example."""
+        return local.losses(self.settings, self.lesson)
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -118,7 +125,7 @@ def output_error(
         loss_of: of each example.
         settings: the run's `[train]`.
         logits: (k, R, C).
-        y: (k, R).
+        y: (k, R); in a lesson (k, R, 1 + C).
         weight: (k, R) 1 for an example and 0 for padding; None: there is no padding.
     """
     k, rows, classes = logits.shape
@@ -127,7 +134,7 @@ def output_error(
         if weight is None
         else weight / weight.sum(1, keepdim=True)
     )  # (k or 1, R or 1)
-    if settings.loss == "cross_entropy" and settings.label_smoothing == 0:
+    if settings.loss == "cross_entropy" and settings.label_smoothing == 0 and y.dim() == 2:
         # Written out: torch's log_softmax over a short last dimension takes five times as long.
         shifted = logits - logits.amax(2, keepdim=True)
         error = shifted.exp()
@@ -137,7 +144,7 @@ def output_error(
         return (each * share).sum(1), error.mul_(share[:, :, None])
     leaf = logits.detach().reshape(-1, classes).requires_grad_()
     with torch.enable_grad():
-        each = loss_of(leaf, y.reshape(-1)).view(k, rows)
+        each = loss_of(leaf, y.flatten(0, 1)).view(k, rows)
         loss = (each * share).sum(1)
         (error,) = torch.autograd.grad(loss.sum(), leaf)
     return loss.detach(), error.view(k, rows, classes)
@@ -148,7 +155,7 @@ class Linears:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self._loss = local.losses(recipe.settings)
+        self._loss = recipe.loss
         layers = linear_layers(recipe.model)
         assert layers is not None  # noqa: S101 - the caller has asked
         self._layers = layers
@@ -283,7 +290,7 @@ class Single:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self._loss = local.losses(recipe.settings)
+        self._loss = recipe.loss
         self._model = copy.deepcopy(recipe.model).to(recipe.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._flat: torch.Tensor | None = None
         # A layer steps in its backward pass, which there is none of where all before it is frozen.

@@ -15,7 +15,7 @@ from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.func import functional_call, vjp, vmap
 
-from fedge.learning import draws, local
+from fedge.learning import draws
 from fedge_simulations.engine.stack import NO_PULL, Named, Pull
 from fedge_simulations.engine.steppers import Optimised, Recipe, Stepping, output_error
 
@@ -34,7 +34,7 @@ class Vmapped:
             NotImplementedError: there is nothing to be fused.
         """
         self._recipe = recipe
-        self._loss = local.losses(recipe.settings)
+        self._loss = recipe.loss
         self._linear = _linear_parameters(recipe) if fused else {}
         if fused and not self._linear:
             raise NotImplementedError("no linear layer that could step by itself")
