@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from fedge.errors import FormatError
 from fedge.wire import npy
 
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
+V = TypeVar("V")
 PIECE_BYTES: Final = 4 * 1024**2  # of a large array that is read in pieces
 _LITTLE: Final = "<|=" if sys.byteorder == "little" else "<|"  # of numpy's byte orders
 _NPY: Final = "numpy.ndarray"  # Flower's name for `.npy` bytes
@@ -169,8 +170,21 @@ def records_of(content: RecordDict, kind: type[R]) -> dict[str, R]:
     by, one model more in every round.
     """
     # Not `isinstance`, which asks abstract base classes for each record that is of another kind.
-    found: dict[str, Any] = {n: record for n, record in content.items() if kind in type(record).__mro__}
+    found: dict[str, Any] = {n: r for n, r in table_of(content).items() if kind in type(r).__mro__}
     return found
+
+
+@overload
+def table_of(record: RecordDict) -> Mapping[str, ArrayRecord | ConfigRecord | MetricRecord]: ...
+@overload
+def table_of(record: Mapping[str, V]) -> Mapping[str, V]: ...
+def table_of(record: Any) -> Any:
+    """What a record, or a dict, holds, to be read.
+
+    Past Flower's own accessors, each of which goes through several calls of Python: a third of what looking
+    at the form of a small reply costs.
+    """
+    return record if type(record) is dict else record.__dict__["_data"]  # `isinstance` asks abstract classes
 
 
 def put(record: ArrayRecord | MetricRecord | RecordDict, values: Mapping[str, Any]) -> None:

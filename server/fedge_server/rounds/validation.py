@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -29,13 +29,23 @@ from fedge.learning.messages import (
 )
 from fedge.learning.terms import Beside
 from fedge.wire import npy
-from fedge.wire.arrays import DirectArray, FileArray, MemoryArray, in_memory, pieces, put, records_of
+from fedge.wire.arrays import (
+    DirectArray,
+    FileArray,
+    MemoryArray,
+    in_memory,
+    pieces,
+    put,
+    records_of,
+    table_of,
+)
 from fedge_server.rounds.norms import squares
 
 MAX_LOSS = 1e6  # of one client; QFedAvg raises it to a power
 HELD_BYTES: Final = 64 * 1024**2  # an update of at most so many is read from its file once, and then held
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
+Said = Mapping[str, Any]  # metrics of a reply
 NOTHING: Final = Beside()
 Decode = Callable[[Message], None]
 """Turn an update in a codec into arrays, in place; raises FormatError for one that is none."""
@@ -102,7 +112,7 @@ def validated(reply: Message, rules: Rules, *, clients: int | None = None) -> Va
         raise UnfitError(_short(f"cannot be read ({type(error).__name__}: {error})")) from error
     put(reply.content, arrays)
     examples, held = metrics[EXAMPLES], metrics.get(CLIENTS, 1)
-    return Valid(arrays, int(examples), int(held), norm if rules.norms else None)  # type: ignore[arg-type]
+    return Valid(arrays, int(examples), int(held), norm if rules.norms else None)
 
 
 def error_of(reply: Message) -> str:
@@ -136,28 +146,28 @@ def evaluation_fault(reply: Message, *, held_out: bool = False) -> str | None:
 
 def _records(
     reply: Message, wanted: Mapping[str, Arrays], decode: Decode | None
-) -> tuple[dict[str, ArrayRecord], MetricRecord]:
-    if sorted(reply.content) != sorted((*wanted, METRICS)):
+) -> tuple[dict[str, ArrayRecord], Said]:
+    if table_of(reply.content).keys() != {*wanted, METRICS}:
         raise UnfitError(f"records {sorted(reply.content)} instead of {sorted((*wanted, METRICS))}")
     if decode is not None:
         decode(reply)
-    arrays, metrics = records_of(reply.content, ArrayRecord), records_of(reply.content, MetricRecord)
-    if set(arrays) != set(wanted) or set(metrics) != {METRICS}:
+    arrays, metrics = records_of(reply.content, ArrayRecord), table_of(reply.content)[METRICS]
+    if arrays.keys() != wanted.keys() or not isinstance(metrics, MetricRecord):
         raise UnfitError("records of the wrong kind")
-    return arrays, metrics[METRICS]
+    return arrays, table_of(metrics)
 
 
-def _metrics_fault(metrics: MetricRecord, clients: int | None, rules: Rules) -> str | None:
+def _metrics_fault(metrics: Said, clients: int | None, rules: Rules) -> str | None:
     wanted = {EXAMPLES, TRAIN_LOSS, *rules.beside.metrics} | ({CLIENTS} if clients is not None else set())
     wanted |= {GUARDED} if rules.guarded else set()
-    if set(metrics) != wanted:
+    if metrics.keys() != wanted:
         return f"metrics {sorted(metrics)} instead of {sorted(wanted)}"
     count = 1
     if clients is not None:
         stated = metrics[CLIENTS]
         if not _is_whole(stated, 1, clients):
             return f"{CLIENTS} is {stated!r}; it must be a whole number from 1 to {clients}, as many as asked"
-        count = int(stated)  # type: ignore[arg-type]  # it is one
+        count = int(stated)
     if (found := _examples_fault(metrics, count, most=rules.max_examples)) is not None:
         return found
     if not _within(metrics[TRAIN_LOSS], MAX_LOSS):
@@ -176,16 +186,16 @@ def _within(value: object, maximum: float) -> bool:
     return isinstance(value, (int, float)) and 0 <= value <= maximum  # NaN is not
 
 
-def _share_fault(metrics: MetricRecord) -> str | None:
+def _share_fault(metrics: Said) -> str | None:
     """An accuracy is so many of the examples; anything else was not counted."""
     accuracy, examples = metrics["accuracy"], metrics[EXAMPLES]
-    right = float(accuracy) * float(examples)  # type: ignore[arg-type]  # both are numbers by now
-    if abs(right - round(right)) > 1e-6 * float(examples):  # type: ignore[arg-type]  # likewise
+    right = float(accuracy) * float(examples)
+    if abs(right - round(right)) > 1e-6 * float(examples):
         return f"accuracy is {accuracy!r}, which no whole number of {examples} examples gives"
     return None
 
 
-def _examples_fault(metrics: MetricRecord, clients: int = 1, *, most: int = MAX_EXAMPLES) -> str | None:
+def _examples_fault(metrics: Said, clients: int = 1, *, most: int = MAX_EXAMPLES) -> str | None:
     examples, most = metrics.get(EXAMPLES), clients * most
     if not _is_whole(examples, clients, most):
         return f"{EXAMPLES} is {examples!r}; it must be a whole number from {clients} to {most}"
@@ -194,7 +204,7 @@ def _examples_fault(metrics: MetricRecord, clients: int = 1, *, most: int = MAX_
 
 def _form_fault(sent: Mapping[str, ArrayRecord], wanted: Mapping[str, Arrays]) -> str | None:
     for key, expected in wanted.items():
-        record = sent[key]
+        record = table_of(sent[key])
         if list(record) != list(expected):
             wrong = sorted(set(record) ^ set(expected))
             return f"array names differ: {', '.join(wrong[:3]) or 'another order'}"
@@ -212,42 +222,44 @@ def _look_through(
     Returns:
         The decoded arrays, and the squared norm of the change, which is 0 where nobody asks for it.
     """
-    size = sum(like.nbytes for expected in wanted.values() for like in expected.values())
-    held, measured = rules.read_once and size <= HELD_BYTES, rules.norms or rules.max_norm < math.inf
+    measured, held = rules.norms or rules.max_norm < math.inf, rules.read_once and _is_small(wanted)
     found, total = {key: ArrayRecord() for key in wanted}, 0.0
     for key, expected in wanted.items():
-        of_change = measured and key == ARRAYS
+        of_change, record, looked = measured and key == ARRAYS, table_of(sent[key]), {}
         for name, like in expected.items():
-            decoded = _decoded(name, sent[key][name], like, in_place=rules.read_once, held=held)
-            if like.dtype.kind == "f":
-                summed = _squares(decoded, like.reshape(-1) if of_change else None)
-                if not math.isfinite(summed):
-                    raise UnfitError(f"array {name!r} holds NaN or infinite values")
-                total += summed if of_change else 0.0
-            put(found[key], {name: decoded})
+            decoded = _decoded(record[name], held=held or like.dtype.kind != "f", in_place=rules.read_once)
+            summed = _squares(name, decoded, like, of_change=of_change)
+            if not math.isfinite(summed):
+                raise UnfitError(f"array {name!r} holds NaN or infinite values")
+            total += summed if of_change else 0.0
+            looked[name] = decoded
+        put(found[key], looked)
     return found, total
 
 
-def _decoded(
-    name: str, array: Array, like: npt.NDArray[np.generic], *, in_place: bool, held: bool
-) -> DirectArray:
+def _is_small(wanted: Mapping[str, Arrays]) -> bool:
+    return sum(like.nbytes for expected in wanted.values() for like in expected.values()) <= HELD_BYTES
+
+
+def _decoded(array: Array, *, held: bool, in_place: bool) -> DirectArray:
     try:
         decoded = in_memory(array, in_place=in_place)
-        if (held or like.dtype.kind != "f") and isinstance(decoded, FileArray):
-            decoded = MemoryArray(decoded.numpy(), shared=False)
-        if not isinstance(decoded, FileArray):  # a file's bytes are read as what was declared
-            value = decoded.numpy()
-            if value.shape != like.shape or value.dtype != like.dtype:
-                raise UnfitError(f"array {name!r} decodes to {value.dtype} {value.shape}")
+        if held and isinstance(decoded, FileArray):
+            return MemoryArray(decoded.numpy(), shared=False)
     except (ValueError, EOFError, OSError, FedgeError) as error:
         raise UnfitError(f"arrays cannot be decoded ({error})") from error
     return decoded
 
 
-def _squares(array: DirectArray, start: npt.NDArray[np.generic] | None) -> float:
+def _squares(name: str, array: DirectArray, like: npt.NDArray[np.generic], *, of_change: bool) -> float:
+    """The sum of squares of an array that is as declared, or of what it differs by; 0 of whole numbers."""
+    floating, start = like.dtype.kind == "f", like.reshape(-1) if of_change else None
     if not isinstance(array, FileArray):
-        return squares(array.numpy().reshape(-1), start)
-    try:
+        value = array.numpy()
+        if value.shape != like.shape or value.dtype != like.dtype:
+            raise UnfitError(f"array {name!r} decodes to {value.dtype} {value.shape}")
+        return squares(value.reshape(-1), start) if floating else 0.0
+    try:  # a file's bytes are read as what was declared
         return sum(
             squares(piece, None if start is None else start[at : at + piece.size])
             for at, piece in pieces(array)

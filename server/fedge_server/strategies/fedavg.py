@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
-from fedge.wire.arrays import records_of
+from fedge.wire.arrays import records_of, table_of
 from fedge_server.strategies.mean import Accumulate, Mean
 
 
@@ -29,7 +29,7 @@ class FedAvg(flower.FedAvg):
                 continue
             content = reply.content
             metrics = next(iter(records_of(content, MetricRecord).values()))
-            weight = float(metrics[self.weighted_by_key])  # type: ignore[arg-type]  # a number
+            weight = float(table_of(metrics)[self.weighted_by_key])  # type: ignore[arg-type]  # a number
             mean.add(next(iter(records_of(content, ArrayRecord).values())), weight)
             contents.append(content)  # for its metrics: the round loop takes the arrays out of it
         if not contents:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
 from scipy.linalg import blas
 
-from fedge.wire.arrays import FileArray, MemoryArray, pieces, put
+from fedge.wire.arrays import FileArray, MemoryArray, pieces, put, table_of
 from fedge_server.scratch import BLOCK, scratch_of
 
 Accumulate = Literal["float32", "float64"]
@@ -64,7 +64,7 @@ class Mean:
         if not self._sums:
             self._begin(update, weight)
             return
-        factor = weight / self._first
+        factor, update = weight / self._first, table_of(update)
         for name, flat in self._sums.items():
             array = update[name]
             if not isinstance(array, FileArray):
