@@ -11,13 +11,12 @@ Shapes: a tensor is looked at as (O, C, I): one scale for each of C channels alo
 
 from __future__ import annotations
 
-import lzma
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,7 @@ import numpy.typing as npt
 from fedge.entropy import MAX_ALPHABET, Decoder, Symbols, encode
 from fedge.errors import FormatError
 from fedge.onnx_layout import FLOAT32, Stored, stored_tensors
+from fedge.onnx_words import WORDS
 
 MAGIC: Final = b"FPK\x01"  # the last byte is the version
 MAX_TENSORS: Final = 4096  # that are not literal
@@ -36,8 +36,8 @@ _HEADER: Final = struct.Struct(
 _GRID, _PLANES = 0, 1
 _LEAST_GRID, _LEAST_PLANES = 8, 1024  # elements on a grid, bytes in planes, from which it pays
 _SLACK = 4096  # the skeleton may be so much longer than the file, for its table
-_DICTIONARY = 8 * 1024**2  # bytes, at most
-_COARSE = 7  # low bits of a float16 scale that are 0 where it takes one byte
+_LOW = 7  # low bits of a float16 scale, which are 0 where it takes one byte
+_FINE = (1 << _LOW) - 1  # these bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +49,19 @@ class _Grid:
     scale_bytes: int  # 1 or 2 for each scale
 
     @property
-    def scales(self) -> int:
-        """Bytes of all scales."""
-        return self.shape[1] * self.scale_bytes
-
-    @property
     def length(self) -> int:
         """Bytes of the tensor in the file."""
         return 4 * prod(self.shape)
 
     @property
     def symbols(self) -> int:
-        """How many it is coded in."""
+        """How many its codes are."""
         return prod(self.shape)
+
+    @property
+    def scale_symbols(self) -> int:
+        """How many its scales are."""
+        return self.shape[1] * self.scale_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,6 @@ class _Planes:
 
     width: int  # bytes of an element, 1 to 8
     elements: int
-    scales: int = 0  # bytes
 
     @property
     def length(self) -> int:
@@ -89,7 +88,7 @@ class _Piece:
 
     offset: int
     how: _Grid | _Planes
-    scales: bytes  # as stored
+    scales: npt.NDArray[np.uint16]  # (C,) the bits of float16; none of planes
     parts: tuple[tuple[Symbols, int], ...]  # symbols and size of their alphabet
 
 
@@ -133,15 +132,21 @@ def unpack(wire: bytes, installed_bytes: int) -> bytes:
     stream = wire[_HEADER.size + length :]
     skeleton = _Reader(_inflated(wire[_HEADER.size : _HEADER.size + length], installed_bytes))
     table = _table(skeleton, installed_bytes)
-    scales = [skeleton.take(how.scales) for _, how in table]
     whole = skeleton.left + sum(how.length for _, how in table)
     if whole != installed_bytes:
         raise FormatError(f"packed: unpacks to {whole} bytes, not to the {installed_bytes} declared")
-    decoder = Decoder(stream, sum(how.symbols for _, how in table))
+    grids = [how for _, how in table if isinstance(how, _Grid)]
+    decoder = Decoder(
+        stream, sum(how.symbols for _, how in table) + sum(grid.scale_symbols for grid in grids)
+    )
+    scales = _scales(grids, decoder)
     pieces: list[bytes] = []
-    for (gap, how), own in zip(table, scales, strict=True):
+    for gap, how in table:
         pieces.append(skeleton.take(gap))
-        pieces.append(_on_values(how, own, decoder) if isinstance(how, _Grid) else _of_planes(how, decoder))
+        values = (
+            _on_values(how, next(scales), decoder) if isinstance(how, _Grid) else _of_planes(how, decoder)
+        )
+        pieces.append(values)
     decoder.close()
     result = b"".join((*pieces, skeleton.take(skeleton.left)))
     if zlib.crc32(result) != checksum:
@@ -150,7 +155,7 @@ def unpack(wire: bytes, installed_bytes: int) -> bytes:
 
 
 def _stored(installed: bytes, pieces: Sequence[_Piece]) -> bytes:
-    """Header, skeleton (table, scales, literal bytes; LZMA) and stream of codes."""
+    """Header, skeleton (table and literal bytes, deflated) and stream of scales and codes."""
     table, literal, at = [_number(len(pieces))], [], 0
     for piece in pieces:
         table.append(_number(piece.offset - at))
@@ -161,28 +166,27 @@ def _stored(installed: bytes, pieces: Sequence[_Piece]) -> bytes:
             table.append(bytes([_GRID]) + sizes + bytes([piece.how.levels, piece.how.scale_bytes]))
         else:
             table.append(bytes([_PLANES, piece.how.width]) + _number(piece.how.elements))
-    skeleton = b"".join((*table, *(piece.scales for piece in pieces), *literal, installed[at:]))
-    short = lzma.compress(skeleton, lzma.FORMAT_RAW, filters=_filters(len(installed)))
-    stream = encode([part for piece in pieces for part in piece.parts])
+    skeleton = b"".join((*table, *literal, installed[at:]))
+    short = _deflated(skeleton)
+    stream = encode([*_scale_parts(pieces), *(part for piece in pieces for part in piece.parts)])
     return _HEADER.pack(MAGIC, zlib.crc32(installed), len(short)) + short + stream
 
 
-def _filters(installed_bytes: int) -> list[dict[str, Any]]:
-    """LZMA without any header: its settings follow from the length of what is packed."""
-    dictionary = min(installed_bytes + _SLACK, _DICTIONARY)
-    return [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": dictionary, "pb": 0}]
+def _deflated(skeleton: bytes) -> bytes:
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zdict=WORDS)
+    return deflate.compress(skeleton) + deflate.flush()
 
 
 def _inflated(short: bytes, installed_bytes: int) -> bytes:
-    decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_filters(installed_bytes))
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS, WORDS)
     most = installed_bytes + _SLACK
     try:
-        skeleton = decoder.decompress(short, max_length=most + 1)
-    except (lzma.LZMAError, EOFError) as error:
+        skeleton = inflate.decompress(short, most + 1)
+    except zlib.error as error:
         raise FormatError(f"packed: the skeleton cannot be read ({error})") from error
     if len(skeleton) > most:
         raise FormatError(f"packed: unpacks to more than {installed_bytes} bytes, the length declared")
-    if not decoder.eof or decoder.unused_data:
+    if not inflate.eof or inflate.unused_data:
         raise FormatError("packed: the skeleton is truncated, or followed by other bytes")
     return skeleton
 
@@ -261,18 +265,37 @@ def _entry(skeleton: _Reader) -> _Grid | _Planes:
     )
 
 
-def _on_values(how: _Grid, scales: bytes, decoder: Decoder) -> bytes:
+def _scale_parts(pieces: Sequence[_Piece]) -> list[tuple[Symbols, int]]:
+    """Two runs: the high bits of all scales, then the low bits of those that have them."""
+    none = np.zeros(0, np.uint16)
+    every = np.concatenate([none, *(piece.scales for piece in pieces)])
+    fine = [p.scales for p in pieces if isinstance(p.how, _Grid) and p.how.scale_bytes == 2]
+    low = np.concatenate([none, *fine]) & _FINE
+    return [((every >> _LOW).astype(np.uint8), MAX_ALPHABET), (low.astype(np.uint8), _FINE + 1)]
+
+
+def _scales(grids: Sequence[_Grid], decoder: Decoder) -> Iterator[npt.NDArray[np.float32]]:
+    """The scales (C,) of each grid, which the stream begins with."""
+    high = decoder.take(sum(grid.shape[1] for grid in grids), MAX_ALPHABET).astype(np.uint16) << _LOW
+    low = decoder.take(sum(grid.shape[1] for grid in grids if grid.scale_bytes == 2), _FINE + 1)
+    at, fine_at = 0, 0
+    for grid in grids:
+        channels = grid.shape[1]
+        bits = high[at : at + channels]
+        at += channels
+        if grid.scale_bytes == 2:
+            bits = bits | low[fine_at : fine_at + channels]
+            fine_at += channels
+        yield bits.view(np.float16).astype("<f4")
+
+
+def _on_values(how: _Grid, scales: npt.NDArray[np.float32], decoder: Decoder) -> bytes:
     """The float32 values, little-endian."""
-    if how.scale_bytes == 1:
-        halves = np.frombuffer(scales, np.uint8).astype("<u2") << _COARSE
-    else:
-        halves = np.frombuffer(scales, "<u2")
-    wide = halves.astype("<u2").view("<f2").astype("<f4")
     codes = decoder.take(how.symbols, 2 * how.levels + 1).reshape(how.shape)
     values = codes.astype("<f4")
     values -= np.float32(how.levels)
     with np.errstate(invalid="ignore"):  # a scale that is not finite: the checksum refuses what comes out
-        values *= wide[:, None]
+        values *= scales[:, None]
     return values.tobytes()
 
 
@@ -287,7 +310,7 @@ def _in_planes(stored: Stored, raw: bytes) -> _Piece:
     width = stored.itemsize
     elements = np.frombuffer(raw, np.uint8).reshape(-1, width)
     planes = tuple((np.ascontiguousarray(elements[:, place]), MAX_ALPHABET) for place in range(width))
-    return _Piece(stored.offset, _Planes(width, len(elements)), b"", planes)
+    return _Piece(stored.offset, _Planes(width, len(elements)), np.zeros(0, np.uint16), planes)
 
 
 def _on_grid(stored: Stored, raw: bytes) -> _Piece | None:
@@ -304,11 +327,9 @@ def _on_grid(stored: Stored, raw: bytes) -> _Piece | None:
             continue  # a zero with a sign
         levels = int(np.abs(codes).max())
         bits = scales.view(np.uint16)
-        coarse = not (bits & (1 << _COARSE) - 1).any()
-        stored_scales = (bits >> _COARSE).astype(np.uint8) if coarse else bits.astype("<u2")
         symbols = (codes.reshape(-1) + levels).astype(np.uint8)
-        how = _Grid(shape, levels, 1 if coarse else 2)
-        return _Piece(stored.offset, how, stored_scales.tobytes(), ((symbols, 2 * levels + 1),))
+        how = _Grid(shape, levels, 2 if (bits & _FINE).any() else 1)
+        return _Piece(stored.offset, how, bits, ((symbols, 2 * levels + 1),))
     return None
 
 

@@ -16,7 +16,9 @@ from onnx import numpy_helper
 
 from fedge import packed
 from fedge.errors import FormatError
+from fedge.files import sha256
 from fedge.onnx_layout import stored_tensors
+from fedge.onnx_words import WORDS
 
 
 def model(*tensors) -> bytes:
@@ -41,9 +43,9 @@ SMALL = model(on_grid((3, 5), 1, 0), np.array([1.5, 2.25], np.float32))
 WIRE = packed.pack(SMALL)
 
 
-def made(skeleton: bytes, stream: bytes = bytes(4), *, declared: int = 1000, checksum: int = 0) -> bytes:
+def made(skeleton: bytes, stream: bytes = bytes(4), *, checksum: int = 0) -> bytes:
     """A wire with any skeleton, as an attacker would write it."""
-    short = lzma.compress(skeleton, lzma.FORMAT_RAW, filters=packed._filters(declared))
+    short = packed._deflated(skeleton)
     return packed._HEADER.pack(packed.MAGIC, checksum, len(short)) + short + stream
 
 
@@ -134,11 +136,11 @@ def test_float_weights_gain_by_planes_of_bytes() -> None:
 
 def test_the_bytes_are_those_worked_by_hand() -> None:
     # One tensor at byte 0 of 32: kind 0, shape (1, 1, 8), 1 level, scales of a byte; 0.5 is 0x3800, so 0x70.
-    skeleton = b"\x01" + b"\x00\x00\x01\x01\x08\x01\x01" + b"\x70"
+    skeleton = b"\x01" + b"\x00\x00\x01\x01\x08\x01\x01"
     values = np.array([0.5, 0, -0.5, 0.5, 0.5, 0, 0, 0.5], "<f4").tobytes()
     codes = np.array([2, 1, 0, 2, 2, 1, 1, 2], np.uint8)
-    stream = packed.encode([(codes, 3)])
-    wire = made(skeleton, stream, declared=32, checksum=zlib.crc32(values))
+    stream = packed.encode([(np.array([0x70], np.uint8), 256), (codes[:0], 128), (codes, 3)])
+    wire = made(skeleton, stream, checksum=zlib.crc32(values))
     assert wire[:12] == b"FPK\x01" + struct.pack("<II", zlib.crc32(values), len(wire) - 12 - len(stream))
     assert packed.unpack(wire, 32) == values
 
@@ -167,6 +169,10 @@ def test_another_length_than_declared_is_refused(declared) -> None:
 def test_other_bytes_are_refused(wire) -> None:
     with pytest.raises(FormatError):
         packed.unpack(wire, len(SMALL))
+
+
+def test_the_dictionary_is_the_one_of_this_version() -> None:
+    assert sha256(WORDS) == "86222bd6f1f7f25c0fdea304f050b5fb53dbbb6c69b4c087297a32fe11c25ec1"
 
 
 BIG = packed._number(2**31)
@@ -244,6 +250,6 @@ def test_thousands_of_damaged_wires_are_refused_or_change_nothing() -> None:
                 source[at:at] = rng.bytes(3)
             else:
                 source[at] = rng.integers(0, 256)
-        bad = bytes(source) if trial % 2 else made(bytes(source), stream, declared=len(installed))
+        bad = bytes(source) if trial % 2 else made(bytes(source), stream)
         with suppress(FormatError):
             assert packed.unpack(bad, len(installed)) == installed

@@ -29,10 +29,8 @@ Bits = Literal["int8", "int4", "ternary", "binary"]
 
 _LEVELS: dict[Bits, int] = {"int8": 127, "int4": 7, "ternary": 1, "binary": 1}  # the largest code
 _SMALL_SHARE = 0.1  # of all weights: so small a first or last layer stays at eight bits, as is the custom
-_LEAST, _MOST = 2.0**-14, 65504.0  # scales are normal numbers of float16
-_CANDIDATES = torch.linspace(
-    0.2, 1.0, 33
-).tolist()  # shares of the largest |w| that are tried for the top code
+_LEAST, _MOST = 2.0**-14, 2.0**15  # of a scale: normal numbers of float16
+_SHARES = torch.linspace(0.2, 1.0, 33).tolist()  # of the largest |w|, tried for the top code
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -118,7 +116,7 @@ class Grid(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The values on the grid."""
-        scale = _through(_ToHalf, self.log_scale.exp().clamp(_LEAST, _MOST))
+        scale = _through(_ToScale, self.log_scale.exp().clamp(_LEAST, _MOST))
         levels = _LEVELS[self.bits]
         ratio = weight / scale
         binary = self.bits == "binary"
@@ -164,6 +162,15 @@ class _ToHalf(_Straight):
         return x.half().float() + 0.0
 
 
+class _ToScale(_Straight):
+    """To the nearest float16 of three fractional bits: steps of 6 to 12 %, and a byte to store."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        bits = x.half().view(torch.int16)
+        return (bits + (1 << 6) >> 7 << 7).view(torch.float16).float()
+
+
 def _made_plain(module: nn.Module) -> None:
     """Put a module's parametrised values in the place of their parametrisations.
 
@@ -187,7 +194,7 @@ def _start(rows: Tensor, bits: Bits) -> Tensor:
     if bits == "int8":
         return size.amax(1) / 127
     levels, top = _LEVELS[bits], size.amax(1, keepdim=True)
-    trials = torch.stack([share * top / levels for share in _CANDIDATES]).clamp(min=_LEAST)  # (T, O, 1)
+    trials = torch.stack([share * top / levels for share in _SHARES]).clamp(min=_LEAST)  # (T, O, 1)
     errors = ((rows / trials).round().clamp(-levels, levels) * trials - rows).square().sum(2)  # (T, O)
     return trials.squeeze(2).gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
 
