@@ -67,7 +67,10 @@ def test_weights_are_codes_times_a_scale_that_float16_holds(bits, levels):
     torch.manual_seed(0)
     grid = Grid(torch.randn(6, 3, 5, 5), bits, per_channel=True)
     values = grid(torch.randn(6, 3, 5, 5)).detach()
-    scale = grid.log_scale.exp().half().float().detach()
+    wanted = grid.log_scale.exp().detach()
+    power = 2.0 ** wanted.log2().floor()
+    scale = (wanted / power * 8).round() / 8 * power  # three bits after the point
+    assert torch.equal(scale, scale.half().float())
     codes = values / scale
     assert torch.equal(codes, codes.round())
     assert torch.equal(codes * scale, values)
