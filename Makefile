@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Modules are compiled once: tests start many processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help install demo test lint check format proto clean
 
 help:
@@ -36,7 +39,7 @@ check: lint
 	$(BIN)/pytest -q -n 2 -m "not slow"
 
 test: install
-	$(BIN)/pytest -q -n 2
+	$(BIN)/pytest -q -n 2 --dist worksteal --hypothesis-profile thorough
 
 format: install
 	$(BIN)/ruff format .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,11 +27,26 @@ from fedge.spec import Spec
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-# A slow or busy machine must not fail a test; the same examples come every time.
-settings.register_profile(
-    "fedge", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("fedge")
+# A slow or busy machine must not fail a test; the same examples come every time,
+# and `make test` takes more of them.
+for name, examples in (("quick", 20), ("thorough", 60)):
+    settings.register_profile(
+        name,
+        deadline=None,
+        derandomize=True,
+        max_examples=examples,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+settings.load_profile("quick")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the cases of a parametrised test slow that are not among its quick ones."""
+    quick = item.get_closest_marker("quick_where")
+    if quick is not None:
+        given = item.callspec.params  # type: ignore[attr-defined]
+        if any(given[name] not in values for name, values in quick.kwargs.items()):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +174,32 @@ class Publisher:
 @pytest.fixture
 def publisher(tmp_path: Path) -> Publisher:
     return Publisher(tmp_path / "published")
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An SQLite file of the newest schema with nothing in it, made by the very migrations."""
+    from fedge_server.registry.database import Registry
+
+    home = tmp_path_factory.mktemp("empty")
+    Registry.open(home).close()
+    return (home / "fedge.db").read_bytes()
+
+
+@pytest.fixture
+def copied_schema(monkeypatch: pytest.MonkeyPatch, empty_database: bytes) -> None:
+    """New SQLite databases of this process begin as that copy: migrations take longer than most tests."""
+    from fedge_server.registry import database
+
+    check: Callable[[Any, Path], None] = database.upgrade
+
+    def upgrade(engine: Any, home: Path) -> None:
+        file = home / "fedge.db"
+        if engine.dialect.name == "sqlite" and not file.exists():
+            file.write_bytes(empty_database)
+        check(engine, home)
+
+    monkeypatch.setattr(database, "upgrade", upgrade)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = [ROOT / name for name in ("common", "server", "client", "simulations")]
 SLOW = {
     "README.md",
+    "docs/algorithms.md",
     "docs/compression.md",
     "docs/data.md",
     "docs/learning.md",

@@ -59,6 +59,7 @@ class Place:
     say: Say = lambda _: None
     started: float = field(default_factory=time.perf_counter)
     fleet: Fleet | None = None  # how the run's clients are asked once its rounds are over; None: they are not
+    page: bool = True  # whether to draw the report, which takes longer than a small run
 
     def source(self, learned: Learned) -> Source:
         """Where the compression of what was learned learns about data."""
@@ -161,8 +162,9 @@ def conclude(
         intervals=_intervals(place, learned),
         further=further or {},
     )
-    report = Report.of(place.config, place.server.spec, learned, outcomes, summary, privacy, holdings)
-    write_report(place.folder / REPORT, report)
+    if place.page:
+        report = Report.of(place.config, place.server.spec, learned, outcomes, summary, privacy, holdings)
+        write_report(place.folder / REPORT, report)
     write_atomically(place.folder / PRIVACY, json.dumps(privacy.to_json(), indent=2).encode())
     write_atomically(place.folder / SUMMARY, json.dumps(summary, indent=2).encode())
     return summary

@@ -142,6 +142,7 @@ def run(
             say=say,
             started=started,
             fleet=_fleet(world, folder),
+            page=out is not None,
         )
         learned = learn(world, folder, place.run_id, observer(place, observe))
         outcomes, released = release(place, learned)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedge.codecs.chain import Codec
@@ -108,7 +108,6 @@ def test_evaluation_brings_the_whole_and_changes_nothing(federation: Federation)
     assert same(federation.held(), federation.first)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**9), st.integers(0, 7))
 def test_a_change_that_was_damaged_is_refused_or_right(at: int, bit: int) -> None:
     federation = Federation()

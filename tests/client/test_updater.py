@@ -497,6 +497,7 @@ def run(script: str, *arguments: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_filesystem_step_leaves_a_working_release(
     home: Path, publisher: Any, tmp_path: Path
 ) -> None:

@@ -181,7 +181,6 @@ def test_the_estimate_is_what_travels_from_above_and_below_the_most() -> None:
 finite = st.floats(-1e6, 1e6, width=32)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     arrays(np.float32, st.tuples(st.integers(1, 40), st.integers(1, 9)), elements=finite),
     st.sampled_from(CHAINS),
@@ -197,7 +196,6 @@ def test_anything_finite_comes_back_in_form(
     assert np.isfinite(back["w"]).all()
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(arrays(np.float32, (6, 5), elements=finite), min_size=1, max_size=6),
     st.sampled_from([c for c in CHAINS if c != ("int8",)]),
@@ -217,7 +215,6 @@ def test_what_was_sent_and_the_residual_add_up_to_all_changes(
     assert np.abs(total + residual - true).max() <= 1e-5 * largest + 1e-30
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.sets(st.integers(0, 2**31 - 1), max_size=50))
 def test_any_positions_come_back(found: set[int]) -> None:
     where = np.array(sorted(found), np.int64)
@@ -255,6 +252,7 @@ def test_feedback_finds_the_minimum_where_bare_signs_do_not() -> None:
     assert with_it < without / 3
 
 
+@pytest.mark.slow
 def test_feedback_brings_what_a_small_share_leaves_out() -> None:
     for chain in (["topk:0.02", "sign"], ["topk:0.1", "int8"], ["randomk:0.1"]):
         assert descend(Codec.of(chain), steps=4000, rate=0.05) < 0.05, chain
@@ -287,7 +285,7 @@ def packed(body: bytes, codec: Codec) -> bytes:
     return b"FU" + bytes([1, len(text)]) + text + zlib.compress(body)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=5 * settings().max_examples)
 @given(st.sampled_from(CHAINS), st.integers(0, 10**9), st.integers(0, 7))
 def test_a_flipped_bit_is_refused_or_changes_nothing(chain: tuple[str, ...], at: int, bit: int) -> None:
     data, where, codec = valid(chain)
@@ -301,7 +299,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(chain: tuple[str, ...], at:
     assert all(np.array_equal(found[name], same[name]) for name in same)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=2 * settings().max_examples)
 @given(st.sampled_from(CHAINS), st.integers(0, 10**9))
 def test_a_truncated_update_is_refused(chain: tuple[str, ...], at: int) -> None:
     data, where, codec = valid(chain)
@@ -309,7 +307,7 @@ def test_a_truncated_update_is_refused(chain: tuple[str, ...], at: int) -> None:
         decode(data[: at % len(data)], where, codec, key=3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=3 * settings().max_examples)
 @given(st.binary(max_size=400), st.sampled_from(CHAINS))
 def test_garbage_is_refused_also_inside_a_valid_stream(body: bytes, chain: tuple[str, ...]) -> None:
     _, where, codec = valid(chain)

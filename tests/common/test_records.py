@@ -62,7 +62,6 @@ def object_file(folder: Path, size: int) -> Path:
     st.dictionaries(names, config, max_size=3),
     st.sampled_from([MemoryArray, Array]),
 )
-@settings(max_examples=60, deadline=None)
 def test_what_is_packed_and_sent_as_bytes_comes_back_the_same(
     arrays: Any, numbers: Any, settings_: Any, kind: Any
 ) -> None:
@@ -206,7 +205,7 @@ def test_malformed_records_are_refused_by_name(content: Content, reason: str) ->
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=2 * settings().max_examples)
 def test_no_bytes_make_the_reader_raise_anything_but_a_format_error(data: bytes) -> None:
     with contextlib.suppress(FormatError, DecodeError):
         unpack(Content.FromString(data))

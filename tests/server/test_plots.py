@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fedge.dataset import Dataset
 from fedge.spec import Spec
@@ -32,6 +33,7 @@ def held(clients: Sequence[Any]) -> Holdings:
     return Holdings(dataset, clients, ())
 
 
+@pytest.mark.slow
 def test_of_a_million_clients_a_thousand_are_looked_at() -> None:
     clients = Counted(1_000_000)
     sizes, skew = holdings(held(clients))

@@ -281,6 +281,7 @@ def start(script: str, tmp_path: Path, *folders: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_filesystem_step_leaves_the_old_or_the_new_release(tmp_path: Path) -> None:
     folder, copies = tmp_path / "folder", tmp_path / "copies"
     old = send(folder, 1)

@@ -32,6 +32,11 @@ class Interrupted(Exception):  # noqa: N818 - stands for a power cut
     """The server died here."""
 
 
+@pytest.fixture(autouse=True)
+def quick_databases(copied_schema: None) -> None:
+    """No test of this folder is about making a database."""
+
+
 @pytest.fixture
 def small() -> Callable[..., Config]:
     """A configuration of digits, 5 clients and a linear model, with further sections on top."""

@@ -84,6 +84,7 @@ def test_scaffold_is_the_papers_algorithm(engine, cohort, small, learn, tmp_path
     assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected - start)
 
 
+@pytest.mark.quick_where(momentum=(0.9,))
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_fednovas_partial_sums_are_its_full_messages(momentum, small, learn, tmp_path):
     """Clients of unequal size make unequally many steps; those with as many come as one."""
@@ -282,6 +283,7 @@ def test_a_control_variate_is_held_against_the_models_parameters(values, reason,
         assert [(r.client, reason in r.reason) for r in record.rejected] == [(2, True)]
 
 
+@pytest.mark.slow
 def test_clients_of_two_architectures_teach_a_third(small, learn, tmp_path):
     seen = []
 

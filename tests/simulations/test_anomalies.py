@@ -48,6 +48,7 @@ def test_a_resumed_run_has_the_same_scores(small, learn, tmp_path):
     assert any(record.conspicuous for record in whole.records)
 
 
+@pytest.mark.slow
 def test_attackers_stand_in_history_report_and_command(small, tmp_path, capsys):
     config = small(strategy={"name": "centredclipping"}, **HOSTILE)
     result = run(config, tmp_path / "run")

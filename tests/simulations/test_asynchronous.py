@@ -83,6 +83,7 @@ def test_with_everybody_at_the_same_pace_a_full_buffer_is_federated_averaging(sm
         assert np.allclose(found[name], value, atol=1e-6)
 
 
+@pytest.mark.quick_where(engine=("vector",))
 @pytest.mark.parametrize("engine", ["vector", "sequential"])
 def test_nobody_waits_for_the_slow_and_the_same_seed_gives_the_same(engine, small, learn, tmp_path):
     sections = {"clients": {"count": 8}, "scenario": UNEVEN, "simulation": {"engine": engine}}

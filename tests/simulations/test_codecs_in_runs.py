@@ -19,6 +19,7 @@ def without_time(records):
     return [json.dumps({**record.to_json(), "seconds": 0}, sort_keys=True) for record in records]
 
 
+@pytest.mark.quick_where(chain=(["topk:0.05", "int8"],))
 @pytest.mark.parametrize("chain", CHAINS, ids="+".join)
 def test_it_learns_with_fewer_bytes_up_and_as_many_down(chain, small, learn, tmp_path):
     base = small(rounds={"count": 10}, simulation={"engine": "sequential"})
@@ -32,6 +33,7 @@ def test_it_learns_with_fewer_bytes_up_and_as_many_down(chain, small, learn, tmp
     assert times > {"int8": 3, "sign": 12, "topk:0.05": 7, "randomk:0.2": 4}.get("+".join(chain), 14)
 
 
+@pytest.mark.quick_where(strategy=("fedavg",), chain=(["topk:0.05", "int8"],))
 @pytest.mark.parametrize("strategy", ["fedavg", "fedsgd", "fedmedian", "fedadam"])
 @pytest.mark.parametrize("chain", [["topk:0.05", "int8"], ["int8"]], ids="+".join)
 def test_a_run_with_a_codec_resumes_bit_for_bit(strategy, chain, small, learn, tmp_path):

@@ -68,6 +68,7 @@ def sent_in(config, learn, home, monkeypatch, **options):
 TEN = {"clients": {"count": 10}, "rounds": {"count": 1}, "strategy": {"name": "fedmedian"}}
 
 
+@pytest.mark.quick_where(attack=("mimic",))
 @pytest.mark.parametrize("attack", ["ipm:0.5", "alie:1.5", "mimic"])
 def test_a_ring_sends_one_update_made_of_its_own_honest_ones(attack, small, learn, tmp_path, monkeypatch):
     honest = sent_in(small(**TEN), learn, tmp_path / "honest", monkeypatch)
@@ -124,6 +125,7 @@ def test_a_backdoor_is_a_pixel_and_a_label_on_every_second_example():
     assert brightest(np.array([0.25, np.nan, 2.0])) == 2.0
 
 
+@pytest.mark.slow
 def test_a_run_says_how_often_a_backdoor_opens(small):
     sections = {"clients": {"count": 6}, "rounds": {"count": 8}, "model": {"name": "mlp"}}
     hostile = {"scenario": {"attackers": 0.99, "attacks": ["backdoor:3"]}}

@@ -73,6 +73,7 @@ def test_equal_seeds_are_compared_pair_by_pair(tmp_path: Path) -> None:
     assert difference.difference.half_width == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_rounds_to_a_target_are_a_mean_only_where_all_runs_reached_it(tmp_path: Path) -> None:
     folder = two_rates(tmp_path)
     all_did, some_did = compare([folder], target="accuracy>=0.6").groups

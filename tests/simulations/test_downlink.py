@@ -42,6 +42,7 @@ def watching(seen):
     return around
 
 
+@pytest.mark.quick_where(down=(["topk:0.1", "int8"],))
 @pytest.mark.parametrize("down", [["int8"], ["topk:0.1", "int8"], ["randomk:0.3"]], ids="+".join)
 def test_all_clients_of_a_round_hold_the_servers_own_state_and_get_it_in_fewer_bytes(
     down, small, learn, tmp_path
@@ -71,6 +72,7 @@ def test_who_took_no_part_in_the_last_round_is_sent_the_whole(small, learn, tmp_
     assert all(record.clients == 3 and not record.rejected for record in records)
 
 
+@pytest.mark.quick_where(strategy=("fedavg",))
 @pytest.mark.parametrize("strategy", ["fedavg", "fedsgd", "fedadam", "fedmedian", "fedbn"])
 def test_a_run_resumes_bit_for_bit_with_the_same_bytes(strategy, small, learn, tmp_path):
     model = {"model": {"name": "mlp-bn"}} if strategy == "fedbn" else {}

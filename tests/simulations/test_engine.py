@@ -142,6 +142,7 @@ def chosen(asked: Job) -> Way:
     return choose(recipe, asked, TASK.preprocess(SPEC, None, "none"))
 
 
+@pytest.mark.quick_where(optimizer=("sgd", "adam"))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("model", BUILT_IN)
 def test_every_step_of_a_built_in_model_is_the_devices_in_float64(model: str, optimizer: str) -> None:

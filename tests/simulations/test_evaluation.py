@@ -83,6 +83,7 @@ def test_the_summary_says_how_sure_and_how_fair(tmp_path):
     assert "keep back from training" in page
 
 
+@pytest.mark.slow
 def test_a_target_counts_once_it_is_surely_reached():
     sure = simulated(rounds={"count": 12, "target": "accuracy>=0.84", "target_confidence": 0.95})
     plain = simulated(rounds={"count": 12, "target": "accuracy>=0.84"})
@@ -137,6 +138,7 @@ def test_whole_clients_are_left_out_where_they_are_natural(two_wards):
     assert found["metrics"]["auc"]["low"] < found["metrics"]["auc"]["mean"] < 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_cross_validation_goes_on_and_gives_the_same(tmp_path, monkeypatch):
     config = Config.from_mapping({**BASE, **ROUNDS, "evaluate": {"folds": 3}})
     whole = run(config, tmp_path / "whole").summary["cross_validation"]

@@ -39,6 +39,7 @@ def without_time(records):
     return [json.dumps({**record.to_json(), "seconds": 0}, sort_keys=True) for record in records]
 
 
+@pytest.mark.quick_where(name=("fedavg", "fedadam", "scaffold"))
 @pytest.mark.parametrize("name", WAITING)
 def test_runs_keeps_the_models_form_and_resumes_bit_for_bit(name, small, learn, tmp_path):
     config = small(**named(name), rounds={"count": 4, "fraction": 0.8})
@@ -73,6 +74,7 @@ def test_a_client_that_sends_nan_is_rejected_and_the_round_goes_on(name, small, 
     assert all(np.isfinite(value).all() for value in arrays_of(learned.model.network).values())
 
 
+@pytest.mark.quick_where(name=("bulyan",))
 @pytest.mark.parametrize("name", ["fedavg", "qfedavg", "bulyan"])
 def test_the_digest_of_updates_is_of_what_the_clients_sent(name, small, learn, tmp_path):
     """Some strategies empty or change the messages; the same updates must give the same digest."""
@@ -125,6 +127,7 @@ def test_every_strategy_of_flower_but_trees_and_wrappers_has_a_name():
     assert {name.lower() for name in wanted} == set(NAMES) - ours
 
 
+@pytest.mark.quick_where(name=("fedavg",))
 @pytest.mark.parametrize(
     "name", ["fedavg", "fedadam", "fedyogi", "fedprox", "fedsgd", "fedmedian", "qfedavg"]
 )

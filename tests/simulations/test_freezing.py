@@ -82,6 +82,7 @@ def pictures(tmp_path):
     return str(tmp_path / "pictures.npz")
 
 
+@pytest.mark.quick_where(model=("cnn-bn",), momentum=(0.9,))
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize(
     ("model", "freeze", "frozen"),
@@ -167,6 +168,7 @@ def test_noise_and_masks_leave_frozen_parts_alone(privacy, small, learn, tmp_pat
     assert moved == ["5.weight", "5.bias"]
 
 
+@pytest.mark.slow
 def test_a_frozen_run_resumes_bit_for_bit(small, learn, tmp_path):
     config = small(
         model={"name": "mlp"}, train={"freeze": ["1.*"]}, strategy={"name": "fedadam"}, rounds={"count": 4}

@@ -102,6 +102,7 @@ class Stop(Exception):  # noqa: N818 - stands for a power cut
     pass
 
 
+@pytest.mark.slow
 def test_a_run_says_from_which_round_it_goes_on_and_does_not_tell_the_others_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

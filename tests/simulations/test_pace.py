@@ -107,6 +107,7 @@ def test_it_needs_a_deadline_and_answers_of_single_clients(small):
         strategies.build(masked, network=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
 
 
+@pytest.mark.quick_where(strategy=("fedavg",))
 @pytest.mark.parametrize("strategy", ["fedavg", "fednova"])
 def test_once_speeds_are_known_everybody_answers_in_time(strategy, small, learn, tmp_path):
     sections = {"clients": {"count": 10}, "scenario": UNEVEN, "strategy": {"name": strategy}}

@@ -43,6 +43,7 @@ def private(small):
     return make
 
 
+@pytest.mark.quick_where(name=("fedavg",))
 @pytest.mark.parametrize("name", LINEAR)
 def test_every_linear_strategy_runs_and_resumes_bit_for_bit_with_one_row_a_round(
     name, private, learn, tmp_path
@@ -201,6 +202,7 @@ def test_a_ledger_that_protected_examples_alone_promises_nothing_to_clients(priv
         learn(private(), tmp_path)
 
 
+@pytest.mark.slow
 def test_poisson_sampling_asks_each_client_by_itself_and_is_accounted_with_amplification(
     private, learn, tmp_path
 ):
@@ -231,6 +233,7 @@ ON_DEVICE = {
 }
 
 
+@pytest.mark.quick_where(name=("fedavg",), engine=("vector",))
 @pytest.mark.parametrize("engine", ["vector", "sequential"])
 @pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedmedian"])
 @pytest.mark.parametrize("mechanism", ON_DEVICE)

@@ -59,6 +59,7 @@ def test_clients_differ_log_normally_around_the_stated_median(key):
     assert np.log(took).std() == pytest.approx(0.5, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_share_of_the_answers_takes_longer_and_another_share_each_round():
     course = scenario(stragglers=0.3, straggler_factor=10.0, seconds_per_example=0.01)
     first, second = ([fate.arrives_s for fate in ask(course, MANY, number=number)] for number in (1, 2))

@@ -31,6 +31,7 @@ def weights(result: Any) -> np.ndarray:
     return np.concatenate([v.detach().numpy().ravel() for v in result.model.network.state_dict().values()])
 
 
+@pytest.mark.quick_where(strategy=("fedavg",))
 @pytest.mark.parametrize("strategy", ["fedavg", "fedsgd"])
 def test_the_model_is_that_of_plain_rounds_within_the_stated_error(strategy: str) -> None:
     sections = {**SECTIONS, "strategy": {"name": strategy}}
@@ -45,10 +46,12 @@ def test_the_model_is_that_of_plain_rounds_within_the_stated_error(strategy: str
     assert secure.history[0].train_loss == pytest.approx(plain.history[0].train_loss, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits() -> None:
     assert np.array_equal(weights(run(SECTIONS)), weights(run(SECTIONS)))
 
 
+@pytest.mark.slow
 def test_drop_outs_in_every_phase_cost_their_clients_alone() -> None:
     lossy = {**SECTIONS, "clients": {"count": 30}, "scenario": {"dropouts": 0.03}, "rounds": {"count": 3}}
     found = run(lossy)
@@ -64,6 +67,7 @@ def test_beyond_the_threshold_no_round_counts_and_the_reason_is_told() -> None:
         run({**SECTIONS, "scenario": {"dropouts": 0.7}})
 
 
+@pytest.mark.slow
 def test_a_round_that_asks_nobody_says_nothing_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn(grid: Any, nodes: Any, share: float, *, seed: int, number: int) -> list[int]:
         return [] if number == 2 else list(nodes)[: 2 if number == 3 else 8]
@@ -77,6 +81,7 @@ def test_a_round_that_asks_nobody_says_nothing_of_an_earlier_one(monkeypatch: py
     assert "secure_lost" in said[0]
 
 
+@pytest.mark.slow
 def test_dp_sgd_goes_under_masks() -> None:
     privacy = {**SECTIONS["privacy"], "mechanism": "example", "min_examples": 64, "delta": 1e-4}
     found = run({**SECTIONS, "privacy": privacy, "rounds": {"count": 1}})
@@ -84,6 +89,7 @@ def test_dp_sgd_goes_under_masks() -> None:
     assert found.history[0].privacy["epsilon"] > 0
 
 
+@pytest.mark.slow
 def test_distributed_noise_is_spent_and_ends_at_the_budget() -> None:
     privacy = {
         "secure_aggregation": True,
@@ -123,6 +129,7 @@ def test_what_travels_is_noise_of_the_models_size(monkeypatch: pytest.MonkeyPatc
         assert set(reply.content) == {ARRAYS, "metrics"}
 
 
+@pytest.mark.quick_where(kind=(wire.UNMASK,))
 @pytest.mark.parametrize(
     ("kind", "record", "says"),
     [

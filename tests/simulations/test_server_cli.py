@@ -35,6 +35,7 @@ def as_json(capsys, *arguments: str):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_runs_are_listed_and_shown(folder, capsys):
     (row,) = as_json(capsys, "run", "ls", "--home", str(folder))
     assert (row["task"], row["status"], row["rounds"]) == ("digits", "done", 3)

@@ -100,6 +100,7 @@ def drifting(honest):
     return call
 
 
+@pytest.mark.slow
 def test_clients_with_a_memory_resume_bit_for_bit(small, learn, tmp_path):
     config = small(rounds={"count": 5, "cohort": 3, "quorum": 0.5})
     whole = learn(config, tmp_path / "whole", around=drifting)

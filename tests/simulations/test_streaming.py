@@ -86,6 +86,7 @@ def test_a_bad_update_in_the_middle_leaves_the_sum_to_the_bit_as_if_it_had_never
     assert digest(arrays_of(bad.model.network)) == digest(arrays_of(absent.model.network))
 
 
+@pytest.mark.quick_where(name=("fedadam", "scaffold"))
 @pytest.mark.parametrize("name", ["fedavgm", "fedadam", "fedsgd", "fednova", "scaffold"])
 def test_a_round_with_too_few_updates_moves_nothing_that_the_strategy_remembers(name, small, learn, tmp_path):
     options = {"server_momentum": 0.9} if name == "fedavgm" else {}

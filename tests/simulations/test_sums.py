@@ -64,6 +64,7 @@ def without_time(records):
     return [json.dumps({**record.to_json(), "seconds": 0}, sort_keys=True) for record in records]
 
 
+@pytest.mark.quick_where(at_once=(2,))
 @pytest.mark.parametrize("at_once", [2, 100])
 @pytest.mark.parametrize("name", ["fedavg", "fedmedian"])
 def test_the_result_does_not_depend_on_how_many_train_together(name, at_once, small, learn, tmp_path):
@@ -76,6 +77,7 @@ def test_the_result_does_not_depend_on_how_many_train_together(name, at_once, sm
     assert one.model_sha256 == many.model_sha256
 
 
+@pytest.mark.quick_where(name=("fedavg",))
 @pytest.mark.parametrize("name", LINEAR)
 def test_sums_give_the_model_of_single_updates_and_resume_bit_for_bit(name, small, learn, tmp_path):
     config = small(strategy={"name": name, **LINEAR[name]}, rounds={"count": 4, "cohort": 4})

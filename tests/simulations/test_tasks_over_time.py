@@ -24,12 +24,12 @@ def waves(path: Path, *, width: int = 24) -> Path:
     return path
 
 
-def verses(folder: Path) -> Path:
+def verses(folder: Path, words: int = 60) -> Path:
     """Six speakers who say the same few words, each in an order of their own; a seventh says too little."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for i in range(6):
-        said = rng.choice(["sing", "o muse", "the wrath", "of achilles"], 60)
+        said = rng.choice(["sing", "o muse", "the wrath", "of achilles"], words)
         (folder / f"speaker{i}.txt").write_text(", ".join(said))
     (folder / "mute.txt").write_text("o")
     return folder
@@ -50,6 +50,7 @@ def config(task: str, data: Path, model: str, **sections: object) -> Config:
     )
 
 
+@pytest.mark.quick_where(model=("cnn1d",))
 @pytest.mark.parametrize(("model", "rounds"), [("cnn1d", 3), ("gru", 8)])
 def test_people_learn_signals_together_though_one_lacks_a_sensor(tmp_path, model, rounds):
     result = run(config("signals", waves(tmp_path / "waves.npz"), model, rounds={"count": rounds}))
@@ -59,12 +60,13 @@ def test_people_learn_signals_together_though_one_lacks_a_sensor(tmp_path, model
     assert np.abs(mean).max() < 1  # of waves about 0; computed federated
 
 
-@pytest.mark.parametrize("model", ["gru", "lstm"])
-def test_speakers_learn_text_together_and_nobody_is_asked_for_moments(tmp_path, model, caplog):
-    result = run(config("characters", verses(tmp_path / "verses"), model))
+@pytest.mark.quick_where(words=(15,))
+@pytest.mark.parametrize(("model", "words", "most"), [("gru", 15, 2.9), ("gru", 60, 1.5), ("lstm", 60, 1.5)])
+def test_speakers_learn_text_together_and_nobody_is_asked_for_moments(tmp_path, model, words, most, caplog):
+    result = run(config("characters", verses(tmp_path / "verses", words), model))
     assert result.learned.records[-1].clients == 6
     assert "1 of 7 clients are left out" in caplog.text
-    assert result.learned.records[-1].metrics["loss"] < 1.5  # a guess among 18 characters: 2.9
+    assert result.learned.records[-1].metrics["loss"] < most  # a guess among 18 characters: 2.9
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ def after(config, folder, **model):
     return run(Config.from_mapping(changed), folder)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_earlier_model(earlier, tmp_path):
     result = after(MLP, tmp_path / "out", start=str(earlier))
     before = json.loads((earlier / "summary.json").read_text())["global_model"]

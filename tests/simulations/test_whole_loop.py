@@ -57,13 +57,15 @@ def test_without_tiers_a_run_leaves_model_history_report_and_summary(tmp_path):
     assert not (out / "release").exists()
 
 
-def test_same_seed_same_model_another_seed_another_model(tmp_path):
-    first, again = run(quick()), run(quick())
-    other = run(quick(seed=1))
+@pytest.mark.quick_where(model=("logistic",))
+@pytest.mark.parametrize("model", ["logistic", "mlp"])
+def test_same_seed_same_model_another_seed_another_model(model):
+    first, again, other = (run(quick(model={"name": model}, seed=seed)) for seed in (0, 0, 1))
     assert first.summary["global_model"] == again.summary["global_model"]
     assert first.summary["global_model"]["sha256"] != other.summary["global_model"]["sha256"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_overwritten_by_accident(tmp_path, capsys):
     config = tmp_path / "c.toml"
     config.write_text("[rounds]\ncount = 1\n[clients]\ncount = 2\n[model]\nname = 'logistic'\n")
@@ -76,7 +78,7 @@ def test_a_finished_run_is_not_overwritten_by_accident(tmp_path, capsys):
 
 
 def test_quorum_and_deadline_close_rounds_in_simulated_time(tmp_path):
-    slow = {"clients": {"count": 8}, "scenario": {"speed_sigma": 1.5}}
+    slow = {"clients": {"count": 8}, "scenario": {"speed_sigma": 1.5}, "model": {"name": "logistic"}}
     by_quorum = run(quick(**slow, rounds={"count": 2, "quorum": 0.5}))
     assert [record.clients for record in by_quorum.learned.records] == [4, 4]
     # 8 clients of about 94 examples, 2 epochs of 1 ms: half of them need about 0.19 s.
@@ -97,6 +99,7 @@ def test_nobody_ever_answers_in_time(tmp_path):
         run(quick(rounds={"count": 9, "deadline_s": 1e-6}))
 
 
+@pytest.mark.slow
 def test_a_table_with_missing_values_leaves_out_each_hospital(tmp_path):
     import numpy as np
 

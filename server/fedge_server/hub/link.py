@@ -63,8 +63,10 @@ class LinkServicer(link_pb2_grpc.LinkServicer):
 
     async def Connect(self, _: Any, context: Any) -> None:  # noqa: N802 - the wire's name
         """A device's resident stream."""
+        # Heard before it may be refused: a call that ends while it still sends loses the reason over there.
+        first = await self._first(context)
         peer, row = await self._gate.admit(context)
-        hello = await self._hello(context)
+        hello = await self._hello(context, first)
         version = min(hello.wire_version, WIRE_VERSION)
         connection = Connection(peer, row.tier, hello, version)
         bundle = self._authority.bundle
@@ -89,12 +91,14 @@ class LinkServicer(link_pb2_grpc.LinkServicer):
                 self._down.give_back(peer.node_id)
                 self._up.give_back(peer.node_id)
 
-    async def _hello(self, context: Any) -> link.Hello:
+    async def _first(self, context: Any) -> Any:
         try:
-            first = await asyncio.wait_for(context.read(), HELLO_S)
+            return await asyncio.wait_for(context.read(), HELLO_S)
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no Hello within {HELLO_S:g} s")
             raise
+
+    async def _hello(self, context: Any, first: Any) -> link.Hello:
         try:
             return read_hello(first)
         except FormatError as error:

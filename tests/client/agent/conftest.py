@@ -104,10 +104,10 @@ class StubHub(LinkServicer):
         self._loop.close()
 
     async def Connect(self, requests: Any, context: Any) -> None:  # noqa: N802
+        message = await context.read()  # before it refuses, as the hub does
         if self.refuse is not None:
             await context.abort(self.refuse, "device: revoked")
         self._seen("Connect", context)
-        message = await context.read()
         self.hellos.append(message.hello)
         welcome = pb.Welcome(
             wire_version=self.wire_version, server_time=time.time(), tier="micro", ca_bundle=self.bundle

@@ -78,6 +78,14 @@ def trained(digits: Digits) -> WholeModel:
     return model.eval()
 
 
+@pytest.fixture(scope="session")
+def exported(trained: WholeModel, digits: Digits) -> bytes:
+    """The teacher's graph."""
+    from fedge_server.compression.export import export
+
+    return export(trained, digits.spec)
+
+
 @pytest.fixture
 def teacher(trained: WholeModel) -> WholeModel:
     return copy.deepcopy(trained)

@@ -16,11 +16,6 @@ from fedge_server.compression.export import export
 from fedge_server.compression.measure import latency_us, measure, peak_bytes
 
 
-@pytest.fixture(scope="module")
-def exported(trained, digits):
-    return export(trained, digits.spec)
-
-
 def test_the_exported_graph_answers_as_torch_does_for_any_batch(exported, teacher, digits):
     model = CompactModel(exported, digits.spec)
     for batch in (1, 2, 7):
@@ -52,6 +47,7 @@ def test_the_graph_passes_onnx_checker_and_holds_nothing_that_is_not_computed(ex
     assert len(exported) - weights < 1200
 
 
+@pytest.mark.slow
 def test_the_same_model_gives_the_same_bytes_and_is_not_changed(exported, teacher, digits, helpers):
     before = helpers.weights(teacher)
     teacher.train()
@@ -76,6 +72,7 @@ def test_a_batch_normalised_convolution_on_colour_images_is_exported(helpers):
     assert set(labels) <= {"cat", "dog"}
 
 
+@pytest.mark.slow
 def test_missing_values_of_a_table_pass_through_the_exported_preprocessing():
     class Fill(nn.Module):
         def forward(self, raw: torch.Tensor) -> torch.Tensor:
@@ -87,6 +84,7 @@ def test_missing_values_of_a_table_pass_through_the_exported_preprocessing():
     np.testing.assert_array_equal(model.run(row)[1], model.run(np.nan_to_num(row))[1])
 
 
+@pytest.mark.slow
 def test_a_graph_that_differs_from_torch_is_never_returned(teacher, digits, monkeypatch):
     honest = export_module.with_labels
 
@@ -101,6 +99,7 @@ def test_a_graph_that_differs_from_torch_is_never_returned(teacher, digits, monk
         export(teacher, digits.spec)
 
 
+@pytest.mark.slow
 def test_a_model_that_torch_cannot_export_is_one_clear_line(digits, helpers, capfd):
     class Branch(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,6 +116,7 @@ def test_a_network_that_does_not_answer_one_value_per_class_is_refused(digits, h
         export(WholeModel(helpers.Scale(), nn.Linear(64, 3)), digits.spec)
 
 
+@pytest.mark.slow
 def test_exporting_prints_nothing(teacher, digits, capfd):
     export(teacher, digits.spec)
     assert capfd.readouterr() == ("", "")

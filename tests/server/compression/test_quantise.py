@@ -19,11 +19,6 @@ from fedge_server.compression.quantise import quantise, quantise_within, watched
 
 
 @pytest.fixture(scope="module")
-def exported(trained, digits):
-    return export(trained, digits.spec)
-
-
-@pytest.fixture(scope="module")
 def quantised(exported, digits):
     return quantise(exported, digits.proxy.x[:64])
 
@@ -53,6 +48,7 @@ def test_preprocessing_and_softmax_stay_float_and_logits_are_not_rounded(quantis
     assert makers[first.input[0]].op_type == "Reshape"  # the end of the pre-processing
 
 
+@pytest.mark.slow
 def test_a_convolution_of_the_preprocessing_is_not_quantised(digits):
     class Smooth(nn.Module):
         def __init__(self) -> None:
@@ -90,6 +86,7 @@ def test_no_calibration_data_is_refused(exported, digits):
         quantise(exported, digits.proxy.x[:0])
 
 
+@pytest.mark.slow
 def test_a_network_without_layers_is_refused(digits, helpers):
     class Ten(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

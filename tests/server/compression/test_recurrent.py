@@ -23,23 +23,25 @@ TEXT = Spec("text", (9,), "uint8", tuple("abcdefgh"))
 SIGNAL = Spec("signal", (12, 3), "float32", ("rest", "walk"))
 
 
-CASES = [
-    ("characters", "gru", TEXT),
-    pytest.param(("characters", "lstm", TEXT), marks=pytest.mark.slow),
-    pytest.param(("signals", "gru", SIGNAL), marks=pytest.mark.slow),
-]
+CASES = [("characters", "gru", TEXT), ("characters", "lstm", TEXT), ("signals", "gru", SIGNAL)]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=("characters-gru", "characters-lstm", "signals-gru"))
-def made(request: Any) -> tuple[WholeModel, Spec, bytes]:
-    """A network whose weights differ from unit to unit, and its graph."""
+def network(request: Any) -> tuple[WholeModel, Spec]:
+    """A network whose weights differ from unit to unit."""
     name, model, spec = request.param
     torch.manual_seed(0)
     task = resolve(name)
-    whole = WholeModel(task.preprocess(spec, None, "none"), task.model(model)(spec)).eval()
-    return whole, spec, export(whole, spec)
+    return WholeModel(task.preprocess(spec, None, "none"), task.model(model)(spec)).eval(), spec
 
 
+@pytest.fixture(scope="module")
+def made(network: tuple[WholeModel, Spec]) -> tuple[WholeModel, Spec, bytes]:
+    """The network and its graph."""
+    return *network, export(*network)
+
+
+@pytest.mark.slow
 def test_the_graph_holds_one_recurrent_operator_whose_weights_are_constants(made):
     _, _, data = made
     graph = onnx.load_model_from_string(data).graph
@@ -47,6 +49,7 @@ def test_the_graph_holds_one_recurrent_operator_whose_weights_are_constants(made
     assert set(layer.input[1:4]) <= {tensor.name for tensor in graph.initializer}
 
 
+@pytest.mark.slow
 def test_in_eight_bits_it_is_a_third_and_answers_nearly_the_same(made):
     whole, spec, data = made
     raw = random_input(spec, 64, seed=1)
@@ -59,8 +62,8 @@ def test_in_eight_bits_it_is_a_third_and_answers_nearly_the_same(made):
     assert quantise(data, raw) == small
 
 
-def test_pruning_says_that_it_leaves_recurrent_layers_alone(made):
-    whole, spec, _ = made
+def test_pruning_says_that_it_leaves_recurrent_layers_alone(network):
+    whole, spec = network
     example = whole.preprocess(torch.from_numpy(random_input(spec, 2, seed=0)))
     with pytest.raises(CompressionError, match="recurrent layers cannot be pruned"):
         prune(whole.network, example, 0.5, Prune(), seed=0)

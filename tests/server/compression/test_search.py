@@ -52,6 +52,7 @@ def _task():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_tier_gets_a_variant_within_its_budgets_that_passed_the_gate(found, digits):
     micro, gateway = (found[0][name].variant for name in ("micro", "gateway"))
     assert micro.gate.passed
@@ -63,6 +64,7 @@ def test_each_tier_gets_a_variant_within_its_budgets_that_passed_the_gate(found,
     assert "passed at attempt 1" in found[0]["micro"].reason
 
 
+@pytest.mark.slow
 def test_what_the_gate_scored_is_what_ships(found, digits):
     variant = found[0]["micro"].variant
     installed = unpack(variant.wire, len(variant.installed))
@@ -73,6 +75,7 @@ def test_what_the_gate_scored_is_what_ships(found, digits):
     assert variant.accuracy == pytest.approx((scored.argmax(1) == digits.gate.y).mean())
 
 
+@pytest.mark.slow
 def test_a_tier_that_nothing_meets_says_by_how_much(found):
     outcome = found[0]["none"]
     assert outcome.variant is None
@@ -81,6 +84,7 @@ def test_a_tier_that_nothing_meets_says_by_how_much(found):
     assert all("over budget: max_wire_bytes is 900, it needs" in trial.result for trial in outcome.tried)
 
 
+@pytest.mark.slow
 def test_every_recipe_is_listed_with_its_figures_and_built_once(found):
     names = {"fp32", "int8", "prune50+int8", "student-s", "student-s+int8"}
     for outcome in found[0].values():
@@ -90,6 +94,7 @@ def test_every_recipe_is_listed_with_its_figures_and_built_once(found):
     assert len(built) == len(names)
 
 
+@pytest.mark.slow
 def test_candidates_face_the_gate_by_accuracy_on_the_selection_data(found):
     within = [trial for trial in found[0]["gateway"].tried if "over budget" not in trial.result]
     accuracies = [trial.accuracy for trial in within]
@@ -167,6 +172,7 @@ def test_recipes_are_named_after_their_stages(helpers):
     assert names == ["fp32", "int8", "prune50+int8", "prune75+int8", "student-small", "student-small+int8"]
 
 
+@pytest.mark.slow
 def test_impossible_budgets_are_refused_before_training_with_the_best_figures(digits, helpers):
     config = configured(FEW, micro={"max_wire_bytes": 500, "max_memory_bytes": 100, "max_latency_ms": 0.0001})
     with pytest.raises(ConfigError) as caught:
@@ -180,6 +186,7 @@ def test_impossible_budgets_are_refused_before_training_with_the_best_figures(di
     assert "(student-small+int8)" in message
 
 
+@pytest.mark.slow
 def test_a_tier_that_a_student_can_meet_is_let_through(digits, helpers):
     config = configured(micro={"max_wire_bytes": 2500, "max_latency_ms": 50.0}, free={})
     check_possible(helpers.task(small=8), digits.spec, config, digits.proxy.x[:32])
@@ -210,6 +217,7 @@ def test_an_augmentation_that_does_not_fit_is_refused_before_training(digits, he
         check_possible(helpers.task(), digits.spec, configured(stages, any={}), digits.proxy.x[:8])
 
 
+@pytest.mark.slow
 def test_the_floor_lies_between_empty_and_random_weights(found):
     installed = found[0]["micro"].variant.installed  # 1.5 kB of weights and 0.9 kB of graph
     assert 0.55 * len(pack(installed)) < packed_floor(installed) < 0.85 * len(pack(installed))

@@ -159,6 +159,7 @@ def test_a_codec_gives_the_same_over_the_link_and_is_counted_as_it_travels(
         assert linked[0].records[2].bytes_down < linked[0].records[0].bytes_down / 5
 
 
+@pytest.mark.quick_where(name=("fedbuff",))
 @pytest.mark.parametrize("name", ["fedasync", "fedbuff"])
 def test_asynchronous_rounds_go_over_the_link_and_leave_no_used_file_behind(name, hub, tmp_path: Path):
     config = Config.from_mapping(

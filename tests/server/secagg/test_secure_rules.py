@@ -51,6 +51,7 @@ def test_only_strategies_that_average_go_with_sums(name: str) -> None:
             strategies.build(made, network=NETWORK)
 
 
+@pytest.mark.slow
 def test_the_documented_degrees_are_those_of_the_code() -> None:
     for clients, *cells in rows("clients")[:4]:
         for cell, dropouts in zip(cells, (0.1, 0.2, 0.3), strict=True):
