@@ -76,9 +76,10 @@ def bits(keys: torch.Tensor, count: int) -> torch.Tensor:
     return numbered(keys[..., None], torch.arange(count, device=keys.device))
 
 
-def uniform(keys: torch.Tensor, count: int) -> torch.Tensor:
-    """(..., count) float32, at least 0 and below 1."""
-    return ((bits(keys, count) >> 40) & (2**24 - 1)).to(torch.float32) * _SINGLE
+def uniform(keys: torch.Tensor, count: int, *, first: int = 0) -> torch.Tensor:
+    """(..., count) float32, at least 0 and below 1; number `first` of each stream and those after it."""
+    drawn = numbered(keys[..., None], torch.arange(first, first + count, device=keys.device))
+    return ((drawn >> 40) & (2**24 - 1)).to(torch.float32) * _SINGLE
 
 
 def normal(keys: torch.Tensor, count: int) -> torch.Tensor:
@@ -123,9 +124,9 @@ _DROPOUTS: Final = {
 class _Keyed(TorchFunctionMode):
     """Draws the masks of torch's dropouts from a key; each call of a forward pass has its own stream."""
 
-    def __init__(self, keys: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, first: int) -> None:
         super().__init__()
-        self._key, self._calls = keys, 0
+        self._key, self._first, self._calls = keys, first, 0
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -146,17 +147,25 @@ class _Keyed(TorchFunctionMode):
         if not training or p == 0:
             return x
         shape = x.shape if behind is None else (*x.shape[: x.dim() - behind], *([1] * behind))
-        drawn = uniform(derive(self._key, self._calls), prod(shape)).reshape(shape)
+        before = self._first * prod(shape[1:])
+        drawn = uniform(derive(self._key, self._calls), prod(shape), first=before).reshape(shape)
         self._calls += 1
         kept = (drawn >= p).to(x.dtype) / (1 - p if p < 1 else 1)
         return x.mul_(kept) if inplace else x * kept
 
 
 @contextmanager
-def keyed_dropout(model: nn.Module, keys: torch.Tensor) -> Iterator[None]:
-    """Within it the model's dropout layers draw from this key; for a model without any it costs nothing."""
+def keyed_dropout(model: nn.Module, keys: torch.Tensor, *, first: int = 0) -> Iterator[None]:
+    """Within it the model's dropout layers draw from this key; for a model without any it costs nothing.
+
+    Args:
+        model: whose dropouts.
+        keys: of one step.
+        first: position in the step's batch of the first example that goes through the model: who has a part
+            of a batch draws what he would have drawn for the whole of it.
+    """
     if not any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()):
         yield
         return
-    with _Keyed(keys):
+    with _Keyed(keys, first):
         yield

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedge import cli
 from fedge.errors import ConfigError, UserError
-from fedge_server.cli import backup, fleet, init, privacy, runs, serving
+from fedge_server.cli import backup, fleet, init, pretrain, privacy, runs, serving
 from fedge_server.cli.runs import find_run, open_registry
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tiers", type=Path, metavar="FILE", help="tiers to serve (default: the run's own)"
     )
     compress.add_argument("--run", metavar="ID", dest="run_id", help="which run (default: the newest)")
-    for module in (init, fleet, serving, privacy, backup):
+    for module in (init, fleet, serving, privacy, pretrain, backup):
         module.add(commands)
     return cli.run(parser, argv)
 
