@@ -65,6 +65,9 @@ class Chronicle:
         done = RoundRecord(
             number,
             score(found, self.data, self.config),
+            clients=1,  # the server itself, whose data stand where else the set of updates does
+            asked=1,
+            updates=self.data.digest(),
             train_loss=loss,
             seconds=seconds,
             intervals=sure.intervals,

@@ -32,7 +32,7 @@ name = "mlp-bn"
 [rounds]
 count = 5
 [train]
-epochs = 2
+epochs = 1
 batch_size = 60
 augment = ["noise:0.1"]
 learning_rate = 0.02
@@ -116,6 +116,8 @@ def test_a_federation_begins_with_it_and_compression_finds_its_data(uninterrupte
     found = data_of_run(Config.load(file), task, row["data"])
     assert found is not None
     assert len(found.proxy) + len(found.test) + len(found.gate) == 1797
+    with Registry.open(uninterrupted) as registry:  # what a release's lineage names
+        assert {record.updates for record in registry.records(row["id"])[1:]} == {row["data"]}
 
 
 @pytest.mark.slow
