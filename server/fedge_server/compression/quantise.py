@@ -8,13 +8,15 @@ keep their weights in 8 bits and compute in float: onnxruntime has no integer fo
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, numpy_helper
-from onnxruntime.quantization import QuantType
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
@@ -80,6 +82,41 @@ def quantise_within(onnx_bytes: bytes, ranges: Ranges) -> bytes:
     limits = zip(names, ranges.lowest, ranges.highest, strict=True)
     quantised = _quantised(model, {name: (low, high) for name, low, high in limits})
     return dump(stripped(_with_small_weights(_with_float_logits(quantised))))
+
+
+def quantise_dynamically(onnx_bytes: bytes) -> bytes:
+    """The graph with integer products whose inputs are rounded by their own range, at every call.
+
+    It needs no data at all. Matrix products compute in int8; convolutions, recurrent layers and embeddings
+    keep their weights alone in int8, since onnxruntime has no integer form of them that takes such ranges. A
+    range is that of a whole batch: to be judged, examples must be run one by one, as devices do.
+
+    Args:
+        onnx_bytes: what `export` returned.
+
+    Raises:
+        CompressionError: nothing in it can be quantised, or onnxruntime fails.
+    """
+    model = _inferred(onnx_bytes)
+    names = _chosen(model.graph)
+    names += [f"{name}_MatMul" for name in names]  # what onnxruntime makes of a Gemm first
+    with tempfile.TemporaryDirectory(prefix="fedge-quantise-") as folder:
+        path = Path(folder) / "quantised.onnx"
+        try:
+            quantize_dynamic(
+                model,
+                path,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                nodes_to_quantize=names,
+                per_channel=True,
+                reduce_range=True,
+                weight_type=QuantType.QInt8,
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CompressionError(f"quantise: onnxruntime cannot quantise the graph ({reason})") from error
+        quantised = load(path.read_bytes())
+    return dump(stripped(_with_small_weights(quantised, ("Conv",))))
 
 
 def watched(onnx_bytes: bytes) -> bytes:
@@ -192,12 +229,17 @@ def _with_float_logits(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def _with_small_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose recurrent weights and embeddings are int8 that a node before the layer widens again."""
+def _with_small_weights(model: onnx.ModelProto, besides: tuple[str, ...] = ()) -> onnx.ModelProto:
+    """A copy whose recurrent weights and embeddings are int8 that a node before the layer widens again.
+
+    `besides`: operators, not of the pre-processing, whose second input is treated so too.
+    """
     result = copied(model)
     graph = result.graph
     axes = {name: 1 for node in graph.node if node.op_type in RECURRENT for name in node.input[1:3]}
     axes |= {node.input[0]: 0 for node in graph.node if node.op_type == "Gather"}
+    layers = (node for node in graph.node if node.op_type in besides and not node.name.startswith(RAW))
+    axes |= {node.input[1]: 0 for node in layers}
     for tensor in list(graph.initializer):
         values = numpy_helper.to_array(tensor)
         if tensor.name not in axes or values.dtype != np.float32 or values.size < _SMALL:

@@ -15,7 +15,7 @@ from fedge.inference import CompactModel
 from fedge.learning.whole import WholeModel
 from fedge.ranges import Ranges, observe
 from fedge_server.compression.export import export
-from fedge_server.compression.quantise import quantise, quantise_within, watched
+from fedge_server.compression.quantise import quantise, quantise_dynamically, quantise_within, watched
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,40 @@ def test_a_network_without_layers_is_refused(digits, helpers):
     data = export(WholeModel(helpers.Scale(), Ten()), digits.spec)
     with pytest.raises(CompressionError, match="none of Conv"):
         quantise(data, digits.proxy.x[:8])
+
+
+def test_without_any_data_products_are_in_int8_by_the_range_of_each_input(exported, digits):
+    dynamic = quantise_dynamically(exported)
+    kinds = [node.op_type for node in _graph(dynamic).node]
+    assert kinds.count("MatMulInteger") == kinds.count("DynamicQuantizeLinear") == 3
+    before = CompactModel(exported, digits.spec).run_each(digits.gate.x)
+    after = CompactModel(dynamic, digits.spec).run_each(digits.gate.x)
+    assert (before.argmax(1) == after.argmax(1)).mean() > 0.985
+    assert len(pack(dynamic)) < len(pack(exported)) / 3
+    assert quantise_dynamically(exported) == dynamic
+
+
+@pytest.mark.slow
+def test_without_data_convolutions_keep_their_weights_in_int8_and_those_of_the_preprocessing_do_not(digits):
+    class Smooth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kernel", torch.full((1, 1, 3, 3), 1 / 9))
+
+        def forward(self, raw: torch.Tensor) -> torch.Tensor:
+            return torch.conv2d(raw.float().unsqueeze(1) / 16, self.kernel)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+    model = export(WholeModel(Smooth(), network), digits.spec)
+    dynamic = quantise_dynamically(model)
+    makers = {name: node for node in _graph(dynamic).node for name in node.output}
+    weights = [makers.get(node.input[1]) for node in _graph(dynamic).node if node.op_type == "Conv"]
+    assert [node and node.op_type for node in weights] == [None, "DequantizeLinear"]
+    raw = digits.gate.x[:50]
+    before, after = (CompactModel(data, digits.spec).run_each(raw) for data in (model, dynamic))
+    assert np.abs(before - after).max() < 0.02
 
 
 def test_bytes_that_are_no_model_are_refused(digits):
