@@ -314,23 +314,37 @@ def _in_planes(stored: Stored, raw: bytes) -> _Piece:
 
 
 def _on_grid(stored: Stored, raw: bytes) -> _Piece | None:
-    """The tensor as codes and scales if that gives its bytes again, with as few scales as will do."""
+    """The tensor as codes and scales if they give its bytes again: by the axis that takes the fewest bytes."""
     if stored.data_type != FLOAT32 or prod(stored.shape) < _LEAST_GRID:
         return None
     values = np.frombuffer(raw, "<f4")
-    for shape in _views(stored.shape):
-        found = _grid(values.reshape(shape))
-        if found is None:
-            continue
-        codes, scales = found
-        if (codes * scales.astype("<f4")[:, None]).astype("<f4").tobytes() != raw:
-            continue  # a zero with a sign
-        levels = int(np.abs(codes).max())
-        bits = scales.view(np.uint16)
-        symbols = (codes.reshape(-1) + levels).astype(np.uint8)
-        how = _Grid(shape, levels, 2 if (bits & _FINE).any() else 1)
-        return _Piece(stored.offset, how, bits, ((symbols, 2 * levels + 1),))
-    return None
+    pieces = [_by_axis(values.reshape(shape), stored.offset) for shape in _views(stored.shape)]
+    return min((piece for piece in pieces if piece is not None), key=_estimate, default=None)
+
+
+def _by_axis(values: npt.NDArray[np.float32], offset: int) -> _Piece | None:
+    """The values (O, C, I) with one scale for each of C."""
+    found = _grid(values)
+    if found is None:
+        return None
+    codes, scales = found
+    if (codes * scales.astype("<f4")[:, None]).astype("<f4").tobytes() != values.tobytes():
+        return None  # a zero with a sign
+    levels = int(np.abs(codes).max())
+    bits = scales.view(np.uint16)
+    symbols = (codes.reshape(-1) + levels).astype(np.uint8)
+    outer, channels, inner = values.shape
+    how = _Grid((outer, channels, inner), levels, 2 if (bits & _FINE).any() else 1)
+    return _Piece(offset, how, bits, ((symbols, 2 * levels + 1),))
+
+
+def _estimate(piece: _Piece) -> float:
+    """About how many bytes the codes and scales will take: the entropy, and what it costs to learn it."""
+    ((symbols, size),) = piece.parts
+    counts = np.bincount(symbols)
+    shares = counts[counts > 0] / len(symbols)
+    learning = (size - 1) / 2 * np.log2(len(symbols))
+    return float(-len(symbols) * (shares * np.log2(shares)).sum() + learning) / 8 + piece.scales.nbytes
 
 
 def _views(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:

@@ -95,6 +95,16 @@ def test_transposed_weights_take_no_more() -> None:
     assert abs(len(packed.pack(model(values))) - len(packed.pack(model(np.ascontiguousarray(values.T))))) < 60
 
 
+def test_scales_that_one_scale_divides_are_kept_apart_where_that_is_smaller() -> None:
+    # 0.25 and 0.75 are one grid of three levels for all, and two of one level: 1.6 instead of 2.3 bits.
+    codes = np.random.default_rng(0).integers(-1, 2, (2, 4000))
+    installed = model((codes * np.array([[0.25], [0.75]])).astype(np.float32) + np.float32(0))
+    (stored,) = stored_tensors(installed)
+    piece = packed._on_grid(stored, installed[stored.offset : stored.offset + stored.length])
+    assert (piece.how.shape, piece.how.levels) == ((1, 2, 4000), 1)
+    assert len(packed.pack(installed)) < 8000 * np.log2(3) / 8 + 80
+
+
 def test_the_scale_is_the_largest_that_does() -> None:
     # 0.75 = 3 * 0.25 and 0.5 = 2 * 0.25; 0.75 / 1 and 0.75 / 2 make 0.5 no whole number.
     codes, scales = packed._grid(np.array([[[0.75], [-0.5]], [[0.5], [-0.5]]], np.float32))
