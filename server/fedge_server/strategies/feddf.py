@@ -138,9 +138,7 @@ class FedDf(FedAvg):
             seed = draws.plain_key(self.seed, server_round) & (2**63 - 1)
             student = self._loaded(name, self._average(name, valid))
             try:
-                student = distil(
-                    answers, student, x, torch.zeros(len(x), dtype=torch.int64), self.settings(), seed=seed
-                )
+                student = distil(answers, student, x, None, self.settings(), seed=seed)
             except CompressionError:  # it ceased to be finite: the round's model is the average
                 student = self._loaded(name, self._average(name, valid))
             found[name] = arrays_of(student)
