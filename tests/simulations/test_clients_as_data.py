@@ -252,6 +252,7 @@ def test_counts_that_cannot_be_are_left_out_with_their_reason(tmp_path, variant,
     assert why in field.said[-1]
 
 
+@pytest.mark.slow
 def test_a_lying_client_shifts_a_gate_by_no_more_than_its_own_share(tmp_path, field, variant):
     # Of 100 examples the worst that can be said is that all are losses.
     bad = lie(COUNTS, n=TENS // 10, both=NONE, losses=TENS // 10, wins=NONE)
@@ -261,6 +262,7 @@ def test_a_lying_client_shifts_a_gate_by_no_more_than_its_own_share(tmp_path, fi
     assert lying.examples <= honest.examples + 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [1e30, -1e30])
 def test_one_clients_absurd_ranges_leave_a_graph_as_good_as_it_was(tmp_path, field, variant, value):
     count = len(observe(watched(field.graph), field.own(0).x).lowest)
@@ -273,6 +275,7 @@ def test_one_clients_absurd_ranges_leave_a_graph_as_good_as_it_was(tmp_path, fie
     assert (answers[0] == answers[1]).mean() > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_ranges_that_are_no_numbers_are_left_out(tmp_path, field, value):
     count = len(observe(watched(field.graph), field.own(0).x).lowest)
@@ -297,6 +300,7 @@ def test_the_outermost_of_clients_ranges_are_not_believed():
     assert merged([of(5, 5), of(-9, -9), of(0, 1)], 0.4).lowest[0] == 0
 
 
+@pytest.mark.slow
 def test_clients_with_few_examples_tell_nothing(tmp_path, variant):
     field = Field(tmp_path, min_examples=10_000, max_examples=20_000)
     with pytest.raises(CompressionError, match="fewer than the 10000 of which to tell"):

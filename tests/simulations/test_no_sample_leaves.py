@@ -160,6 +160,7 @@ def test_only_what_is_declared_travels(honest: Any) -> None:
     assert all(int(entry[4].strip("(),")) < 10 for entry in ranges)
 
 
+@pytest.mark.slow
 def test_twice_as_many_examples_send_as_many_bytes(honest: Any, tmp_path: Path) -> None:
     traffic, _, _ = honest
     more, _, forms = told_by_clients(tmp_path / "large", 260)
@@ -179,6 +180,7 @@ def test_an_example_in_what_is_sent_is_found_at_any_place(alignment: int) -> Non
     assert leaks(traffic, forms) == 0
 
 
+@pytest.mark.slow
 def test_a_client_that_smuggles_a_part_of_an_example_into_its_update_is_found_out(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     example = rng.integers(0, 256, (CLIENTS * 130, 12, 12), dtype=np.uint8)[7].tobytes()

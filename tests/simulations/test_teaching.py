@@ -12,9 +12,10 @@ from flwr.app import ArrayRecord, MetricRecord
 
 from fedge.config import Config, Distil
 from fedge.errors import ConfigError
-from fedge.learning.messages import METRICS, to_record
+from fedge.learning.local import Job
+from fedge.learning.messages import METRICS, Instructions, to_record
 from fedge.learning.state import arrays_of, digest
-from fedge.learning.terms import TEACHER
+from fedge.learning.terms import TEACHER, Terms
 from fedge.statistics import Moments
 from fedge.wire.arrays import records_of
 from fedge_client.teaching import KEPT
@@ -22,6 +23,7 @@ from fedge_server import app as server_app
 from fedge_server.registry.database import Registry
 from fedge_server.rounds.loop import learn
 from fedge_server.rounds.teaching import Teacher, Teaching, config_of
+from fedge_simulations.engine import frames
 from fedge_simulations.world import prepare
 
 SOFT = Distil(mode="both", hard_weight=0.3)
@@ -191,3 +193,29 @@ def test_a_student_that_the_task_does_not_have_is_named_with_the_nearest():
     with pytest.raises(ConfigError, match=f"did you mean '{name}'"):
         task.model(f"student:{name}x")
     assert task.model(f"student:{name}") is task.students[name]
+
+
+def test_a_worker_process_gets_the_teacher_with_the_job(tmp_path):
+    lesson = Lesson("vector")
+    told = replace(SOFT, mode="soft")
+    own = config_of(lesson.config, f"student:{lesson.name}", told, robust=False)
+    instructions = Instructions(
+        task="digits",
+        spec=lesson.world.dataset.spec,
+        model=own.model.name,
+        noise_filter="none",
+        moments=lesson.teacher.moments,
+        train=own.train,
+        seed=0,
+        update="weights",
+        terms=Terms(lesson=lesson.teacher.lesson(told)),
+    )
+    data = lesson.world.dataset.examples
+    job = Job(
+        lesson.world.task, instructions, arrays_of(lesson.student), data, 0, teacher=lesson.teacher.arrays
+    )
+    again = frames.job_of(*frames.of_job(job), data)
+    assert again.instructions == instructions
+    assert digest(again.teacher) == lesson.teacher.digest
+    plain = replace(job, instructions=replace(instructions, terms=Terms()), teacher=None)
+    assert frames.job_of(*frames.of_job(plain), data).teacher is None

@@ -116,7 +116,8 @@ def config_of(config: Config, model: str, settings: Distil, *, robust: bool) -> 
             optimizer="adam",
             augment=settings.augment,
         ),
-        strategy=config.strategy if robust else StrategyConfig(),
+        # A student is small, so its sum may be exact: the same whoever answers first.
+        strategy=config.strategy if robust else StrategyConfig(options={"accumulate": "float64"}),
         communication=Communication(),
         evaluate=replace(config.evaluate, federated=False, folds=None, leave_one_client_out=False),
         tiers={},
