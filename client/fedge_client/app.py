@@ -164,7 +164,7 @@ def build(
     def train(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
         if instructions.codec is not None and (sent := coding.answered(message, context, instructions)):
-            return sent
+            return receiving.holding(sent, context, instructions)
         task, examples = trained_on(share(context, instructions), instructions)
         some = _some(examples, instructions, context.node_id)
         instructions = replace(instructions, most_examples=None)  # those of all clients are alike again
@@ -175,7 +175,7 @@ def build(
             job = replace(job, secret=secret(instructions, context.node_id))
         done = trainer(job)
         control = keeping.done(job, done, message, context, trainer)
-        return _answer(message, context, job, done, control)
+        return receiving.holding(_answer(message, context, job, done, control), context, instructions)
 
     @client.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -287,7 +287,7 @@ def _job(
     model = local.blank(task, instructions.model, instructions.spec)
     travelled = {
         **receiving.travelled(message, context, instructions, model),
-        **messages.frozen_of(message, instructions.terms),
+        **receiving.frozen(message, context, instructions),
     }
     state = keeping.whole_state(task, instructions, context, travelled)
     seed = client_seed(instructions.seed, instructions.round, context.node_id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from flwr.app import ArrayRecord, Context, Message, MessageType
+from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord
 from torch import nn
 
 from fedge.codecs.layout import Layout
@@ -17,11 +17,23 @@ from fedge.codecs.stages import key_of
 from fedge.codecs.update import checksum, decode
 from fedge.errors import FormatError
 from fedge.learning import local
-from fedge.learning.messages import ARRAYS, CODED, Instructions, arrays_named, from_record, to_record
+from fedge.learning.messages import (
+    ARRAYS,
+    CODED,
+    HOLDS_FROZEN,
+    METRICS,
+    Instructions,
+    arrays_named,
+    from_record,
+    frozen_of,
+    to_record,
+)
 from fedge.learning.state import NamedArrays
+from fedge.learning.terms import FROZEN
 from fedge.wire.arrays import put, raw_bytes, records_of
 
 HELD: Final = "held"  # arrays: the last global state
+HELD_FROZEN: Final = "held-frozen"  # arrays: its frozen part, which never changes
 
 
 def travelled(
@@ -45,6 +57,38 @@ def travelled(
         arrays = _changed(arrays, context, instructions, local.parameters_of(model))
     put(context.state, {HELD: to_record(arrays)})
     return arrays
+
+
+def frozen(message: Message, context: Context, instructions: Instructions) -> NamedArrays:
+    """The frozen part of the global state: as it came, or as it is kept; kept when it comes to train with.
+
+    Raises:
+        FormatError: neither, or what is kept is another one.
+    """
+    terms = instructions.terms
+    if not terms.frozen or FROZEN in message.content or instructions.frozen_sum is None:
+        found = frozen_of(message, terms)
+        if (
+            found
+            and instructions.frozen_sum is not None
+            and message.metadata.message_type == MessageType.TRAIN
+        ):
+            put(context.state, {HELD_FROZEN: to_record(found)})
+        return found
+    kept = records_of(context.state, ArrayRecord).get(HELD_FROZEN)
+    held = {} if kept is None else from_record(kept)
+    if set(held) != set(terms.frozen) or checksum(held) != instructions.frozen_sum:
+        raise FormatError(
+            "message: without the frozen arrays, which this device does not hold; it needs them"
+        )
+    return held
+
+
+def holding(reply: Message, context: Context, instructions: Instructions) -> Message:
+    """The reply, which says so where this client keeps the frozen arrays as it was asked to."""
+    if instructions.frozen_sum is not None and HELD_FROZEN in context.state:
+        records_of(reply.content, MetricRecord)[METRICS][HOLDS_FROZEN] = 1
+    return reply
 
 
 def _changed(

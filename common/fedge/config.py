@@ -270,6 +270,8 @@ class Communication:
     # the same for the global state's change, for clients that hold the last one; needs `codec`
     downlink: Annotated[tuple[str, ...], AfterValidator(_parses_as_codec)] = ()
 
+    keep_frozen: bool = False  # devices keep what train.freeze leaves as it is, and are sent it once
+
     def __post_init__(self) -> None:
         """Refuse changes on the way down alone."""
         if self.downlink and not self.codec:

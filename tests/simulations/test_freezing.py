@@ -10,6 +10,7 @@ from fedge.errors import ConfigError
 from fedge.learning import local
 from fedge.learning.freezing import entries
 from fedge.learning.state import arrays_of
+from fedge_server.privacy.rules import check
 from fedge_server.strategies import NAMES
 from fedge_simulations.world import prepare
 
@@ -210,3 +211,99 @@ def test_a_codec_works_on_what_is_not_frozen(small, learn, tmp_path):
     same, moved = split(config, learn(config, tmp_path))
     assert same == ["1.weight", "1.bias"]
     assert len(moved) == 4
+
+
+FREEZE = {"model": {"name": "mlp"}, "train": {"freeze": ["1.*", "3.*"]}}
+KEEP = {**FREEZE, "communication": {"keep_frozen": True}}
+
+
+def watching(seen, lose=()):
+    """Around a ClientApp: who is sent what in which round; in those of `lose` client 2 has lost its state."""
+
+    def around(honest):
+        def call(message, context):
+            if message.metadata.message_type == "train":
+                number = message.content.config_records["config"]["server-round"]
+                seen.append((number, context.node_id, "frozen" in message.content))
+                if context.node_id == 2 and number in lose:
+                    context.state.clear()
+            return honest(message, context)
+
+        return call
+
+    return around
+
+
+def test_clients_that_keep_the_frozen_part_are_sent_it_once_and_learn_the_same(small, learn, tmp_path):
+    seen = []
+    kept = learn(small(**KEEP), tmp_path / "kept", around=watching(seen))
+    plain = learn(small(**FREEZE, simulation={"engine": "sequential"}), tmp_path / "plain")
+    assert [sent for number, _, sent in seen if number == 1] == [True] * 5
+    assert [sent for number, _, sent in seen if number > 1] == [False] * 10
+    assert [r.rejected for r in kept.records] == [()] * 3
+    for name, value in arrays_of(plain.model.network).items():
+        np.testing.assert_allclose(arrays_of(kept.model.network)[name], value, atol=2e-5)
+    down = [r.bytes_down for r in kept.records]
+    frozen = 4 * (64 * 200 + 200 + 200 * 200 + 200)
+    assert [down[0] - down[1], down[1]] == [5 * frozen, 5 * 4 * (200 * 10 + 10)]
+    assert down[1:] == down[2:] * 2
+
+
+def test_a_client_that_has_lost_the_frozen_part_is_sent_it_the_next_time(small, learn, tmp_path):
+    seen = []
+    records = learn(small(**KEEP, rounds={"count": 4}), tmp_path, around=watching(seen, lose=(2,))).records
+    assert [r.clients for r in records] == [5, 4, 5, 5]
+    assert "which this device does not hold" in records[1].rejected[0].reason
+    assert [sent for _, node, sent in seen if node == 2] == [True, False, True, False]
+
+
+def test_clients_of_an_older_release_never_say_that_they_hold_anything(small, learn, tmp_path):
+    seen = []
+
+    def older(message, reply):
+        reply.content["metrics"].pop("holds-frozen")
+        return reply
+
+    tamper = {2: older}
+    records = learn(small(**KEEP), tmp_path / "a", tamper=tamper).records
+    assert [r.clients for r in records] == [5] * 3
+    frozen = 4 * (64 * 200 + 200 + 200 * 200 + 200)
+    assert records[1].bytes_down - 5 * 4 * (200 * 10 + 10) == frozen
+    assert not seen
+
+
+@pytest.mark.parametrize("sections", [{}, {"communication": {"keep_frozen": True, "codec": ["topk:0.1"]}}])
+def test_an_interrupted_run_sends_the_frozen_part_to_the_same_clients(sections, small, learn, tmp_path):
+    config = small(**{**KEEP, **sections}, rounds={"count": 5, "cohort": 3}, clients={"count": 6})
+    whole = learn(config, tmp_path / "whole")
+    with pytest.raises(Exception, match=r"^$"):  # the fixture's Interrupted
+        learn(config, tmp_path / "cut", stop_after=2)
+    resumed = learn(config, tmp_path / "cut")
+    assert [(r.bytes_down, r.updates) for r in resumed.records] == [
+        (r.bytes_down, r.updates) for r in whole.records
+    ]
+    assert (
+        arrays_of(resumed.model.network)["5.weight"].tobytes()
+        == arrays_of(whole.model.network)["5.weight"].tobytes()
+    )
+
+
+@pytest.mark.parametrize("name", ["scaffold", "fedbuff", "ditto"])
+def test_other_strategies_clients_keep_the_frozen_part_too(name, small, learn, tmp_path):
+    seen = []
+    sections = {**KEEP, "train": {**KEEP["train"], "momentum": 0.0}, "strategy": {"name": name}}
+    if name == "fedbuff":
+        sections["strategy"] = {"name": name, "buffer": 3}
+    records = learn(small(**sections, rounds={"count": 4}), tmp_path, around=watching(seen)).records
+    assert all(r.counted and not r.rejected for r in records)
+    assert not all(sent for _, _, sent in seen)
+    for node in range(1, 6):
+        assert next(sent for _, each, sent in seen if each == node)
+
+
+def test_under_masks_nobody_says_what_he_holds(small):
+    config = small(
+        **{**KEEP, "model": {"name": "mlp", "standardise": False}}, privacy={"secure_aggregation": True}
+    )
+    with pytest.raises(ConfigError, match="keep_frozen"):
+        check(config, linear=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import subprocess
@@ -56,6 +57,41 @@ def test_with_one_key_the_same_run_goes_over_ray_bit_for_bit(side, tmp_path):
     assert (tmp_path / "on-ray" / "report.html").exists()
     models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("on-ray", "in-turn")]
     assert models[0] == models[1]
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scaffold", "fednova", "ditto", "feddf", "fedper"])
+def test_clients_that_remember_do_so_on_ray_bit_for_bit(name, tmp_path):
+    def model(engine: str) -> str:
+        sections = {
+            "model": {"name": "mlp"},
+            "clients": {"count": 3, "partition": "dirichlet:0.5"},
+            "rounds": {"count": 3, "cohort": 2},
+            "train": {"momentum": 0.0},
+            "strategy": {"name": name},
+            "simulation": {"engine": engine, "workers": 1},
+        }
+        result = run(Config.from_mapping(sections), tmp_path / engine)
+        assert [(r.clients, r.rejected) for r in result.history] == [(2, ())] * 3
+        return hashlib.sha256((tmp_path / engine / "model.safetensors").read_bytes()).hexdigest()
+
+    assert model("ray") == model("sequential")
+
+
+@needs_ray
+@pytest.mark.slow
+def test_clients_work_on_without_waiting_on_ray(tmp_path):
+    sections = {
+        "model": {"name": "mlp"},
+        "clients": {"count": 4},
+        "rounds": {"count": 4},
+        "strategy": {"name": "fedbuff", "buffer": 2},
+        "simulation": {"engine": "ray", "workers": 2},
+    }
+    result = run(Config.from_mapping(sections), tmp_path)
+    assert [(r.clients, r.rejected, r.counted) for r in result.history] == [(2, (), True)] * 4
+    assert any(r.staleness for r in result.history)  # four at work, two make a step
 
 
 @needs_ray

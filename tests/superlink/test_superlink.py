@@ -36,6 +36,28 @@ def test_two_rounds_with_two_authenticated_supernodes_end_with_a_committed_model
     assert side.processes_of(tmp_path / "sl") == []
 
 
+@pytest.mark.parametrize("name", ["scaffold", "ditto", "fednova", "fedbuff"])
+def test_clients_that_remember_or_work_on_by_themselves_do_so_on_a_superlink(name, side, shares, tmp_path):
+    north, south, server = shares
+    config, home = tmp_path / "run.toml", tmp_path / "home"
+    config.write_text(f'''
+        task = "images"
+        data = "{server}"
+        model = {{ name = "mlp", standardise = false }}
+        rounds = {{ count = 2, deadline_s = 60 }}
+        strategy = {{ name = "{name}"{", buffer = 2" if name == "fedbuff" else ""} }}
+        train = {{ momentum = 0.0, learning_rate = 0.1 }}
+    ''')
+    nodes = [f'task="images" data="{path}"' for path in (north, south)]
+    with side.deployment(tmp_path / "sl", APP, nodes, None, {"FEDGE_HOME": str(home)}) as made:
+        run = made.start({"fedge-config": str(config), "fedge-run": "mine"})
+        assert made.wait(run, 200) == "finished:completed", made.superlink.text()[-3000:]
+    with Registry.open(home) as registry:
+        first, *rounds = registry.records("mine")
+    assert [(record.clients, record.rejected, record.counted) for record in rounds] == [(2, (), True)] * 2
+    assert rounds[-1].metrics["loss"] < first.metrics["loss"]
+
+
 def stranger_command(side, made, folder: Path) -> list[object]:
     """A SuperNode with a key of its own that nobody registered."""
     from cryptography.hazmat.primitives import serialization

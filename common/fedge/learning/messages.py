@@ -40,6 +40,7 @@ HELD_OUT = "held-out"  # 1: evaluated on examples that the client keeps back fro
 CLIENTS = "clients"  # how many clients' updates a partial sum holds; in no client's own answer
 CODED = "coded"  # the one array of an update in a codec (`fedge.codecs.update`)
 MOST_EXAMPLES = "most-examples"  # that a client trains on in this round
+HOLDS_FROZEN = "holds-frozen"  # 1: the client keeps the frozen arrays; only where it was asked to
 STATE_BYTES = "state-bytes"  # of the state that a change stands for
 MAX_EXAMPLES = 10**9  # of one client: keeps sums exact; it is no defence against a client that lies
 QUERY_MOMENTS = "query.moments"
@@ -72,6 +73,7 @@ class Instructions:
     void: int | None = None  # what this client sent from that round on was not counted; None: all was
     codec: Codec | None = None  # what it does to its change then; None: it sends all of it
     downlink: Codec | None = None  # the client keeps the state, of which the next change may be sent in this
+    frozen_sum: int | None = None  # of the frozen arrays, which the client keeps; None: they come each time
     change: tuple[int, int] | None = None  # this is one: checksums of the states that it leads from and to
 
     def to_config(self) -> ConfigRecord:
@@ -109,6 +111,8 @@ class Instructions:
             record["codec-feedback"] = self.codec.feedback
         if self.downlink is not None:
             record["downlink"] = self.downlink.text
+        if self.frozen_sum is not None:
+            record[_FROZEN_SUM] = self.frozen_sum
         return record
 
     @classmethod
@@ -167,10 +171,12 @@ class Instructions:
             void=_number(config, VOID, int) if VOID in config else None,
             codec=codec_of(config),
             downlink=_codec(config, "downlink") if "downlink" in config else None,
+            frozen_sum=_number(config, _FROZEN_SUM, int) if _FROZEN_SUM in config else None,
             change=_change(config) if "change-to" in config else None,
         )
 
 
+_FROZEN_SUM = "frozen-sum"
 _LAST: dict[type[Instructions], tuple[dict[str, Any], Instructions]] = {}  # the record read last
 
 

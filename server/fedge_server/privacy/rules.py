@@ -158,6 +158,11 @@ def _check_secure(config: Config, *, linear: bool) -> None:
             f"masks are as long as the model whatever they hide; leave it out with {beside}",
         ),
         (
+            config.communication.keep_frozen,
+            "communication.keep_frozen = true",
+            f"what comes under masks does not say who holds anything; leave it out with {beside}",
+        ),
+        (
             config.validate.of_singles,
             "[validate]",
             f"no norm and no number of examples is seen with {beside}; leave the table out",

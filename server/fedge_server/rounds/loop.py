@@ -34,6 +34,7 @@ from fedge_server.registry.ledger import Ledger
 from fedge_server.rounds.asynchronous import UnderWay
 from fedge_server.rounds.choosing import Choice
 from fedge_server.rounds.downlink import Downlink
+from fedge_server.rounds.frozen import Frozen
 from fedge_server.rounds.grids import Simulated, nodes_of
 from fedge_server.rounds.moments import federated_moments, kept_moments
 from fedge_server.rounds.pace import Pace
@@ -167,6 +168,7 @@ def _prepare(
     if isinstance(chosen.strategy, Asynchronous):
         run.under_way = UnderWay.of(grid, config, chosen.strategy)
     run.pace, run.choice, run.teaching = Pace.of(config), Choice.of(config), teaching
+    run.frozen = Frozen.of(chosen.terms, arrays, config)
     if last is None:
         scores, _ = run.evaluate_centrally()
         run.commit(RoundRecord(0, scores, simulated_s=run.simulated_s(), origin=start.origin))
@@ -176,6 +178,7 @@ def _prepare(
         run.downlink = None if run.downlink is None else run.downlink.remembering(beside)
         run.pace = None if run.pace is None else run.pace.remembering(beside)
         run.choice = None if run.choice is None else run.choice.remembering(beside)
+        run.frozen = None if run.frozen is None else run.frozen.remembering(beside)
         run.model_sha256 = last.model_sha256
     return run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +20,7 @@ from fedge.learning import local, messages
 from fedge.learning.guard import reference
 from fedge.learning.messages import Instructions
 from fedge.learning.state import NamedArrays, cast_like, share_arrays
-from fedge.learning.terms import FROZEN, Beside
+from fedge.learning.terms import Beside
 from fedge.learning.whole import WholeModel
 from fedge_server import strategies
 from fedge_server.data import ServerData
@@ -43,6 +44,7 @@ from fedge_server.rounds.closing import (
 )
 from fedge_server.rounds.decoding import Decoder
 from fedge_server.rounds.downlink import Downlink
+from fedge_server.rounds.frozen import Frozen
 from fedge_server.rounds.grids import Identified, Simulated, Summing, nodes_of
 from fedge_server.rounds.moments import moments_arrays
 from fedge_server.rounds.norms import norm_limit
@@ -83,6 +85,7 @@ class Run:
     under_way: UnderWay | None = None  # of asynchronous rounds
     pace: Pace | None = None  # of runs that fit clients' work to their speed
     choice: Choice | None = None  # of runs that choose clients by what is known of them
+    frozen: Frozen | None = None  # of runs that leave parts of the model as they are
     look: Look | None = None  # at this round's answers, in runs that decide by them how much is worked
     teaching: Teaching | None = None  # of rounds in which clients train a student
 
@@ -124,9 +127,7 @@ class Run:
             intervals=sure.intervals,
             target_bound=sure.target_bound,
             anomalies=collected.scores,
-            passes=self.passes if self.adaptive else None,
-            answer_s=self.look.answer_s if self.look else None,
-            agreement=self.look.agreement if self.look else None,
+            **({} if self.look is None else self.look.found(self.passes)),
             privacy={**collected.facts, **({} if self.protection is None else self.protection.of_round())},
         )
         self.commit(record)
@@ -174,8 +175,8 @@ class Run:
             came = came if self.teaching is None else self.teaching.teacher.noted(came)
             came = came if self.pace is None else self.pace.watched(came, nodes, self.now)
             admit, collected.bytes_down = singles(self.rules(number), set(nodes)), payload_bytes_of(sent)
-            admit = admit if self.look is None else self.look.around(admit)
-            admit = admit if self.choice is None else self.choice.around(admit)
+            for part in (self.look, self.choice, self.frozen):
+                admit = admit if part is None else part.around(admit)
         return collect(came, admit, collected, needed=needed, once=self.at_once), collected
 
     def ask_on(self, number: int, under_way: UnderWay) -> tuple[Iterable[Message], Collected]:
@@ -188,17 +189,16 @@ class Run:
 
         came = under_way.replies(number, self.shared, make, collected)
         admit = under_way.admit(self.rules(number), number)
+        admit = admit if self.frozen is None else self.frozen.around(admit)
         updates = collect(came, admit, collected, needed=strategy.buffer, once=self.at_once)
         return under_way.moved(updates, number, strategy, collected), collected
 
     @property
     def summed(self) -> bool:
-        """Whether one reply may stand for many clients: nothing is done with each of them by itself.
-
-        Clipping is, and so are bounds, scores and a codec.
-        """
+        """Whether one reply may stand for many clients: nothing is done with each of them by itself."""
         alone = self.protection is not None or self.config.validate.of_singles or self.pace is not None
         alone = alone or self.adaptive or (self.choice is not None and self.choice.by == "size")
+        alone = alone or (self.frozen is not None and self.frozen.keep)
         return self.chosen.sums and not (alone or self.instructions.codec is not None or self.scoring)
 
     @property
@@ -209,8 +209,7 @@ class Run:
     @property
     def passes(self) -> int:
         """That each client makes over its data in the next round."""
-        epochs = self.config.train.epochs
-        return passes(self.records, epochs) if self.adaptive else epochs
+        return passes(self.records, self.config)
 
     @property
     def at_once(self) -> bool:
@@ -282,15 +281,10 @@ class Run:
         strategy = self.chosen.strategy
         make = strategy.configure_train if kind == MessageType.TRAIN else strategy.configure_evaluate
         train = replace(self.instructions.train, epochs=self.passes)
-        record = replace(self.instructions, train=train).to_config()
+        checksum = None if self.frozen is None else self.frozen.checksum
+        record = replace(self.instructions, train=train, frozen_sum=checksum).to_config()
         sent = list(make(number, messages.to_record(self.shared), record, Cohort(self.grid, nodes)))
-        if self.chosen.terms.frozen:
-            frozen = messages.to_record({name: self.arrays[name] for name in self.chosen.terms.frozen})
-            for message in sent:
-                message.content[FROZEN] = frozen
-        if self.chosen.terms.lesson is not None and self.teaching is not None:
-            sent = self.teaching.teacher.sent_with(sent)
-        return sent
+        return sent if self.frozen is None else self.frozen.dressed(sent)
 
     def aggregate(
         self, number: int, updates: Iterable[Message], collected: Collected
@@ -386,8 +380,9 @@ class Run:
 
     def commit(self, record: RoundRecord) -> None:
         """Make the round count."""
-        parts = [part.memory() for part in (self.downlink, self.pace, self.choice) if part is not None]
-        state = capture(self.chosen.strategy, {name: value for part in parts for name, value in part.items()})
+        parts = (self.downlink, self.pace, self.choice, self.frozen)
+        memory = (dict(part.memory()) for part in parts if part is not None)
+        state = capture(self.chosen.strategy, ChainMap(*memory))
         kept = {**self.arrays, **moments_arrays(self.instructions.moments)}
         self.model_sha256 = self.registry.commit_round(self.run_id, record, kept, state, self.about)
         self.records.append(record)

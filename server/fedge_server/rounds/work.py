@@ -49,13 +49,16 @@ def most_passes(config: Config) -> int:
     return max(epochs, MOST) if config.rounds.local_work == "adaptive" else epochs
 
 
-def passes(records: Sequence[RoundRecord], epochs: int) -> int:
+def passes(records: Sequence[RoundRecord], config: Config) -> int:
     """How many each client makes in the next round.
 
     Args:
         records: of all rounds before, the initial model's first.
-        epochs: to begin with.
+        config: of the run.
     """
+    epochs = config.train.epochs
+    if config.rounds.local_work == "fixed":
+        return epochs
     known = [record for record in records if record.counted and record.answer_s is not None]
     made = [record.passes or epochs for record in known]
     if not known:
@@ -144,6 +147,10 @@ class Look:
                 found.append(np.subtract(piece[first::every], start, dtype=np.float64))
             passed += flat.size
         return np.concatenate(found)
+
+    def found(self, made: int) -> dict[str, Any]:
+        """What the round's record says, where each client made so many passes."""
+        return {"passes": made, "answer_s": self.answer_s, "agreement": self.agreement}
 
     @property
     def answer_s(self) -> float | None:
