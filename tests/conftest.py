@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
@@ -27,6 +28,8 @@ from fedge.spec import Spec
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+gc.disable()  # until all modules are loaded: see pytest_collection_finish
+
 # A slow or busy machine must not fail a test; the same examples come every time,
 # and `make test` takes more of them.
 for name, examples in (("quick", 20), ("thorough", 60)):
@@ -38,6 +41,12 @@ for name, examples in (("quick", 20), ("thorough", 60)):
         suppress_health_check=[HealthCheck.too_slow],
     )
 settings.load_profile("quick")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is there now, which are libraries for the most part, out of garbage collection."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

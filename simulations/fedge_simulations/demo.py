@@ -80,9 +80,10 @@ def demonstrate(
     """
     if config.task != "digits" or config.data is not None:
         raise UserError("the demonstration deals out task 'digits'; for other data see docs/deploy-server.md")
+    _check(out, overwrite=overwrite)  # in a moment, unlike whether the budgets can be kept
     world = prepare(config)
     folders = Folders(out)
-    _claim(out, overwrite=overwrite)
+    _clear(out)
     names = device_names(list(config.tiers), len(world.clients))
     say(_describe(world, names))
     _deal(world, names, folders)
@@ -101,13 +102,16 @@ def device_names(tiers: Sequence[str], count: int) -> dict[str, str]:
     return {f"{tier}-{chosen[: i + 1].count(tier)}": tier for i, tier in enumerate(chosen)}
 
 
-def _claim(out: Path, *, overwrite: bool) -> None:
+def _check(out: Path, *, overwrite: bool) -> None:
     if not out.exists() or not any(out.iterdir()):
         return
     if not (out / SERVER / "server.toml").exists():
         raise UserError(f"{out} is not empty and holds no demonstration; choose another --out")
     if not overwrite:
         raise UserError(f"{out} holds a demonstration; choose another --out, or --overwrite it")
+
+
+def _clear(out: Path) -> None:
     for name in (SERVER, DEVICES, DATA):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in COPIED:

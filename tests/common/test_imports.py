@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,44 +71,53 @@ def test_the_walk_sees_an_arrow_that_points_up(source: str) -> None:
     assert not upward(source, "fedge_server")
 
 
-@pytest.mark.parametrize(
-    ("code", "absent"),
-    [
-        (
-            "import fedge",
-            {"torch", "flwr", "pydantic", "sklearn", "pyarrow"},
-        ),
-        ("import fedge; fedge.Spec; fedge.__version__", {"torch", "flwr", "pydantic"}),
-        (
-            "from fedge import Config, Task, Source, Dataset, Examples",
-            {"torch", "flwr", "sklearn", "pyarrow"},
-        ),
-        ("import fedge.cli, fedge_simulations", {"torch", "flwr", "pydantic"}),
-        ("import fedge_client.runtime", {"torch", "flwr", "sklearn", "pydantic"}),
-        (
-            "import fedge_server.registry.database, fedge_server.registry.queue",
-            {"torch", "flwr", "alembic", "pydantic"},
-        ),
-        ("import fedge_server.hub.server, fedge_server.hub.preflight", {"torch", "flwr", "sklearn", "onnx"}),
-        (
-            "import fedge_client.agent.enrolment, fedge_client.agent.diagnosis",
-            {"torch", "flwr", "sklearn", "pydantic", "onnxruntime"},
-        ),
-        ("import fedge_server.hub.enrolment, fedge_server.cli.fleet", {"torch", "flwr", "sklearn"}),
-        ("import fedge.artefact", {"torch", "flwr", "onnx", "onnxruntime", "sklearn", "pydantic"}),
-        ("import fedge_client.updater", {"torch", "flwr", "sklearn", "pydantic"}),
-        (
-            "import fedge_client.agent.running, fedge_client.cli",
-            {"torch", "flwr", "onnxruntime", "sklearn", "pydantic", "PIL"},
-        ),
-    ],
-)
-def test_an_import_loads_nothing_heavy(code: str, absent: set[str]) -> None:
+# What may not be loaded after an import; those that may load more come later.
+LIGHT = {
+    "import fedge": {"torch", "flwr", "pydantic", "sklearn", "pyarrow"},
+    "import fedge; fedge.Spec; fedge.__version__": {"torch", "flwr", "pydantic"},
+    "import fedge.cli, fedge_simulations": {"torch", "flwr", "pydantic"},
+    "import fedge.artefact": {"torch", "flwr", "onnx", "onnxruntime", "sklearn", "pydantic"},
+    "import fedge_client.agent.running, fedge_client.cli": {
+        *("torch", "flwr", "onnxruntime", "sklearn", "pydantic", "PIL"),
+    },
+    "import fedge_client.agent.enrolment, fedge_client.agent.diagnosis": {
+        *("torch", "flwr", "sklearn", "pydantic", "onnxruntime"),
+    },
+    "import fedge_client.updater": {"torch", "flwr", "sklearn", "pydantic"},
+    "import fedge_client.runtime": {"torch", "flwr", "sklearn", "pydantic"},
+    "import fedge_server.registry.database, fedge_server.registry.queue": {
+        *("torch", "flwr", "alembic", "pydantic"),
+    },
+    "from fedge import Config, Task, Source, Dataset, Examples": {"torch", "flwr", "sklearn", "pyarrow"},
+    "import fedge_server.hub.server, fedge_server.hub.preflight": {"torch", "flwr", "sklearn", "onnx"},
+    "import fedge_server.hub.enrolment, fedge_server.cli.fleet": {"torch", "flwr", "sklearn"},
+}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """By import, what of the heavy was there after it: one process does them all, one after the other.
+
+    What is absent after all of them so far would be so after each alone.
+    """
     path = [str(ROOT / folder) for folder in FOLDERS.values()]
-    show = f"print(sorted({absent!r} & set(sys.modules)))"
-    script = f"import sys; sys.path[:0] = {path!r}; {code}; {show}"
+    script = f"""
+import json, sys
+sys.path[:0] = {path!r}
+found = {{}}
+for code, absent in {LIGHT!r}.items():
+    exec(code)
+    found[code] = sorted(absent & set(sys.modules))
+print(json.dumps(found))
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    found: dict[str, list[str]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("code", LIGHT)
+def test_an_import_loads_nothing_heavy(code: str, loaded: dict[str, list[str]]) -> None:
+    assert loaded[code] == []
 
 
 def test_a_name_that_fedge_does_not_have_is_an_attribute_error() -> None:

@@ -108,7 +108,7 @@ def postgresql_url(new_postgresql_database: Callable[[], str]) -> str:
     return new_postgresql_database()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def database_url(request: pytest.FixtureRequest) -> str | None:
     """What `Registry.open` takes as URL; every test of it runs on both databases."""
     return None if request.param == "sqlite" else request.getfixturevalue("postgresql_url")

@@ -193,6 +193,7 @@ def test_remains_of_closed_messages_go_in_time(
     assert queue.close("r", session, []).late == 0
 
 
+@pytest.mark.slow
 def test_a_thousand_messages_are_a_few_statements(queue: Queue, session: str) -> None:
     names = [f"m{number}" for number in range(6000)]  # more than one statement takes
     push(queue, session, *names)

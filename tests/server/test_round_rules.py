@@ -378,6 +378,7 @@ def test_a_lucky_round_neither_ends_nor_prolongs_a_smoothed_run():
     )
 
 
+@pytest.mark.slow
 def test_a_smoothed_run_is_stopped_by_noise_far_less_often():
     """30 rounds of a curve that still rises by 0.004 a round, with a deviation of 0.01 around it."""
     stopped = {1: 0, 4: 0}

@@ -66,6 +66,7 @@ def first(config):
     return arrays_of(local.first(world.task, "logistic", world.dataset.spec, config.seed))
 
 
+@pytest.mark.quick_where(cohort=(3,))
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("cohort", [5, 3])
 def test_scaffold_is_the_papers_algorithm(engine, cohort, small, learn, tmp_path):
@@ -131,6 +132,7 @@ PERSONAL = {
 }
 
 
+@pytest.mark.quick_where(name=("fedper",))
 @pytest.mark.parametrize("name", PERSONAL)
 def test_what_stays_on_a_device_is_in_no_message(name, small, learn, tmp_path):
     model, options, own = PERSONAL[name]

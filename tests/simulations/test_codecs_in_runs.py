@@ -19,7 +19,7 @@ def without_time(records):
     return [json.dumps({**record.to_json(), "seconds": 0}, sort_keys=True) for record in records]
 
 
-@pytest.mark.quick_where(chain=(["topk:0.05", "int8"],))
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", CHAINS, ids="+".join)
 def test_it_learns_with_fewer_bytes_up_and_as_many_down(chain, small, learn, tmp_path):
     base = small(rounds={"count": 10}, simulation={"engine": "sequential"})

@@ -37,6 +37,7 @@ def federate(config: Config, nodes, home) -> list:
         return registry.records("r")[1:]
 
 
+@pytest.mark.slow
 def test_devices_that_hold_only_some_classes_learn_all(blobs, tmp_path):
     config = Config.from_mapping(
         {

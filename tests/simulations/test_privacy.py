@@ -216,6 +216,7 @@ def test_poisson_sampling_asks_each_client_by_itself_and_is_accounted_with_ampli
     assert records[-1].privacy["epsilon"] < fixed / 2
 
 
+@pytest.mark.slow
 def test_a_round_that_poisson_sampling_gives_to_nobody_does_not_count_and_costs_nothing(
     private, learn, tmp_path
 ):

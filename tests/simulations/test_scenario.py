@@ -217,6 +217,7 @@ def test_nan_and_noise():
     assert (noisy != attacked(honest, honest, "noise:0.5", 4)["w"]).any()
 
 
+@pytest.mark.slow
 def test_a_share_of_the_clients_attacks_always_and_only_in_training():
     course = scenario(attackers=0.3, attacks=["nan", "label_flip"])
     kinds = [fate.attack for fate in ask(course, MANY)]

@@ -75,6 +75,7 @@ def fails(_, reply):
     raise ValueError("no")
 
 
+@pytest.mark.quick_where(name=("fedadam",))
 @pytest.mark.parametrize("name", ["fedavg", "fedadam"])
 def test_a_bad_update_in_the_middle_leaves_the_sum_to_the_bit_as_if_it_had_never_come(
     name, small, learn, tmp_path

@@ -70,6 +70,7 @@ def test_a_run_goes_on_from_an_earlier_model(earlier, tmp_path):
     assert "started from" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_its_moments_go_along_and_nobody_is_asked(earlier, tmp_path, monkeypatch):
     monkeypatch.setattr("fedge_server.rounds.loop.federated_moments", None)
     after(MLP, tmp_path / "out", start=str(earlier / "model.safetensors"))

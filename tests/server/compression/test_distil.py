@@ -29,6 +29,7 @@ def student(helpers):
         return helpers.mlp(16)
 
 
+@pytest.mark.quick_where(mode=("both",))
 @pytest.mark.parametrize("mode", ["soft", "hard", "both"])
 def test_a_student_learns_in_every_mode(mode, teacher, student, data, digits, helpers):
     before = helpers.share_right(student, digits.gate)
