@@ -13,8 +13,8 @@ and g = (K + 4) u / (1 - (K + 4) u), each value of the mean is within
 
 of the exact one (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 4.2: any order of
 additions; and a rounding each for factor, product, share and division), so two orders differ by twice that at
-most. A float64 sum that goes back to float32 is the same to the bit but for ties: where the weights add up to an
-even number N, about one mean in N lies exactly between two float32 numbers, and there the order decides.
+most. A float64 sum that goes back to float32 is the same to the bit but for ties: where the weights add up to
+an even number N, about one mean in N lies between two float32 numbers, and there the order decides.
 """
 
 from __future__ import annotations
