@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import sys
 import time
 import warnings
@@ -41,6 +42,7 @@ def main() -> int:
     """Join the others and train; arguments: folder, run, cpu or cuda, the launcher's process, quiet."""
     folder, run_id, device, parent, quiet = sys.argv[1:6]
     end_with(int(parent))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all of them: the launcher says so
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // size, 1))
