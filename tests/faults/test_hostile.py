@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,10 +86,10 @@ def raw() -> Iterator[Devices]:
 
 
 def enrolled(federation: Federation, names: list[str]) -> dict[str, Agent]:
-    """Devices with real certificates, two at a time."""
-    folders = [f"device-{len(federation.devices) + i}" for i in range(len(names))]
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(names, pool.map(federation.enrol, folders), strict=True))
+    """Devices with real certificates."""
+    first, joins = len(federation.devices), federation.join_strings(len(names))
+    found = [federation.enrol(f"device-{first + i}", join=join) for i, join in enumerate(joins)]
+    return dict(zip(names, found, strict=True))
 
 
 def raw_device(agent: Agent, answer: Answer, **more: Any) -> RawDevice:

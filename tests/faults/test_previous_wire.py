@@ -34,7 +34,7 @@ class OldDevice:
 
     def enrol(self) -> Any:
         """Redeem a join string; the reply."""
-        _, host, port, token, _ = self.federation.join_string().split(":")
+        _, host, port, token, _ = self.federation.join_strings()[0].split(":")
         request = KINDS["EnrolRequest"].FromString(recorded("enrol"))
         request.token = token
         # The pin's check is the device's own affair, and not what this is about.

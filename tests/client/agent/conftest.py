@@ -30,7 +30,7 @@ from fedge.wire.v1.records_pb2 import Content, Object, Record, Result
 from fedge_client.agent import identity as device_identity
 from fedge_server.identity.authority import Authority, ServerCertificate
 
-WAIT_S = 60.0
+WAIT_S = 150.0  # a busy machine takes half a minute to load torch
 
 
 def wait_for(condition: Callable[[], Any], what: str = "", timeout_s: float = WAIT_S) -> Any:
@@ -238,7 +238,7 @@ class AgentProcess:
     def terminate(self) -> int:
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+        return self.process.wait(WAIT_S)
 
     @property
     def child(self) -> int | None:
