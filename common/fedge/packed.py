@@ -91,6 +91,11 @@ class _Piece:
     scales: npt.NDArray[np.uint16]  # (C,) the bits of float16; none of planes
     parts: tuple[tuple[Symbols, int], ...]  # symbols and size of their alphabet
 
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of each scale."""
+        return self.how.scale_bytes if isinstance(self.how, _Grid) else 0
+
 
 def is_packed(wire: bytes) -> bool:
     """Whether these bytes claim to be in this layout, of whatever version."""
@@ -269,7 +274,7 @@ def _scale_parts(pieces: Sequence[_Piece]) -> list[tuple[Symbols, int]]:
     """Two runs: the high bits of all scales, then the low bits of those that have them."""
     none = np.zeros(0, np.uint16)
     every = np.concatenate([none, *(piece.scales for piece in pieces)])
-    fine = [p.scales for p in pieces if isinstance(p.how, _Grid) and p.how.scale_bytes == 2]
+    fine = [piece.scales for piece in pieces if piece.scale_bytes == 2]
     low = np.concatenate([none, *fine]) & _FINE
     return [((every >> _LOW).astype(np.uint8), MAX_ALPHABET), (low.astype(np.uint8), _FINE + 1)]
 
@@ -314,7 +319,7 @@ def _in_planes(stored: Stored, raw: bytes) -> _Piece:
 
 
 def _on_grid(stored: Stored, raw: bytes) -> _Piece | None:
-    """The tensor as codes and scales if they give its bytes again: by the axis that takes the fewest bytes."""
+    """The tensor as codes and scales, by the axis of fewest bytes; None where they cannot give its bytes."""
     if stored.data_type != FLOAT32 or prod(stored.shape) < _LEAST_GRID:
         return None
     values = np.frombuffer(raw, "<f4")
@@ -339,12 +344,12 @@ def _by_axis(values: npt.NDArray[np.float32], offset: int) -> _Piece | None:
 
 
 def _estimate(piece: _Piece) -> float:
-    """About how many bytes the codes and scales will take: the entropy, and what it costs to learn it."""
+    """About how many bits it takes: the entropy and what learning it costs, or plain codes; and scales."""
     ((symbols, size),) = piece.parts
     counts = np.bincount(symbols)
     shares = counts[counts > 0] / len(symbols)
-    learning = (size - 1) / 2 * np.log2(len(symbols))
-    return float(-len(symbols) * (shares * np.log2(shares)).sum() + learning) / 8 + piece.scales.nbytes
+    learned = -len(symbols) * (shares * np.log2(shares)).sum() + (size - 1) / 2 * np.log2(len(symbols))
+    return float(min(learned, len(symbols) * np.log2(size))) + 8 * len(piece.scales) * piece.scale_bytes
 
 
 def _views(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
