@@ -35,6 +35,7 @@ _HEADER: Final = struct.Struct(
 )  # magic, CRC-32 of the installed bytes, length of the skeleton as stored
 _GRID, _PLANES = 0, 1
 _LEAST_GRID, _LEAST_PLANES = 8, 1024  # elements on a grid, bytes in planes, from which it pays
+_LEAST_CHANNEL = 4  # values that share a scale, from which it pays
 _SLACK = 4096  # the skeleton may be so much longer than the file, for its table
 _LOW = 7  # low bits of a float16 scale, which are 0 where it takes one byte
 _FINE = (1 << _LOW) - 1  # these bits
@@ -103,19 +104,14 @@ def is_packed(wire: bytes) -> bool:
 
 
 def pack(installed: bytes) -> bytes:
-    """The file in this layout: with or without planes of bytes, whichever is smaller."""
-    grids: list[_Piece] = []
-    planes: list[_Piece] = []
+    """The file in this layout; the same file, the same bytes."""
+    pieces: list[_Piece] = []
     for stored in stored_tensors(installed):
         raw = installed[stored.offset : stored.offset + stored.length]
-        piece = _on_grid(stored, raw)
-        if piece is not None:
-            grids.append(piece)
-        elif stored.length >= _LEAST_PLANES:
-            planes.append(_in_planes(stored, raw))
-    both = sorted((*grids, *planes), key=lambda piece: piece.offset)
-    forms = [_stored(installed, pieces[:MAX_TENSORS]) for pieces in ((grids, both) if planes else (grids,))]
-    wire = min(forms, key=len)
+        piece = _on_grid(stored, raw) or _in_planes(stored, raw)
+        if piece is not None and len(pieces) < MAX_TENSORS:
+            pieces.append(piece)
+    wire = _stored(installed, pieces)
     if unpack(wire, len(installed)) != installed:
         raise FormatError("packed: unpacking would give other bytes; this is a fault of the packer")
     return wire
@@ -311,11 +307,15 @@ def _of_planes(how: _Planes, decoder: Decoder) -> bytes:
     return elements.tobytes()
 
 
-def _in_planes(stored: Stored, raw: bytes) -> _Piece:
+def _in_planes(stored: Stored, raw: bytes) -> _Piece | None:
+    """The tensor as planes of bytes; None where deflating it takes no more."""
+    if stored.length < _LEAST_PLANES:
+        return None
     width = stored.itemsize
     elements = np.frombuffer(raw, np.uint8).reshape(-1, width)
     planes = tuple((np.ascontiguousarray(elements[:, place]), MAX_ALPHABET) for place in range(width))
-    return _Piece(stored.offset, _Planes(width, len(elements)), np.zeros(0, np.uint16), planes)
+    piece = _Piece(stored.offset, _Planes(width, len(elements)), np.zeros(0, np.uint16), planes)
+    return piece if len(encode(piece.parts)) < len(_deflated(raw)) else None
 
 
 def _on_grid(stored: Stored, raw: bytes) -> _Piece | None:
@@ -344,19 +344,24 @@ def _by_axis(values: npt.NDArray[np.float32], offset: int) -> _Piece | None:
 
 
 def _estimate(piece: _Piece) -> float:
-    """About how many bits it takes: the entropy and what learning it costs, or plain codes; and scales."""
-    ((symbols, size),) = piece.parts
+    """About how many bits a piece takes in the stream."""
+    return 8 * len(piece.scales) * piece.scale_bytes + sum(_run_bits(*part) for part in piece.parts)
+
+
+def _run_bits(symbols: Symbols, size: int) -> float:
+    """The entropy, and what learning it costs: half the logarithm of the length for each symbol in use."""
     counts = np.bincount(symbols)
-    shares = counts[counts > 0] / len(symbols)
-    learned = -len(symbols) * (shares * np.log2(shares)).sum() + (size - 1) / 2 * np.log2(len(symbols))
-    return float(min(learned, len(symbols) * np.log2(size))) + 8 * len(piece.scales) * piece.scale_bytes
+    counts = counts[counts > 0]
+    entropy = -float((counts * np.log2(counts / len(symbols))).sum())
+    learning = (len(counts) - 1) / 2 * float(np.log2(len(symbols)))
+    return min(entropy + learning, len(symbols) * float(np.log2(size)))
 
 
 def _views(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
     """As (O, C, I) with one scale for all, then with one for each place along an axis."""
     yield 1, 1, prod(shape)
     for axis, size in enumerate(shape):
-        if size > 1:
+        if 1 < size <= prod(shape) // _LEAST_CHANNEL:
             yield prod(shape[:axis]), size, prod(shape[axis + 1 :])
 
 
