@@ -35,6 +35,7 @@ _HEADER: Final = struct.Struct(
 )  # magic, CRC-32 of the installed bytes, length of the skeleton as stored
 _GRID, _PLANES = 0, 1
 _LEAST_GRID, _LEAST_PLANES = 8, 1024  # elements on a grid, bytes in planes, from which it pays
+_SURE_PLANES = 1024**2  # bytes in planes from which doing without is not even tried
 _LEAST_CHANNEL = 4  # values that share a scale, from which it pays
 _SLACK = 4096  # the skeleton may be so much longer than the file, for its table
 _LOW = 7  # low bits of a float16 scale, which are 0 where it takes one byte
@@ -104,14 +105,20 @@ def is_packed(wire: bytes) -> bool:
 
 
 def pack(installed: bytes) -> bytes:
-    """The file in this layout; the same file, the same bytes."""
-    pieces: list[_Piece] = []
+    """The file in this layout, with or without planes of bytes; the same file, the same bytes."""
+    grids: list[_Piece] = []
+    planes: list[_Piece] = []
     for stored in stored_tensors(installed):
         raw = installed[stored.offset : stored.offset + stored.length]
-        piece = _on_grid(stored, raw) or _in_planes(stored, raw)
-        if piece is not None and len(pieces) < MAX_TENSORS:
-            pieces.append(piece)
-    wire = _stored(installed, pieces)
+        piece = _on_grid(stored, raw)
+        if piece is not None:
+            grids.append(piece)
+        elif stored.length >= _LEAST_PLANES:
+            planes.append(_in_planes(stored, raw))
+    both = sorted((*grids, *planes), key=lambda piece: piece.offset)
+    wire = _stored(installed, both[:MAX_TENSORS])
+    if planes and sum(piece.how.length for piece in planes) < _SURE_PLANES:
+        wire = min(wire, _stored(installed, grids[:MAX_TENSORS]), key=len)
     if unpack(wire, len(installed)) != installed:
         raise FormatError("packed: unpacking would give other bytes; this is a fault of the packer")
     return wire
@@ -307,15 +314,11 @@ def _of_planes(how: _Planes, decoder: Decoder) -> bytes:
     return elements.tobytes()
 
 
-def _in_planes(stored: Stored, raw: bytes) -> _Piece | None:
-    """The tensor as planes of bytes; None where deflating it takes no more."""
-    if stored.length < _LEAST_PLANES:
-        return None
+def _in_planes(stored: Stored, raw: bytes) -> _Piece:
     width = stored.itemsize
     elements = np.frombuffer(raw, np.uint8).reshape(-1, width)
     planes = tuple((np.ascontiguousarray(elements[:, place]), MAX_ALPHABET) for place in range(width))
-    piece = _Piece(stored.offset, _Planes(width, len(elements)), np.zeros(0, np.uint16), planes)
-    return piece if len(encode(piece.parts)) < len(_deflated(raw)) else None
+    return _Piece(stored.offset, _Planes(width, len(elements)), np.zeros(0, np.uint16), planes)
 
 
 def _on_grid(stored: Stored, raw: bytes) -> _Piece | None:

@@ -100,7 +100,8 @@ class Grid(nn.Module):
     """Weights to code * scale: the nearest code within the levels, under a learned scale (LSQ).
 
     The gradient of a weight is that of its rounded value; that of the scale s is, for each weight w, the
-    code minus w / s, or the code where w lies beyond the levels.
+    code minus w / s, or the code where w lies beyond the levels; binary codes stay as they are when s moves, so
+    there it is the code.
     """
 
     def __init__(self, weight: Tensor, bits: Bits, *, per_channel: bool) -> None:
@@ -117,11 +118,10 @@ class Grid(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The values on the grid."""
         scale = _through(_ToScale, self.log_scale.exp().clamp(_LEAST, _MOST))
+        if self.bits == "binary":
+            return _through(_Sign, weight / scale.detach()) * scale
         levels = _LEVELS[self.bits]
-        ratio = weight / scale
-        binary = self.bits == "binary"
-        codes = _through(_Sign, ratio) if binary else _through(_Round, ratio.clamp(-levels, levels))
-        return codes * scale
+        return _through(_Round, (weight / scale).clamp(-levels, levels)) * scale
 
 
 class _Half(nn.Module):

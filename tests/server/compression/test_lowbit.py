@@ -103,6 +103,14 @@ def test_gradients_pass_straight_to_weights_and_to_scales_as_lsq_has_them():
     assert grid.log_scale.grad.item() == pytest.approx(1 * (1 - 0.6) + 10 * (0 + 0.1) + 100 * 1, rel=1e-5)
 
 
+def test_of_binary_weights_the_scale_learns_by_the_codes_alone():
+    weight = torch.tensor([[0.6, -0.1, 3.0]], requires_grad=True)
+    grid = Grid(torch.ones(1, 3), "binary", per_channel=True)  # its scale is 1
+    grid(weight).backward(torch.tensor([[1.0, 10.0, 100.0]]))
+    assert weight.grad.tolist() == [[1.0, 10.0, 100.0]]
+    assert grid.log_scale.grad.item() == pytest.approx(1 - 10 + 100)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS)
 def test_every_weight_and_bias_of_the_exported_file_is_on_a_grid(bits):
