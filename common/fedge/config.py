@@ -40,6 +40,7 @@ TagName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 LossName = Literal["cross_entropy", "focal", "multi_margin"]
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 FilterName = Literal["none", "median", "gaussian", "clip"]
+FormName = Literal["fp32", "int8", "w8", "w4", "ternary", "binary"]
 MetricName = Literal["accuracy", "macro_f1", "auc", "recall"]
 DataKind = Literal["labelled", "unlabelled", "clients", "none"]  # what compression learns from
 AccountantName = Literal["pld", "rdp"]
@@ -368,6 +369,9 @@ class Distil:
     batch_size: Count = 64
     learning_rate: Positive = 0.01  # Adam, the peak of one cycle
     augment: tuple[Augmentation, ...] = ()
+    views: Annotated[int, Field(ge=0, le=64, strict=True)] = (
+        8  # altered copies, answered once; 0: anew each batch
+    )
     hint_weight: NotNegative = 0.0  # of what the teacher's last hidden layer says (FitNets); 0: not asked
     precision: PrecisionName = "auto"  # bf16: products in bfloat16; auto: where this processor gains by it
 
@@ -386,6 +390,14 @@ class Prune:
     steps: Annotated[int, Field(ge=2, le=1000, strict=True)] = 5  # of schedule "gradual"
     recovery_epochs: Count = 20  # of distillation from the unpruned model, over all steps
     recovery_learning_rate: Positive = 0.003  # Adam, the peak of one cycle; lower than a student's
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
+class Grid:
+    """`[compress.grid]`: training of weights that may only have few values; the rest is as in distil."""
+
+    epochs: Count = 30
+    learning_rate: Positive = 0.003  # Adam, the peak of one cycle; lower than a student's: it has learned
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -411,12 +423,16 @@ class OnClients:
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
 class Compress:
-    """`[compress]`: settings of the stages that make variants."""
+    """`[compress]`: settings of the search for variants and of the stages that make them."""
+
+    max_seconds: Positive = 300.0  # for building candidates; what would take longer is left out, and said
+    forms: tuple[FormName, ...] = ("fp32", "int8", "w8", "w4", "ternary", "binary")  # numbers of weights
 
     # what students learn from, ranges are taken from, and variants are judged on
     data: Literal["auto"] | DataKind = "auto"
     distil: Distil = Distil()
     prune: Prune = Prune()
+    grid: Grid = Grid()
     gate: Gate = Gate()
     clients: OnClients = OnClients()
 
@@ -425,11 +441,43 @@ class Compress:
 class Tier:
     """`[tiers.NAME]`: the budgets of one class of devices; None: no limit."""
 
+    preset: Literal["board", "gateway", "pc"] | None = None  # gives the keys that are left out, see PRESETS
+    aim: Literal["accuracy", "bytes", "latency"] = (
+        "accuracy"  # what is best among those that may pass the gate
+    )
     max_wire_bytes: Count | None = None  # what crosses the network
     max_memory_bytes: Count | None = None  # installed model plus its largest activations
-    max_latency_ms: Positive | None = None  # median at batch 1, one thread, on the machine that compresses
+    max_latency_ms: Positive | None = None  # median at batch 1 on the device: as measured here times slowdown
+    threads: Annotated[int, Field(ge=1, le=256, strict=True)] = 1  # that an answer may use
+    slowdown: Positive = 1.0  # how many times slower the device's processor is than the one that compresses
     max_drop: Share = 0.01  # accuracy that may be lost, upper confidence bound
     max_class_drop: Share | None = None  # the same for the recall of each class
+
+
+# Budgets by name. The memory is the model's share, beside the runtime (about 55 MB). How many times slower a
+# processor is can only be measured (docs/compression.md says how); these are cautious guesses.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "board": {
+        "max_wire_bytes": 1_000_000,
+        "max_memory_bytes": 64_000_000,
+        "max_latency_ms": 50.0,
+        "slowdown": 10.0,
+    },
+    "gateway": {
+        "max_wire_bytes": 8_000_000,
+        "max_memory_bytes": 256_000_000,
+        "max_latency_ms": 50.0,
+        "threads": 2,
+        "slowdown": 4.0,
+    },
+    "pc": {
+        "max_wire_bytes": 64_000_000,
+        "max_memory_bytes": 1_000_000_000,
+        "max_latency_ms": 50.0,
+        "threads": 4,
+        "slowdown": 1.5,
+    },
+}
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
@@ -469,6 +517,8 @@ class Config:
             options = {key: value for key, value in strategy.items() if key != "name"}
             name = {"name": strategy["name"]} if "name" in strategy else {}
             nested["strategy"] = {**name, "options": options}
+        if isinstance(tiers := nested.get("tiers"), Mapping):
+            nested["tiers"] = {name: _with_preset(tier) for name, tier in tiers.items()}
         try:
             return _ADAPTER.validate_python(nested)
         except ValidationError as error:
@@ -555,6 +605,12 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
                 raise ConfigError(f"--set {assignment!r}: {part!r} is a value, not a table")
         table[last] = value
     return result
+
+
+def _with_preset(tier: Any) -> Any:
+    """The tier's table with the keys that its preset gives and it does not."""
+    preset = tier.get("preset") if isinstance(tier, Mapping) else None
+    return {**PRESETS[preset], **tier} if isinstance(preset, str) and preset in PRESETS else tier
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -32,6 +32,8 @@ class Source:
     labels: tuple[str, ...] = ()  # on a device: the run's classes, of which it may hold only some
 
 
+_MAX_WIDTH = 4096  # of a student that is named by its width
+
 Reader = Callable[[Source], Dataset]
 """Read a source into memory; raises DataError when it cannot be used."""
 
@@ -52,6 +54,19 @@ def _standard_preprocess(spec: Spec, moments: Moments | None, noise_filter: Filt
     return build(spec, moments, noise_filter)
 
 
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Students of one kind in several widths: the search takes those that fit a device's budgets."""
+
+    of: Callable[[int], ModelBuilder]  # the builder of the student of this width
+    widths: tuple[int, ...]  # that are worth trying, ascending
+
+    def __post_init__(self) -> None:
+        """Refuse what is no ascending row of widths."""
+        if not self.widths or list(self.widths) != sorted(set(self.widths)) or self.widths[0] < 1:
+            raise ConfigError(f"family: widths {self.widths}: must be whole numbers above 0, ascending")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """What is learned. Write one in a module of your own and name it `package.module:TASK`."""
@@ -61,6 +76,7 @@ class Task:
     models: Mapping[str, ModelBuilder]  # architectures of the global model
     default_model: str  # a key of models
     students: Mapping[str, ModelBuilder]  # smaller architectures to distil into; may be empty
+    families: Mapping[str, Family] = field(default_factory=dict)  # students of any width, by name
     preprocess: PreprocessBuilder = _standard_preprocess
 
     def __post_init__(self) -> None:
@@ -79,7 +95,7 @@ class Task:
         """
         chosen = name or self.default_model
         if chosen.startswith(STUDENT):
-            return self._student(chosen.removeprefix(STUDENT))
+            return self.student(chosen.removeprefix(STUDENT))
         if chosen not in self.models:
             raise ConfigError(
                 f"model.name = {name!r}: task {self.name!r} has no such model; "
@@ -87,13 +103,22 @@ class Task:
             )
         return self.models[chosen]
 
-    def _student(self, name: str) -> ModelBuilder:
-        if name not in self.students:
-            hint = suggestion(name, list(self.students)) if self.students else "it has none"
-            raise ConfigError(
-                f"model.name = {STUDENT + name!r}: task {self.name!r} has no such student; {hint}"
-            )
-        return self.students[name]
+    def student(self, name: str) -> ModelBuilder:
+        """The builder of a student: one of `students`, or FAMILY-WIDTH of one of `families`.
+
+        Raises:
+            ConfigError: the task has no such student; the line names the nearest one.
+        """
+        if name in self.students:
+            return self.students[name]
+        family, _, width = name.rpartition("-")
+        if family in self.families and width.isdecimal() and 1 <= int(width) <= _MAX_WIDTH:
+            return self.families[family].of(int(width))
+        known = [*self.students, *(f"{name}-{w}" for name, of in self.families.items() for w in of.widths)]
+        raise ConfigError(
+            f"model.name = {STUDENT + name!r}: task {self.name!r} has no such student; "
+            f"{suggestion(name, known) if known else 'it has none'}"
+        )
 
 
 def resolve(name: str) -> Task:

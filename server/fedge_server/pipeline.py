@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedge.config import Config
 from fedge.files import write_atomically
 from fedge.task import Task
 from fedge_server.compression import TierOutcome, compress
+from fedge_server.compression.choose import source_of
 from fedge_server.compression.clients import Fleet
-from fedge_server.compression.sources import Source, source_of
+from fedge_server.compression.sources import Source
 from fedge_server.data import ServerData
 from fedge_server.evaluation.intervals import Answered, stated
 from fedge_server.plots import Holdings
@@ -40,6 +39,7 @@ from fedge_server.summary import summarise
 
 SUMMARY, HISTORY, MODEL, REPORT = "summary.json", "history.jsonl", "model.safetensors", "report.html"
 PRIVACY = "privacy.json"
+CANDIDATES = "candidates"  # folder of a home: what searches for variants have made
 
 Say = Callable[[str], None]
 """Takes one line of progress."""
@@ -120,10 +120,17 @@ def release(place: Place, learned: Learned) -> tuple[tuple[TierOutcome, ...], bo
     shutil.copyfile(place.registry.store.path(learned.model_sha256), place.folder / MODEL)
     outcomes: tuple[TierOutcome, ...] = ()
     if place.config.tiers:
-        data, source = place.server, place.source(learned)
+        source = place.source(learned)
         place.say(f"compress: {source.describe()}")
-        proxy = data.proxy if source.learns else data.proxy.take(np.arange(0))
-        outcomes = compress(learned.model, place.task, data.spec, proxy, data.gate, place.config, place.say)
+        outcomes = compress(
+            learned.model,
+            place.task,
+            place.server.spec,
+            source,
+            place.config,
+            place.say,
+            folder=place.home / CANDIDATES,
+        )
     made = publish_outcomes(
         place.home, place.registry, place.run_id, learned, place.config.task, place.server.spec, outcomes
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_CLIENTS_SHOWN = 60  # one by one; of more, what is shown is how they are distributed
 MAX_CLIENTS_LOOKED_AT = 1000  # a population may be a million clients whose data is dealt out when asked for
+_ALL_NAMED = 8  # candidates; of more, those that matter
 _MARKED = 60  # rounds; a line of more has no marks
 
 
@@ -221,13 +222,13 @@ def per_class(recall: Sequence[float], labels: Sequence[str]) -> Plot:
 
 
 def candidates(outcomes: Sequence[TierOutcome], teacher_bytes: int) -> Plot:
-    """All candidates that were built, and which tier took which."""
-    points = {
-        trial.recipe: (trial.wire_bytes, trial.accuracy)
-        for outcome in outcomes
-        for trial in outcome.tried
-        if trial.wire_bytes is not None and trial.accuracy is not None
-    }
+    """All candidates that were built, those that no other beats, and which tier took which."""
+    points: dict[str, tuple[int, float]] = {}
+    front: set[str] = set()
+    for trial in (trial for outcome in outcomes for trial in outcome.tried):
+        if trial.wire_bytes is not None and trial.accuracy is not None:
+            points[trial.recipe] = (trial.wire_bytes, trial.accuracy)
+            front.update({trial.recipe} if trial.on_front else set())
     taken: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.variant is not None:
@@ -236,15 +237,18 @@ def candidates(outcomes: Sequence[TierOutcome], teacher_bytes: int) -> Plot:
     def paint(axes: Axes) -> None:
         for recipe, (size, accuracy) in points.items():
             chosen = recipe in taken
-            label = f" {recipe}" + (f" \u2190 {', '.join(taken[recipe])}" if chosen else "")
-            axes.plot(size, accuracy, "o", color="tab:green" if chosen else "lightgrey")
-            axes.annotate(label, (size, accuracy), fontsize=8, weight="bold" if chosen else "normal")
+            colour = "tab:green" if chosen else "tab:blue" if recipe in front else "lightgrey"
+            axes.plot(size, accuracy, "o", color=colour)
+            if chosen or recipe in front or len(points) <= _ALL_NAMED:
+                label = f" {recipe}" + (f" \u2190 {', '.join(taken[recipe])}" if chosen else "")
+                axes.annotate(label, (size, accuracy), fontsize=8, weight="bold" if chosen else "normal")
         axes.axvline(teacher_bytes, color="grey", linestyle=":")
         axes.set(xscale="log", xlabel="bytes on the wire (dotted: the global model)", ylabel="accuracy")
         axes.margins(x=0.25, y=0.15)
         axes.grid(alpha=0.3)
 
     caption = (
-        "Every candidate on the selection data; green: taken by a tier, after passing its gate on other data."
+        "Every candidate on the selection data. Green: taken by a tier, after passing its gate on other "
+        "data; blue: no other is as small, fast and accurate."
     )
     return draw("Candidates", caption, paint, height=3.6)

@@ -23,6 +23,7 @@ from fedge.learning.whole import WholeModel
 from fedge_server import app as server_app
 from fedge_server.compression import TierOutcome
 from fedge_server.compression.clients import Fleet
+from fedge_server.compression.gate import score
 from fedge_server.pipeline import (
     HISTORY,
     MODEL,
@@ -206,9 +207,15 @@ def _little_to_collect() -> Iterator[None]:
 
 def _deliver(folder: Path, outcomes: tuple[TierOutcome, ...], world: World) -> tuple[DeviceResult, ...]:
     """One device for each tier that has a variant."""
-    scored = {o.tier: o.variant.probabilities for o in outcomes if o.variant is not None}
+    made, data = [o.variant for o in outcomes if o.variant is not None], world.server
+    scored = {
+        each.tier: each.probabilities
+        if each.probabilities is not None  # else clients have counted; the server's data show the device
+        else score(each.wire, len(each.installed), data.spec, data.gate.x)
+        for each in made
+    }
     homes = [DeviceHome(f"{tier}-1", tier, folder / DEVICES / f"{tier}-1") for tier in scored]
-    return deliver(folder, homes, scored, world.server.gate, world.server.spec.labels)
+    return deliver(folder, homes, scored, data.gate, data.spec.labels)
 
 
 def backdoors(world: World, model: WholeModel) -> list[dict[str, Any]]:

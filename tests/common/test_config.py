@@ -76,7 +76,7 @@ def wrong(values: dict[Any, Any]) -> str:
         ),
         (
             {"compress": {"x": {"y": 2}}},
-            "unknown key 'compress.x': valid: clients, data, distil, gate, prune",
+            "unknown key 'compress.x': valid: clients, data, distil, forms, gate, grid, max_seconds, prune",
         ),
         ({"zzz": 1, "qqq": 2}, "(and 1 more)"),
         ({"train": {"optimizer": "sdg"}}, "train.optimizer = 'sdg': did you mean 'sgd'?"),
@@ -325,3 +325,12 @@ def test_a_deployment_chooses_devices_by_tier_tag_and_speed() -> None:
 def test_a_choice_that_no_device_can_match_is_refused(clients: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="clients"):
         Config.from_mapping({"clients": clients})
+
+
+def test_a_tiers_preset_gives_what_the_tier_leaves_out() -> None:
+    tier = Config.from_mapping({"tiers": {"pi": {"preset": "board", "max_wire_bytes": 9}}}).tiers["pi"]
+    assert (tier.max_wire_bytes, tier.max_memory_bytes, tier.slowdown) == (9, 64_000_000, 10.0)
+    plain = Config.from_mapping({"tiers": {"pi": {"preset": "board"}}})
+    assert Config.from_mapping(plain.to_mapping()) == plain
+    with pytest.raises(ConfigError, match=r"tiers\.pi\.preset = 'bord': did you mean 'board'"):
+        Config.from_mapping({"tiers": {"pi": {"preset": "bord"}}})

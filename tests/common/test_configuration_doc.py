@@ -78,6 +78,7 @@ CODE = {
     "compress": config.Compress,
     "compress.distil": config.Distil,
     "compress.prune": config.Prune,
+    "compress.grid": config.Grid,
     "compress.gate": config.Gate,
     "compress.clients": config.OnClients,
     "tiers.NAME": Tier,

@@ -9,7 +9,7 @@ from fedge.dataset import Dataset
 from fedge.errors import DataError
 from fedge.learning import models
 from fedge.readers import load_npz, require
-from fedge.task import Source, Task
+from fedge.task import Family, Source, Task
 from fedge.texts import of_arrays, read_text_files
 
 WINDOW = 16  # characters that the model sees
@@ -37,6 +37,7 @@ def task(window: int = WINDOW) -> Task:
         models={"gru": models.gru(128), "lstm": models.lstm(128)},
         default_model="gru",
         students={"gru-64": models.gru(64, embedding=16), "gru-32": models.gru(32, embedding=16)},
+        families={"gru": Family(lambda width: models.gru(width, embedding=16), (16, 24, 48, 96))},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedge.dataset import Dataset
 from fedge.learning import models
 from fedge.readers import read_image_folder, read_npz, require
-from fedge.task import Source, Task
+from fedge.task import Family, Source, Task
 
 
 def read(source: Source) -> Dataset:
@@ -33,5 +33,9 @@ TASK = Task(
         "cnn-16-64": models.small_cnn(16, 64),
         "cnn-8-32": models.small_cnn(8, 32),
         "mlp-32": models.mlp(32),
+    },
+    families={
+        "cnn3": Family(models.cnn3, (4, 6, 8, 12, 16, 24, 32)),
+        "ds-cnn": Family(models.ds_cnn, (8, 12, 16, 24)),
     },
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from fedge.dataset import Dataset
 from fedge.learning import models
 from fedge.readers import read_npz, require
-from fedge.task import Source, Task
+from fedge.task import Family, Source, Task
 
 
 def read(source: Source) -> Dataset:
@@ -26,5 +26,6 @@ TASK = Task(
     models={"cnn1d": models.cnn1d(64, 64), "gru": models.gru(64)},
     default_model="cnn1d",
     students={"cnn1d-16": models.cnn1d(16, 32), "cnn1d-8": models.cnn1d(8, 16)},
+    families={"cnn1d": Family(lambda width: models.cnn1d(width, 2 * width), (4, 6, 12, 24, 32))},
 )
 """Small models for a second or so of inertial sensors."""

@@ -137,7 +137,9 @@ def _compress(arguments: argparse.Namespace) -> int:
     from fedge.config import Config
     from fedge.task import resolve
     from fedge_server.compression import check_possible, compress
+    from fedge_server.compression.choose import source_of
     from fedge_server.data import data_of_run
+    from fedge_server.pipeline import CANDIDATES
     from fedge_server.release import publish_outcomes
     from fedge_server.rounds.loop import recall
 
@@ -160,7 +162,9 @@ def _compress(arguments: argparse.Namespace) -> int:
         check_possible(task, data.spec, config, data.proxy.x, gate=data.gate)
         learned = recall(registry, run["id"], config, task, data.spec)
         say = _silent if arguments.format == "json" else _say
-        outcomes = compress(learned.model, task, data.spec, data.proxy, data.gate, config, say)
+        source = source_of(config, task, data, learned.model)
+        say(f"compress: {source.describe()}")
+        outcomes = compress(learned.model, task, data.spec, source, config, say, folder=home / CANDIDATES)
         release = publish_outcomes(home, registry, run["id"], learned, config.task, data.spec, outcomes)
     value = {
         "release": release.version if release else None,

@@ -25,7 +25,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import nn
 
-from fedge.config import Config, Distil
+from fedge.config import Compress, Config, Distil
 from fedge.counts import Counts
 from fedge.errors import CompressionError, FormatError, RoundError, TimeUpError
 from fedge.holdout import Part
@@ -55,6 +55,7 @@ from fedge.wire.arrays import in_memory, records_of
 from fedge_server.compression.gate import Evidence
 from fedge_server.compression.onnx_graph import load
 from fedge_server.compression.quantise import quantise_within, watched
+from fedge_server.compression.recovery import Cut
 from fedge_server.data import ServerData
 from fedge_server.registry.database import Registry
 from fedge_server.rounds.grids import Simulated, nodes_of
@@ -91,7 +92,23 @@ class Clients:
     say: Callable[[str], None] = lambda _: None
     kind: str = field(default="clients", init=False)
     learns: bool = field(default=True, init=False)
+    trains_grids: bool = field(default=False, init=False)  # clients build what they train, and not these
+    gate_examples: int | None = field(default=None, init=False)  # only the clients know
     _teacher: Teacher | None = field(default=None, init=False)
+
+    def identity(self) -> bytes:
+        """The clients' data are not known; the global model says which run it is."""
+        return self.kind.encode()
+
+    def pruned(
+        self, network: nn.Module, cut: Cut, settings: Compress, *, seed: int, deadline: float | None = None
+    ) -> nn.Module:
+        """Refused: clients build what they train themselves, and this network is none of the task's."""
+        raise CompressionError("clients: a pruned network cannot be trained by them; name students instead")
+
+    def selection_of(self, network: nn.Module, student: str) -> Counts | None:
+        """Not asked: a round trip to every client for a network that is no candidate yet."""
+        return None
 
     def describe(self) -> str:
         """In a line."""

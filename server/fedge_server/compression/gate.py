@@ -89,6 +89,7 @@ class Evidence:
     counts: Counts
     faults: tuple[str, ...] = ()  # why no figure at all could be trusted
     clients: int | None = None  # that have counted; None: the server has
+    probabilities: Float32 | None = None  # (N, C) that were counted; None: clients have
 
 
 def score(wire: bytes, installed_bytes: int, spec: Spec, x: npt.NDArray[Any]) -> Float32:
@@ -141,7 +142,7 @@ def evidence_of(probabilities: Float32, teacher: Float32, y: npt.NDArray[np.int6
     usable = probabilities.shape == teacher.shape == (len(y), classes)
     right = rightly(probabilities, y) if usable else np.zeros(len(y), dtype=bool)
     teacher_right = rightly(teacher, y) if usable else np.ones(len(y), dtype=bool)
-    return Evidence(Counts.of(right, teacher_right, y, classes), faults)
+    return Evidence(Counts.of(right, teacher_right, y, classes), faults, probabilities=probabilities)
 
 
 def decide(

@@ -10,7 +10,7 @@ import torch
 from onnx import numpy_helper
 
 from fedge.artefact import pack
-from fedge.config import Config, Tier
+from fedge.config import Config, DataKind, Tier
 from fedge.dataset import Examples
 from fedge.errors import CompressionError, ConfigError, FormatError
 from fedge.learning.whole import WholeModel
@@ -19,14 +19,19 @@ from fedge.statistics import Moments
 from fedge.task import Task
 from fedge_server.compression.budgets import Figure, figures, shortage
 from fedge_server.compression.distil import check_augment, preprocessed
+from fedge_server.compression.export import random_input
 from fedge_server.compression.gate import smallest_provable
 from fedge_server.compression.measure import Cost, measure
 from fedge_server.compression.onnx_graph import copied, load
-from fedge_server.compression.recipes import Architecture, Recipe, Workshop, recipes
+from fedge_server.compression.recipes import PRECISION, Architecture, Recipe, recipes
+from fedge_server.compression.sources import OnServer, kind_of
+from fedge_server.compression.workshop import Workshop
+from fedge_server.data import ServerData
 
 LATENCY_SLACK = 1.5  # a budget is refused only where the best measured is so many times above it
 WEIGHT_SHARE = 0.5  # of the packed size of random weights: trained ones are taken to need at least that
 
+_SAMPLE = 64  # inputs that set ranges where none are at hand
 _SMALL = 16  # constants of fewer values are shapes and scales rather than weights
 
 
@@ -53,18 +58,21 @@ def check_possible(
     Raises:
         ConfigError: it names the tier, the budget, the best that can be had, and by which recipe.
     """
+    data = Examples(sample, np.zeros(len(sample), dtype=np.int64))
+    kind = kind_of(config, data, clients=True)
     for name, tier in config.tiers.items():
-        if gate is not None:
+        if gate is not None and kind != "clients":
             _check_gate(name, tier, gate, spec, config)
     waiting: dict[str, dict[str, tuple[Figure, ...]]] = {
         name: {} for name, tier in config.tiers.items() if _has_budget(tier)
     }
-    workshop = _workshop(task, spec, config, sample)
+    workshop = _workshop(task, spec, config, data, kind)
     if not waiting:
         return
-    for recipe in _smallest_first(recipes(task, config.compress.prune, proxy=len(sample) > 0), workshop):
+    threads = {tier.threads for tier in config.tiers.values()}
+    for recipe in _smallest_first(recipes(task, config, teachable=kind != "none"), workshop):
         try:
-            cost = measure(workshop.build(recipe), spec)
+            cost = measure(workshop.built_untrained(recipe), spec, threads=threads)
         except (CompressionError, FormatError):
             continue
         for name in list(waiting):
@@ -96,7 +104,7 @@ def _generous(tier: Tier, cost: Cost) -> tuple[Figure, ...]:
         tier,
         wire_bytes=packed_floor(cost.installed),
         memory_bytes=cost.memory_bytes,
-        latency_us=cost.latency_us,
+        latency_us=cost.latency_us[tier.threads] * tier.slowdown,
         latency_slack=LATENCY_SLACK,
     )
 
@@ -107,33 +115,48 @@ def _has_budget(tier: Tier) -> bool:
     )
 
 
-def _workshop(task: Task, spec: Spec, config: Config, sample: npt.NDArray[Any]) -> Workshop:
+def _workshop(task: Task, spec: Spec, config: Config, data: Examples, kind: DataKind) -> Workshop:
     """A workshop around an untrained global model.
+
+    Where the clients hold all data, ranges come from noise: sizes and speeds do not depend on them.
 
     Raises:
         ConfigError: the task has no such model, or the augmentation does not fit its inputs.
     """
-    moments = Moments.of(sample, spec) if config.model.standardise and spec.numeric else None
+    if kind == "clients":
+        noise = random_input(spec, _SAMPLE, seed=config.seed)
+        data, kind = Examples(noise, np.zeros(_SAMPLE, dtype=np.int64)), "labelled"
+    moments = Moments.of(data.x, spec) if config.model.standardise and spec.numeric else None
     preprocess = task.preprocess(spec, moments, config.model.filter).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = task.model(config.model.name)(spec).eval()
-    if len(sample):
-        check_augment(preprocessed(preprocess, sample[:2]), config.compress.distil.augment)
-    data = Examples(sample, np.zeros(len(sample), dtype=np.int64))
-    return Workshop(WholeModel(preprocess, network), task, spec, data, config, trained=False)
+    if len(data):
+        check_augment(preprocessed(preprocess, data.x[:2]), config.compress.distil.augment)
+    model = WholeModel(preprocess, network)
+    nothing = data.take(np.arange(0))
+    source = OnServer.of(kind, config, ServerData(spec, data, nothing, nothing), model)
+    return Workshop(model, task, spec, source, config)
 
 
 def _smallest_first(candidates: tuple[Recipe, ...], workshop: Workshop) -> list[Recipe]:
-    """By number of parameters, int8 first; what cannot even be made is left out."""
+    """By number of parameters, the fewest bits first; what cannot even be made is left out.
+
+    Of the forms whose weights are trained, the smallest alone: the others are larger and no faster.
+    """
     sizes: dict[Architecture, int] = {}
     for architecture in dict.fromkeys(recipe.architecture for recipe in candidates):
         try:
             sizes[architecture] = workshop.parameters(architecture)
         except CompressionError:
             continue
-    possible = [recipe for recipe in candidates if recipe.architecture in sizes]
-    return sorted(possible, key=lambda recipe: (sizes[recipe.architecture], not recipe.int8))
+    trained = [form for form in PRECISION if any(each.trained and each.form == form for each in candidates)]
+    possible = [
+        recipe
+        for recipe in candidates
+        if recipe.architecture in sizes and (not recipe.trained or recipe.form == trained[-1])
+    ]
+    return sorted(possible, key=lambda recipe: (sizes[recipe.architecture], -PRECISION.index(recipe.form)))
 
 
 def _check_gate(name: str, tier: Tier, gate: Examples, spec: Spec, config: Config) -> None:

@@ -1,177 +1,239 @@
-"""From one global model to one variant per tier: try the candidates, gate the best, explain the rest.
+"""From one global model to one variant per tier: try what promises most, gate the best, explain the rest.
 
-Data by purpose, no example serving two: the proxy data is split into a part that trains and calibrates and a
-part that orders the candidates (selection); the gate's data only ever decides.
+Cheap before dear: what needs no training is built first; sizes and speeds are measured on untrained networks;
+students are trained for a short while and compared (successive halving, Jamieson and Talwalkar 2016,
+"Non-stochastic Best Arm Identification and Hyperparameter Optimization", AISTATS, with one halving), and only
+then trained whole, in the order of what they promise, until nothing can improve on what is built or
+`compress.max_seconds` have passed.
+
+Data by purpose, no example serving two: what trains and calibrates, what orders the candidates (selection),
+and what only ever decides (the gate). Where they come from, the `Source` knows.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
 
-import numpy as np
-import torch
-
-from fedge.artefact import unpack
 from fedge.config import Config, Tier
-from fedge.dataset import Examples, stratified
-from fedge.errors import CompressionError, FormatError
-from fedge.inference import CompactModel, Float32
+from fedge.counts import Counts
+from fedge.errors import CompressionError, FormatError, TimeUpError
 from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
 from fedge.task import Task
-from fedge_server.compression.budgets import Figure, figures, shortage
-from fedge_server.compression.gate import MAX_ATTEMPTS, GateReport, judge, score
-from fedge_server.compression.measure import Cost, measure
-from fedge_server.compression.recipes import Recipe, Workshop, recipes
+from fedge_server.compression.candidates import Candidate, TierOutcome, Trial
+from fedge_server.compression.gate import Evidence, GateReport, decide
+from fedge_server.compression.measure import measure
+from fedge_server.compression.outcome import outcome_of
+from fedge_server.compression.prospects import Known, Prospect, next_of, useful
+from fedge_server.compression.recipes import Architecture, Recipe, recipes
+from fedge_server.compression.shelf import Shelf
+from fedge_server.compression.sources import Source
+from fedge_server.compression.workshop import Workshop
 
-SELECTION_SHARE = 0.3  # of the proxy data: orders the candidates, trains nothing
+_SHORT: Final = 1 / 6  # of the epochs: the training that architectures are compared after
+_FEW: Final = 3  # so many architectures are trained whole without comparing them first
 
-_BATCH = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A built version of the global model, before any gate."""
-
-    recipe: str
-    cost: Cost
-    parameters: int
-    accuracy: float  # on the selection data; NaN where there is none
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What became of one recipe in one tier."""
-
-    recipe: str
-    result: str  # passed, gate: why not, over budget: which, not needed, not built: why
-    wire_bytes: int | None = None  # None: not built
-    installed_bytes: int | None = None
-    memory_bytes: int | None = None
-    latency_us: float | None = None
-    accuracy: float | None = None  # on the selection data; None: there is none
-    gate: GateReport | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """The compact version for one tier, with its evidence."""
-
-    tier: str
-    recipe: str
-    installed: bytes  # ONNX
-    wire: bytes  # as it travels
-    accuracy: float  # on the gate's data
-    latency_us: float  # median at batch 1, one thread
-    memory_bytes: int  # installed plus largest activations
-    parameters: int
-    gate: GateReport
-    probabilities: Float32  # (N, C) that the gate scored, in the order of its data
-
-
-@dataclass(frozen=True, slots=True)
-class TierOutcome:
-    """A tier's variant, or why there is none."""
-
-    tier: str
-    variant: Variant | None
-    reason: str  # one line, with figures
-    tried: tuple[Trial, ...]  # every recipe, in the order in which it was considered
+Say = Callable[[str], None]
 
 
 def compress(
     teacher: WholeModel,
     task: Task,
     spec: Spec,
-    proxy: Examples,
-    gate: Examples,
+    source: Source,
     config: Config,
-    progress: Callable[[str], None],
+    progress: Say,
+    *,
+    folder: Path | None = None,
 ) -> tuple[TierOutcome, ...]:
-    """For each tier the most accurate candidate within its budgets that passes the gate.
+    """For each tier the best candidate within its budgets that passes the gate; what is best, its `aim` says.
 
-    Every candidate is built and measured once, whatever the number of tiers. Candidates within a tier's
-    budgets are ordered by accuracy on the selection data, ties by fewer bytes on the wire, and face the
-    gate in that order until one passes, `MAX_ATTEMPTS` at most.
+    Every candidate is built and measured once, whatever the number of tiers. Those within a tier's budgets
+    face the gate in the order of `prospects.in_order` until one passes, `MAX_ATTEMPTS` at most.
 
     Args:
         teacher: the global model; it is not changed.
         task: its students are candidates.
         spec: of the data.
-        proxy: the server's own labelled data in the training distribution; empty leaves only "fp32".
-        gate: the data kept apart for the gate.
-        config: tiers, stages and seed; everything but the latencies is decided by them.
+        source: of all that is learned about data; one that knows none leaves only "fp32".
+        config: tiers, stages, time and seed; they decide everything but latencies and what there is time for.
         progress: takes one line per candidate and tier.
+        folder: where what is made is kept: a search that was stopped goes on, and the next one starts its
+            students from this one's; None: nowhere.
     """
     if not config.tiers:
         return ()
     teacher = copy.deepcopy(teacher).eval()
-    training, selection = parts(proxy, config.seed)
-    if not len(training):
-        progress("compress: no proxy data, so only the unchanged global model (fp32) is a candidate")
-    workshop = Workshop(teacher, task, spec, training, config)
-    candidates: list[Candidate] = []
-    failed: list[Trial] = []
-    for recipe in recipes(task, config.compress.prune, proxy=len(training) > 0):
-        try:
-            candidates.append(_candidate(recipe, workshop, selection, spec))
-            progress(f"compress: {_line(candidates[-1])}")
-        except (CompressionError, FormatError) as error:
-            failed.append(Trial(recipe.name, f"not built: {error}"))
-            progress(f"compress: {recipe.name} is no candidate: {error}")
-    exam = _Exam(teacher, gate, spec, config)
+    deadline = time.monotonic() + config.compress.max_seconds
+    shelf = Shelf.of(folder, teacher, task, source.identity(), config) if folder is not None else None
+    workshop = Workshop(teacher, task, spec, source, config, shelf=shelf, deadline=deadline, say=progress)
+    search = Search(workshop, source, config, deadline, progress)
+    search.run(recipes(task, config, teachable=source.learns))
+    exam = _Exam(source, spec, config)
     outcomes = []
     for name in config.tiers:
-        outcomes.append(_outcome(name, candidates, tuple(failed), exam))
+        outcomes.append(outcome_of(name, list(search.built.values()), tuple(search.left), exam))
         progress(f"compress: tier {name}: {outcomes[-1].reason}")
+    if shelf is not None:
+        shelf.tidy()
     return tuple(outcomes)
 
 
-def parts(proxy: Examples, seed: int) -> tuple[Examples, Examples]:
-    """The proxy data as (training and calibration, selection), stratified by class; both or neither empty."""
-    rng = np.random.default_rng([seed, 0x5E1EC7])
-    selected, rest = stratified(proxy.y, SELECTION_SHARE, rng)
-    if len(selected) == 0 or len(rest) < 2:
-        return proxy.take(selected[:0]), proxy.take(selected[:0])
-    return proxy.take(rest), proxy.take(selected)
+@dataclass(slots=True)
+class Search:
+    """One search: what is built, what is left, and what it takes next."""
 
+    workshop: Workshop
+    source: Source
+    config: Config
+    deadline: float  # of time.monotonic()
+    say: Say
+    built: dict[Recipe, Candidate] = field(default_factory=dict)
+    short: dict[Architecture, Counts] = field(default_factory=dict)
+    left: list[Trial] = field(default_factory=list)  # what could not be built, and why
 
-@torch.no_grad()
-def teacher_probabilities(teacher: WholeModel, examples: Examples) -> Float32:
-    """The global model's own answers (N, C), by torch; it must be in evaluation mode."""
-    chunks = [
-        torch.softmax(teacher(torch.from_numpy(examples.x[i : i + _BATCH])), dim=1).numpy()
-        for i in range(0, len(examples), _BATCH)
-    ]
-    return np.concatenate(chunks) if chunks else np.zeros((0, 0), np.float32)
+    def run(self, every: Sequence[Recipe]) -> None:
+        """Build until nothing promises anything or the time is up."""
+        for recipe in every:
+            if not recipe.architecture.learns and not recipe.trained:
+                self._build(recipe)
+        waiting = self._screened([recipe for recipe in every if recipe not in self.built])
+        self._compare(waiting)
+        turns = [(tier, useful(waiting, tier)) for tier in self.config.tiers.values()]
+        done: set[Recipe] = set()
+        while turns:
+            tier, prospects = turns.pop(0)
+            prospects = [each for each in prospects if each.recipe not in done]
+            known = Known(self.built, self.short)
+            chosen = next_of(prospects, known, tier, self.source.gate_examples, self.config)
+            if chosen is None:
+                continue  # nothing more for this tier
+            turns.append((tier, prospects))
+            done.add(chosen.recipe)
+            self._build(chosen.recipe)
+
+    def _screened(self, every: Sequence[Recipe]) -> list[Prospect]:
+        """What may fit some tier, by size first, then by the speed of untrained networks."""
+        tiers, sizes = list(self.config.tiers.values()), {}
+        for architecture in dict.fromkeys(recipe.architecture for recipe in every):
+            try:
+                sizes[architecture] = self.workshop.parameters(architecture)
+            except CompressionError as error:
+                self._failed(Recipe(architecture, "int8" if architecture.cut else "fp32"), error)
+        built = [trial.recipe for trial in self.left]
+        prospects = [
+            Prospect(recipe, sizes[recipe.architecture], {})
+            for recipe in every
+            if recipe.architecture in sizes and recipe.name not in built
+        ]
+        prospects = _for_any(prospects, tiers)
+        if not any(tier.max_latency_ms or tier.aim == "latency" for tier in tiers):
+            return prospects
+        speeds = {each.recipe.architecture: self._latency(each.recipe.architecture) for each in prospects}
+        measured = [replace(each, latency_us=speeds[each.recipe.architecture]) for each in prospects]
+        return _for_any(measured, tiers)
+
+    def _latency(self, architecture: Architecture) -> Mapping[int, float]:
+        try:
+            graph = self.workshop.exported(self.workshop.untrained(architecture))
+            return measure(graph, self.workshop.spec, threads=self._threads()).latency_us
+        except (CompressionError, FormatError):
+            return {}
+
+    def _compare(self, waiting: Sequence[Prospect]) -> None:
+        """Train each student for a short while, where there are more than a few."""
+        students = [
+            each for each in dict.fromkeys(each.recipe.architecture for each in waiting) if each.student
+        ]
+        if len(students) <= _FEW or not self.source.trains_grids:
+            return
+        for architecture in students:
+            try:
+                network = self.workshop.tried_out(architecture, _SHORT)
+                counts = self.source.selection_of(network, architecture.student)
+            except CompressionError as error:
+                self.say(f"compress: {architecture.name} was not compared: {error}")
+                continue
+            if counts is not None:
+                self.short[architecture] = counts
+                self.say(
+                    f"compress: {architecture.name}: {100 * counts.accuracy:.1f} % on selection data after "
+                    "a short training"
+                )
+
+    def _build(self, recipe: Recipe) -> None:
+        began = time.monotonic()
+        try:
+            if recipe.architecture.learns or recipe.trained:
+                self._check_time(recipe)
+            cost = measure(self.workshop.build(recipe), self.workshop.spec, threads=self._threads())
+            self.built[recipe] = candidate = Candidate(
+                recipe,
+                cost,
+                self.workshop.parameters(recipe.architecture),
+                self.source.selection(cost.wire, len(cost.installed)),
+                time.monotonic() - began,
+            )
+            self.say(f"compress: {_line(candidate)}")
+        except (CompressionError, FormatError) as error:
+            self._failed(recipe, error)
+
+    def _check_time(self, recipe: Recipe) -> None:
+        """Refuse to begin what cannot end in time.
+
+        Raises:
+            TimeUpError: the time is up, or will be before this is built.
+        """
+        left, needs = self.deadline - time.monotonic(), self._needs(recipe)
+        limit = f"compress.max_seconds = {self.config.compress.max_seconds:g}"
+        if left <= 0:
+            raise TimeUpError(f"the time is up ({limit})")
+        if left < needs:
+            raise TimeUpError(f"it takes about {needs:.0f} s, and of {limit} there are {left:.0f} left")
+
+    def _needs(self, recipe: Recipe) -> float:
+        """Seconds of training, by what the short one took; 0 where there was none."""
+        name, seconds = recipe.architecture.name, self.workshop.seconds
+        whole = seconds.get(name, seconds.get(f"{name}.short", 0.0) / _SHORT)
+        settings = self.config.compress
+        needs = 0.0 if name in seconds else whole
+        if recipe.trained:
+            needs += whole * settings.grid.epochs / settings.distil.epochs
+        return needs
+
+    def _failed(self, recipe: Recipe, error: Exception) -> None:
+        self.left.append(Trial(recipe.name, f"not built: {error}"))
+        self.say(f"compress: {recipe.name} is no candidate: {error}")
+
+    def _threads(self) -> set[int]:
+        return {tier.threads for tier in self.config.tiers.values()}
 
 
 class _Exam:
     """The gate for all tiers of one search: every candidate is scored once, by the bytes that ship."""
 
-    def __init__(self, teacher: WholeModel, gate: Examples, spec: Spec, config: Config) -> None:
-        self.config, self.spec = config, spec
-        self._gate = gate
-        self._teacher = teacher_probabilities(teacher, gate)
-        self._scores: dict[str, Float32] = {}
+    def __init__(self, source: Source, spec: Spec, config: Config) -> None:
+        self.config, self.examples = config, source.gate_examples
+        self._source, self._spec = source, spec
+        self._seen: dict[Recipe, Evidence] = {}
 
-    def scores(self, candidate: Candidate) -> Float32:
-        """Probabilities (N, C) of a candidate."""
-        if candidate.recipe not in self._scores:
+    def evidence(self, candidate: Candidate) -> Evidence:
+        """What is known of a candidate."""
+        if candidate.recipe not in self._seen:
             cost = candidate.cost
-            self._scores[candidate.recipe] = score(cost.wire, len(cost.installed), self.spec, self._gate.x)
-        return self._scores[candidate.recipe]
+            self._seen[candidate.recipe] = self._source.evidence(cost.wire, len(cost.installed))
+        return self._seen[candidate.recipe]
 
     def sit(self, candidate: Candidate, tier: Tier, attempt: int) -> GateReport:
         """The report on a tier's candidate number `attempt`."""
-        return judge(
-            self.scores(candidate),
-            self._teacher,
-            self._gate.y,
-            labels=self.spec.labels,
+        return decide(
+            self.evidence(candidate),
+            labels=self._spec.labels,
             tier=tier,
             settings=self.config.compress.gate,
             attempt=attempt,
@@ -179,108 +241,13 @@ class _Exam:
         )
 
 
-def _candidate(recipe: Recipe, workshop: Workshop, selection: Examples, spec: Spec) -> Candidate:
-    cost = measure(workshop.build(recipe), spec)
-    model = CompactModel(unpack(cost.wire, len(cost.installed)), spec)
-    right = [
-        model.run(selection.x[i : i + _BATCH])[1].argmax(axis=1) == selection.y[i : i + _BATCH]
-        for i in range(0, len(selection), _BATCH)
-    ]
-    accuracy = float(np.concatenate(right).mean()) if right else math.nan
-    return Candidate(recipe.name, cost, workshop.parameters(recipe.architecture), accuracy)
-
-
-def _outcome(name: str, candidates: list[Candidate], failed: tuple[Trial, ...], exam: _Exam) -> TierOutcome:
-    """One tier's search; pure but for the exam's scoring."""
-    tier = exam.config.tiers[name]
-    needs = {candidate.recipe: _figures(tier, candidate.cost) for candidate in candidates}
-    fitting = [candidate for candidate in candidates if all(figure.met for figure in needs[candidate.recipe])]
-    fitting.sort(key=lambda candidate: (-_known(candidate.accuracy), len(candidate.cost.wire)))
-    trials: list[Trial] = []
-    variant = None
-    for attempt, candidate in enumerate(fitting, start=1):
-        if variant is not None or attempt > MAX_ATTEMPTS:
-            trials.append(
-                _trial(candidate, "not needed" if variant else f"not tried after {MAX_ATTEMPTS} failed")
-            )
-            continue
-        report = exam.sit(candidate, tier, attempt)
-        trials.append(_trial(candidate, _verdict(report), report))
-        if report.passed:
-            variant = _variant(name, candidate, report, exam)
-    for candidate in candidates:
-        if candidate not in fitting:
-            over = "; ".join(str(figure) for figure in needs[candidate.recipe] if not figure.met)
-            trials.append(_trial(candidate, f"over budget: {over}"))
-    tried = (*trials, *failed)
-    if variant is not None:
-        return TierOutcome(name, variant, _success(variant), tried)
-    return TierOutcome(name, None, _failure(needs if not fitting else {}, tried), tried)
-
-
-def _figures(tier: Tier, cost: Cost) -> tuple[Figure, ...]:
-    return figures(
-        tier, wire_bytes=len(cost.wire), memory_bytes=cost.memory_bytes, latency_us=cost.latency_us
-    )
-
-
-def _known(accuracy: float) -> float:
-    return -1.0 if math.isnan(accuracy) else accuracy
-
-
-def _verdict(report: GateReport) -> str:
-    return "passed" if report.passed else f"gate: {'; '.join(report.reasons)}"
-
-
-def _trial(candidate: Candidate, result: str, report: GateReport | None = None) -> Trial:
-    cost = candidate.cost
-    return Trial(
-        recipe=candidate.recipe,
-        result=result,
-        wire_bytes=len(cost.wire),
-        installed_bytes=len(cost.installed),
-        memory_bytes=cost.memory_bytes,
-        latency_us=cost.latency_us,
-        accuracy=None if math.isnan(candidate.accuracy) else candidate.accuracy,
-        gate=report,
-    )
-
-
-def _variant(tier: str, candidate: Candidate, report: GateReport, exam: _Exam) -> Variant:
-    return Variant(
-        tier=tier,
-        recipe=candidate.recipe,
-        installed=candidate.cost.installed,
-        wire=candidate.cost.wire,
-        accuracy=report.accuracy,
-        latency_us=candidate.cost.latency_us,
-        memory_bytes=candidate.cost.memory_bytes,
-        parameters=candidate.parameters,
-        gate=report,
-        probabilities=exam.scores(candidate),
-    )
-
-
-def _success(variant: Variant) -> str:
-    report = variant.gate
-    return (
-        f"{variant.recipe} passed at attempt {report.attempt}: {len(variant.wire):,} bytes, "
-        f"accuracy {100 * report.accuracy:.2f} %, drop {100 * report.drop:.2f} "
-        f"(at most {100 * report.drop_upper:.2f}) points"
-    )
-
-
-def _failure(needs: Mapping[str, tuple[Figure, ...]], tried: tuple[Trial, ...]) -> str:
-    """Why there is no variant; `needs` of all candidates where none is within the budgets, else empty."""
-    if needs:
-        return f"no candidate is within the budgets: {shortage(needs)}"
-    gated = [f"{trial.recipe} ({trial.result.removeprefix('gate: ')})" for trial in tried if trial.gate]
-    if gated:
-        return f"no candidate passed the gate in {len(gated)} attempts: {'; '.join(gated)}"
-    return f"no candidate could be built: {'; '.join(f'{trial.recipe}: {trial.result}' for trial in tried)}"
+def _for_any(prospects: Sequence[Prospect], tiers: Sequence[Tier]) -> list[Prospect]:
+    """Those that are useful for some tier, in their order."""
+    wanted = {each.recipe for tier in tiers for each in useful(prospects, tier)}
+    return [each for each in prospects if each.recipe in wanted]
 
 
 def _line(candidate: Candidate) -> str:
-    cost = candidate.cost
-    known = "" if math.isnan(candidate.accuracy) else f", {100 * candidate.accuracy:.1f} % on selection data"
-    return f"{candidate.recipe}: {len(cost.wire):,} bytes, {cost.latency_us:.0f} us{known}"
+    cost, accuracy = candidate.cost, candidate.accuracy
+    known = "" if accuracy is None else f", {100 * accuracy:.1f} % on selection data"
+    return f"{candidate.name}: {len(cost.wire):,} bytes, {min(cost.latency_us.values()):.0f} us{known}"

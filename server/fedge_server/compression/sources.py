@@ -13,8 +13,8 @@ The search asks a `Source` and does not know which one it is. What is used is ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import hashlib
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -23,22 +23,22 @@ import torch
 from torch import nn
 
 from fedge.artefact import unpack
-from fedge.config import Config, DataKind, Distil
+from fedge.config import Compress, Config, DataKind, Distil
 from fedge.counts import Counts
 from fedge.dataset import Examples, stratified
 from fedge.errors import CompressionError, ConfigError
 from fedge.inference import CompactModel, Float32
 from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
-from fedge.statistics import Moments
-from fedge.task import Task
-from fedge_server.compression.clients import Clients, Fleet
-from fedge_server.compression.distil import distil, preprocessed
+from fedge_server.compression.distil import preprocessed
 from fedge_server.compression.gate import Evidence, evidence_of, score
 from fedge_server.compression.quantise import MAX_CALIBRATION, quantise
+from fedge_server.compression.recovery import Cut, pruned_and_recovered
+from fedge_server.compression.teaching import Lesson
 from fedge_server.data import ServerData
 
 SELECTION_SHARE = 0.3  # of the proxy data: orders the candidates, trains nothing
+MOST_SELECTION = 5000  # examples that do
 
 _BATCH = 256
 
@@ -56,8 +56,22 @@ class Source(Protocol):
         """Whether `teach` and `calibrate` can do anything; else only the unchanged model is a candidate."""
         ...
 
+    @property
+    def trains_grids(self) -> bool:
+        """Whether `teach` can train weights of few values; else these are rounded from trained ones."""
+        ...
+
+    @property
+    def gate_examples(self) -> int | None:
+        """That the gate will count on; None: not known before."""
+        ...
+
     def describe(self) -> str:
         """What comes from where, in a line for the outcome and the report."""
+        ...
+
+    def identity(self) -> bytes:
+        """What the data are: another value where students would learn something else."""
         ...
 
     def teach(
@@ -81,6 +95,26 @@ class Source(Protocol):
         Raises:
             CompressionError: it cannot learn here; another candidate may.
             TimeUpError: the deadline has passed.
+        """
+        ...
+
+    def pruned(
+        self, network: nn.Module, cut: Cut, settings: Compress, *, seed: int, deadline: float | None = None
+    ) -> nn.Module:
+        """What is left of the global model's network after pruning and recovery; see `recovery`.
+
+        Raises:
+            CompressionError: it cannot be pruned, or cannot learn here.
+            TimeUpError: the deadline has passed.
+        """
+        ...
+
+    def selection_of(self, network: nn.Module, student: str) -> Counts | None:
+        """What a network that is no candidate yet gets right; None: nothing is known, or it would be dear.
+
+        Args:
+            network: from pre-processed inputs to logits.
+            student: its architecture.
         """
         ...
 
@@ -148,43 +182,10 @@ def check_source(config: Config, proxy: Examples) -> None:
     Raises:
         ConfigError: it will not.
     """
-    if config.compress.data in ("clients", "unlabelled"):
-        raise ConfigError(f"compress.data = {config.compress.data!r}: the search does not ask it yet")
     kind_of(config, proxy, clients=True)
 
 
-def source_of(
-    config: Config,
-    task: Task,
-    data: ServerData,
-    model: WholeModel,
-    *,
-    moments: Moments | None = None,
-    fleet: Fleet | None = None,
-    say: Callable[[str], None] = lambda _: None,
-) -> Source:
-    """The source of a run's compression.
-
-    Args:
-        config: of the run.
-        task: of the run.
-        data: the server's.
-        model: the global one.
-        moments: by which its inputs are standardised; for clients, who are told them.
-        fleet: how clients can be asked; None: they cannot.
-        say: takes a line of progress.
-
-    Raises:
-        ConfigError: `compress.data` names what is not there.
-    """
-    kind = kind_of(config, data.proxy, clients=fleet is not None)
-    if kind == "clients":
-        assert fleet is not None  # noqa: S101 - `kind_of` has looked
-        return Clients(config, task, data, fleet, model, moments, say)
-    return OnServer.of(kind, config, data, model)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OnServer:
     """The server's own data, or none."""
 
@@ -196,6 +197,10 @@ class OnServer:
     gate: Examples
     seed: int
     answers: Float32  # of the model to the gate's data
+    settings: Distil
+    trains_grids: bool = True
+    _lesson: Lesson | None = field(default=None, init=False)
+    _apart: Float32 | None = field(default=None, init=False)  # the model's answers to what is set apart
 
     @classmethod
     def of(cls, kind: DataKind, config: Config, data: ServerData, model: WholeModel) -> OnServer:
@@ -203,12 +208,24 @@ class OnServer:
         proxy = data.proxy if kind != "none" else data.proxy.take(np.arange(0))
         training, apart = parts(proxy, config.seed)
         answers = answers_of(model.eval(), data.gate)
-        return cls(kind, model, data.spec, training, apart, data.gate, config.seed, answers)
+        distil = config.compress.distil
+        return cls(kind, model, data.spec, training, apart, data.gate, config.seed, answers, distil)
+
+    @property
+    def gate_examples(self) -> int:
+        """Of the server's own."""
+        return len(self.gate)
 
     @property
     def learns(self) -> bool:
         """Whether there are proxy data."""
         return len(self.training) > 0
+
+    def identity(self) -> bytes:
+        """Digest of the data that students learn from."""
+        sha = hashlib.sha256(f"{self.kind} {self.training.x.shape} {self.training.x.dtype}".encode())
+        sha.update(np.ascontiguousarray(self.training.x).tobytes() + self.training.y.tobytes())
+        return sha.digest()
 
     def describe(self) -> str:
         """In a line."""
@@ -227,13 +244,37 @@ class OnServer:
         deadline: float | None = None,
     ) -> nn.Module:
         """Distil on the proxy data; without labels from the teacher's answers alone."""
+        return self._taught().teach(student, self._fitting(settings), seed=seed, deadline=deadline)
+
+    def pruned(
+        self, network: nn.Module, cut: Cut, settings: Compress, *, seed: int, deadline: float | None = None
+    ) -> nn.Module:
+        """Recovered on the proxy data."""
+        taught, fitting = self._taught(), replace(settings, distil=self._fitting(settings.distil))
+        return pruned_and_recovered(
+            network, taught.x, taught.y, cut, fitting, seed=seed, deadline=deadline
+        ).network
+
+    def selection_of(self, network: nn.Module, student: str) -> Counts | None:
+        """On the proxy data set apart, by torch."""
+        if not len(self.apart):
+            return None
+        whole = WholeModel(self.model.preprocess, network.eval())
+        return self._counts(answers_of(whole, self.apart))
+
+    def _taught(self) -> Lesson:
         if not self.learns:
             raise CompressionError("distil: there is no data to learn from; see compress.data")
-        x, y = preprocessed(self.model.preprocess, self.training.x), torch.from_numpy(self.training.y)
-        if self.kind == "unlabelled":
-            settings = replace(settings, mode="soft")
-        known = None if self.kind == "unlabelled" else y
-        return distil(self.model.network, student, x, known, settings, seed=seed, deadline=deadline)
+        if self._lesson is None:
+            x = preprocessed(self.model.preprocess, self.training.x)
+            y = None if self.kind == "unlabelled" else torch.from_numpy(self.training.y)
+            settings = self._fitting(self.settings)
+            self._lesson = Lesson.of(self.model.network, x, y, settings, seed=self.seed)
+        return self._lesson
+
+    def _fitting(self, settings: Distil) -> Distil:
+        """Without labels only the teacher's answers are learned."""
+        return replace(settings, mode="soft") if self.kind == "unlabelled" else settings
 
     def calibrate(self, graph: bytes) -> bytes:
         """By the ranges on some of the proxy data."""
@@ -244,8 +285,12 @@ class OnServer:
         """On the proxy data set apart; without labels what the teacher answers there is taken for true."""
         if not len(self.apart):
             return None
-        answers = _run(CompactModel(unpack(wire, installed_bytes), self.spec), self.apart.x)
-        teacher = answers_of(self.model, self.apart)
+        return self._counts(_run(CompactModel(unpack(wire, installed_bytes), self.spec), self.apart.x))
+
+    def _counts(self, answers: Float32) -> Counts:
+        if self._apart is None:
+            self._apart = answers_of(self.model, self.apart)
+        teacher = self._apart
         truth = self.apart.y if self.kind == "labelled" else teacher.argmax(axis=1)
         return evidence_of(answers, teacher, truth, self.spec.classes).counts
 
@@ -258,7 +303,8 @@ class OnServer:
 def parts(proxy: Examples, seed: int) -> tuple[Examples, Examples]:
     """The proxy data as (training and calibration, selection), stratified by class; both or neither empty."""
     rng = np.random.default_rng([seed, 0x5E1EC7])
-    selected, rest = stratified(proxy.y, SELECTION_SHARE, rng)
+    share = min(SELECTION_SHARE, MOST_SELECTION / max(len(proxy), 1))
+    selected, rest = stratified(proxy.y, share, rng)
     if len(selected) == 0 or len(rest) < 2:
         return proxy.take(selected[:0]), proxy.take(selected[:0])
     return proxy.take(rest), proxy.take(selected)

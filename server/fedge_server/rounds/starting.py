@@ -231,7 +231,8 @@ def _taught(earlier: Earlier, config: Config, task: Task, data: ServerData, netw
 def _network_of(earlier: Earlier, task: Task, spec: Spec) -> nn.Module:
     """The network that a file holds: the one that it names, else the one whose parts are the file's."""
     shapes = {name: value.shape for name, value in earlier.arrays.items()}
-    builders = {**task.students, **task.models}
+    ladder = {f"{name}-{w}": of.of(w) for name, of in task.families.items() for w in of.widths}
+    builders = {**ladder, **task.students, **task.models}
     named = str(earlier.about.get("model", ""))
     for name in [named] if named in builders else list(builders):
         try:

@@ -14,11 +14,14 @@ from fedge.inference import CompactModel
 from fedge.task import Task
 from fedge_server.compression import check_possible, compress
 from fedge_server.compression.budgets import Figure, shortage
+from fedge_server.compression.choose import source_of
 from fedge_server.compression.possible import packed_floor
 from fedge_server.compression.recipes import recipes
-from fedge_server.compression.search import parts
+from fedge_server.compression.sources import parts
+from fedge_server.data import ServerData
 
 STAGES = {
+    "forms": ["fp32", "int8"],
     "distil": {"epochs": 30, "learning_rate": 0.01},
     "prune": {"ratios": [0.5], "recovery_epochs": 10},
 }
@@ -38,8 +41,16 @@ def found(trained, digits):
         gateway={"max_drop": 0.05},
         none={"max_wire_bytes": 900},
     )
-    outcomes = compress(trained, _task(), digits.spec, digits.proxy, digits.gate, config, lines.append)
+    outcomes = searched(trained, digits, config, say=lines.append)
     return {outcome.tier: outcome for outcome in outcomes}, lines
+
+
+def searched(teacher, digits, config, *, task=None, proxy=None, gate=None, say=lambda _line: None, **more):
+    """A search with the server's own data."""
+    own = digits.proxy if proxy is None else proxy
+    data = ServerData(digits.spec, own, digits.gate, digits.gate if gate is None else gate)
+    source = source_of(config, task or _task(), data, copy.deepcopy(teacher))
+    return compress(teacher, task or _task(), digits.spec, source, config, say, **more)
 
 
 def _task():
@@ -106,18 +117,17 @@ def test_candidates_face_the_gate_by_accuracy_on_the_selection_data(found):
 def test_the_same_seed_gives_the_same_bytes_and_the_teacher_is_not_changed(found, teacher, digits, helpers):
     before, state = helpers.weights(teacher), torch.get_rng_state()
     config = configured(FEW, micro={"max_wire_bytes": 4000, "max_drop": 0.15})
-    (again,) = compress(teacher, _task(), digits.spec, digits.proxy, digits.gate, config, lambda _line: None)
+    (again,) = searched(teacher, digits, config)
     assert again.variant.wire == found[0]["micro"].variant.wire
     assert helpers.same(before, helpers.weights(teacher))
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_without_proxy_data_only_the_unchanged_model_is_tried_and_that_is_said(teacher, digits):
+def test_without_proxy_data_only_the_unchanged_model_is_tried(teacher, digits):
     lines: list[str] = []
     none = digits.proxy.take(np.zeros(0, np.int64))
     config = configured(any={"max_drop": 0.02}, small={"max_wire_bytes": 4000})
-    outcomes = compress(teacher, _task(), digits.spec, none, digits.gate, config, lines.append)
-    assert "no proxy data" in lines[0]
+    outcomes = searched(teacher, digits, config, proxy=none, say=lines.append)
     assert [trial.recipe for trial in outcomes[0].tried] == ["fp32"]
     assert outcomes[0].variant.recipe == "fp32"
     assert outcomes[0].variant.gate.drop == 0
@@ -128,7 +138,7 @@ def test_without_proxy_data_only_the_unchanged_model_is_tried_and_that_is_said(t
 def test_no_more_than_three_candidates_face_the_gate(teacher, digits):
     few = digits.gate.take(np.arange(40))
     config = configured({**FEW, "distil": {"epochs": 1}}, strict={"max_drop": 0.01})
-    (outcome,) = compress(teacher, _task(), digits.spec, digits.proxy, few, config, lambda _line: None)
+    (outcome,) = searched(teacher, digits, config, gate=few)
     assert outcome.variant is None
     assert [trial.gate and trial.gate.attempt for trial in outcome.tried] == [1, 2, 3, None]
     assert outcome.tried[3].result == "not tried after 3 failed"
@@ -140,16 +150,14 @@ def test_a_stage_that_fails_loses_one_candidate_and_not_the_search(teacher, digi
     lone = copy.deepcopy(teacher)
     lone.network = nn.Sequential(nn.Linear(64, 10))  # nothing in it can be pruned
     config = configured(any={"max_drop": 0.9})
-    (outcome,) = compress(
-        lone, helpers.task(), digits.spec, digits.proxy, digits.gate, config, lambda _line: None
-    )
+    (outcome,) = searched(lone, digits, config, task=helpers.task())
     assert outcome.variant is not None
     assert outcome.tried[-1].recipe == "prune50+int8"
     assert "too small" in outcome.tried[-1].result
 
 
 def test_no_tier_is_no_work(teacher, digits):
-    assert compress(teacher, _task(), digits.spec, digits.proxy, digits.gate, Config(), print) == ()
+    assert searched(teacher, digits, Config()) == ()
 
 
 def test_training_and_selection_share_no_example_and_hold_every_class(digits):
@@ -168,8 +176,12 @@ def test_one_example_of_a_class_is_too_little_to_select_with(digits):
 
 def test_recipes_are_named_after_their_stages(helpers):
     task = helpers.task(small=8)
-    names = [recipe.name for recipe in recipes(task, Config().compress.prune, proxy=True)]
-    assert names == ["fp32", "int8", "prune50+int8", "prune75+int8", "student-small", "student-small+int8"]
+    names = [recipe.name for recipe in recipes(task, configured(), teachable=True)]
+    assert names == ["fp32", "int8", "prune50+int8", "student-small", "student-small+int8"]
+    fine = configured({"forms": ["ternary"]})
+    names = [recipe.name for recipe in recipes(task, fine, teachable=True)]
+    assert names == ["fp32", "ternary", "student-small", "student-small+ternary"]
+    assert [recipe.name for recipe in recipes(task, fine, teachable=False)] == ["fp32"]
 
 
 @pytest.mark.slow
@@ -237,6 +249,6 @@ def test_the_nearest_candidate_is_named_when_the_budgets_cannot_be_kept_together
 def test_an_empty_gate_set_lets_nothing_out(teacher, digits):
     none = digits.gate.take(np.zeros(0, np.int64))
     config = configured(FEW, any={"max_drop": 0.9})
-    (outcome,) = compress(teacher, _task(), digits.spec, digits.proxy, none, config, lambda _line: None)
+    (outcome,) = searched(teacher, digits, config, gate=none)
     assert outcome.variant is None
     assert "the gate set is empty" in outcome.reason

@@ -13,10 +13,11 @@ from fedge.artefact import pack
 from fedge.config import Config
 from fedge.errors import CompressionError, ConfigError
 from fedge_server.compression import distil as distilling
+from fedge_server.compression.choose import source_of
 from fedge_server.compression.export import export
 from fedge_server.compression.gate import evidence_of, score
 from fedge_server.compression.quantise import quantise
-from fedge_server.compression.sources import OnServer, answers_of, kind_of, parts, source_of
+from fedge_server.compression.sources import OnServer, answers_of, kind_of, parts
 from fedge_server.data import ServerData
 
 

@@ -1,0 +1,268 @@
+"""Builds candidates from one global model; what several share is made once, and kept for the next search."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from fedge.config import Config, Distil, FormName
+from fedge.errors import CompressionError, FedgeError
+from fedge.learning.state import NamedArrays, arrays_of, load_arrays
+from fedge.learning.whole import WholeModel
+from fedge.spec import Spec
+from fedge.task import STUDENT, Task
+from fedge_server.compression.distil import preprocessed
+from fedge_server.compression.export import export
+from fedge_server.compression.lowbit import Bits, frozen, prepared
+from fedge_server.compression.prune import prune
+from fedge_server.compression.recipes import Architecture, Recipe
+from fedge_server.compression.shelf import Shelf
+from fedge_server.compression.sources import Source
+from fedge_server.compression.sparsify import sparsify
+
+_BITS: dict[FormName, Bits] = {"w8": "int8", "w4": "int4", "ternary": "ternary", "binary": "binary"}
+
+_ROUNDED: tuple[FormName, ...] = ("w8", "w4")  # whose values may be rounded from trained ones
+_WARM_EPOCHS, _WARM_RATE = 1 / 6, 0.3  # of a student's training where it starts from what it learned before
+
+Say = Callable[[str], None]
+
+
+class Workshop:
+    """Networks and graphs of recipes.
+
+    Args:
+        teacher: the global model; it is not changed.
+        task: its students can be built.
+        spec: of the data.
+        source: of data: teaches and calibrates.
+        config: stages and seed.
+        shelf: where trained networks are kept, and what students of an earlier search learned; None: nowhere.
+        deadline: `time.monotonic()` after which training raises TimeUpError; None: never.
+        say: takes a line of progress.
+    """
+
+    def __init__(
+        self,
+        teacher: WholeModel,
+        task: Task,
+        spec: Spec,
+        source: Source,
+        config: Config,
+        *,
+        shelf: Shelf | None = None,
+        deadline: float | None = None,
+        say: Say = lambda _: None,
+    ) -> None:
+        self._teacher = copy.deepcopy(teacher).eval()
+        self.spec, self._task, self._source, self._config = spec, task, source, config
+        self._shelf, self._deadline, self._say = shelf, deadline, say
+        self._earlier = shelf.before() if shelf is not None else {}
+        self._short: dict[Architecture, nn.Module] = {}
+        self._networks: dict[tuple[Architecture, FormName], nn.Module] = {}
+        self._graphs: dict[Architecture, bytes] = {}
+        self.seconds: dict[str, float] = {}  # that each training took, by its name
+
+    def build(self, recipe: Recipe) -> bytes:
+        """The candidate as ONNX, trained as far as its form needs.
+
+        Raises:
+            CompressionError: a stage could not do its work; another candidate may still succeed.
+            TimeUpError: the deadline has passed.
+        """
+        kept = self._shelf.graph(recipe.name) if self._shelf is not None else None
+        if kept is not None:
+            return kept
+        graph = self._built(recipe)
+        if self._shelf is not None:
+            self._shelf.keep_graph(recipe.name, graph)
+        return graph
+
+    def _built(self, recipe: Recipe) -> bytes:
+        if recipe.trained:
+            return self.exported(self.network(recipe.architecture, recipe.form))
+        if recipe.architecture not in self._graphs:
+            self._graphs[recipe.architecture] = self.exported(self.network(recipe.architecture))
+        graph = self._graphs[recipe.architecture]
+        return graph if recipe.form == "fp32" else self._source.calibrate(graph)
+
+    def built_untrained(self, recipe: Recipe) -> bytes:
+        """The recipe as ONNX without any training: its size and speed, and answers that mean nothing.
+
+        Raises:
+            CompressionError: it cannot be built.
+        """
+        network = self.untrained(recipe.architecture)
+        if recipe.form in _BITS:
+            return self.exported(frozen(prepared(network, _BITS[recipe.form])))
+        graph = self.exported(network)
+        return graph if recipe.form == "fp32" else self._source.calibrate(graph)
+
+    def network(self, architecture: Architecture, form: FormName = "fp32") -> nn.Module:
+        """The trained network, whose weights lie on the form's grid.
+
+        Raises:
+            CompressionError, TimeUpError: as `build`.
+        """
+        key = (architecture, form)
+        if key not in self._networks:
+            if form in _BITS:
+                self._networks[key] = self._on_grid(architecture, form)
+            else:
+                self._networks[key] = self._trained(architecture)
+        return self._networks[key]
+
+    def tried_out(self, architecture: Architecture, share: float) -> nn.Module:
+        """The network after a short training, from which the whole one goes on.
+
+        Args:
+            architecture: of a student.
+            share: of the epochs of the whole training.
+
+        Raises:
+            CompressionError, TimeUpError: as `build`.
+        """
+        settings = self._config.compress.distil
+        short = replace(settings, epochs=max(round(share * settings.epochs), 1))
+        self._short[architecture] = self._learned(
+            f"{architecture.name}.short", architecture.student, self._first(architecture), short
+        )
+        return self._short[architecture]
+
+    def parameters(self, architecture: Architecture) -> int:
+        """Number of parameters of the network, trained or not.
+
+        Raises:
+            CompressionError: it cannot be built.
+        """
+        known = self._networks.get((architecture, "fp32"))
+        network = known if known is not None else self.untrained(architecture)
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    def untrained(self, architecture: Architecture) -> nn.Module:
+        """A network of this architecture that knows nothing, or of the global model what pruning leaves.
+
+        Raises:
+            CompressionError: it cannot be built.
+        """
+        if architecture.student:
+            return self._first(architecture)
+        if architecture.cut is None:
+            return self._teacher.network
+        cut, settings, seed = architecture.cut, self._config.compress.prune, self._config.seed
+        if cut.kind == "unstructured":
+            return sparsify(self._teacher.network, cut.share, settings, seed=seed).network.eval()
+        example = preprocessed(self._teacher.preprocess, self.spec.zeros(2))
+        return prune(self._teacher.network, example, cut.share, settings, seed=seed).network.eval()
+
+    def exported(self, network: nn.Module) -> bytes:
+        """A network behind the pre-processing, as ONNX.
+
+        Raises:
+            CompressionError: as `export`.
+        """
+        return export(WholeModel(self._teacher.preprocess, network), self.spec)
+
+    def _trained(self, architecture: Architecture) -> nn.Module:
+        if not architecture.learns:
+            return self._teacher.network
+        if architecture.student:
+            first = self._short.get(architecture) or self._first(architecture)
+            return self._learned(architecture.name, architecture.student, first, self._learning(architecture))
+        return self._remembered(architecture.name, architecture, lambda: self._pruned(architecture))
+
+    def _learning(self, architecture: Architecture) -> Distil:
+        """A student that an earlier search has taught needs less, and shall not forget where it was."""
+        settings = self._config.compress.distil
+        if architecture.name not in self._earlier:
+            return settings
+        epochs = max(round(_WARM_EPOCHS * settings.epochs), 1)
+        return replace(settings, epochs=epochs, learning_rate=_WARM_RATE * settings.learning_rate)
+
+    def _learned(self, name: str, student: str, network: nn.Module, settings: Distil) -> nn.Module:
+        def learn() -> nn.Module:
+            return self._source.teach(
+                network,
+                settings,
+                model=STUDENT + student,
+                seed=self._config.seed,
+                deadline=self._deadline,
+            )
+
+        return self._remembered(name, network, learn)
+
+    def _on_grid(self, architecture: Architecture, form: FormName) -> nn.Module:
+        settings = self._config.compress
+        student = prepared(self.network(architecture), _BITS[form])
+        if not self._source.trains_grids:
+            if form not in _ROUNDED:
+                raise CompressionError(f"{form}: so few values must be trained, and clients cannot")
+            return frozen(student)
+        learning = replace(
+            settings.distil, epochs=settings.grid.epochs, learning_rate=settings.grid.learning_rate
+        )
+        began = time.monotonic()
+        taught = self._source.teach(
+            student, learning, model="", seed=self._config.seed, deadline=self._deadline
+        )
+        self.seconds[Recipe(architecture, form).name] = time.monotonic() - began
+        return frozen(taught)
+
+    def _pruned(self, architecture: Architecture) -> nn.Module:
+        if architecture.cut is None:
+            raise CompressionError(f"{architecture.name}: nothing is pruned")
+        return self._source.pruned(
+            self._teacher.network,
+            architecture.cut,
+            self._config.compress,
+            seed=self._config.seed,
+            deadline=self._deadline,
+        )
+
+    def _remembered(
+        self, name: str, like: nn.Module | Architecture, make: Callable[[], nn.Module]
+    ) -> nn.Module:
+        """What is on the shelf under this name, else made and put there."""
+        if (kept := self._kept(name, like)) is not None:
+            return kept
+        began = time.monotonic()
+        made = make()
+        self.seconds[name] = time.monotonic() - began
+        if self._shelf is not None:
+            self._shelf.keep_network(name, arrays_of(made), self.seconds[name])
+        return made
+
+    def _kept(self, name: str, like: nn.Module | Architecture) -> nn.Module | None:
+        found = self._shelf.network(name) if self._shelf is not None else None
+        if found is None:
+            return None
+        network = copy.deepcopy(self.untrained(like) if isinstance(like, Architecture) else like)
+        arrays, seconds = found
+        if _shapes(arrays) != _shapes(arrays_of(network)):
+            return None
+        load_arrays(network, arrays)
+        self.seconds[name] = seconds
+        self._say(f"compress: {name} was made before")
+        return network.eval()
+
+    def _first(self, architecture: Architecture) -> nn.Module:
+        """A student that has not learned yet: its weights come from the seed, or from the last release's."""
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._config.seed)
+                network = self._task.student(architecture.student)(self.spec)
+        except FedgeError as error:
+            raise CompressionError(f"student {architecture.student!r} cannot be built: {error}") from error
+        before = self._earlier.get(architecture.name)
+        if before is not None and _shapes(before) == _shapes(arrays_of(network)):
+            load_arrays(network, before)
+        return network.eval()
+
+
+def _shapes(arrays: NamedArrays) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in arrays.items()}

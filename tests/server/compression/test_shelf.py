@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fedge.config import Config
+from fedge_server.compression.choose import source_of
+from fedge_server.compression.recipes import Architecture, Recipe
+from fedge_server.compression.shelf import Shelf
+from fedge_server.compression.workshop import Workshop
+from fedge_server.data import ServerData
+
+FAST = {"distil": {"epochs": 3}, "grid": {"epochs": 2}}
+SMALL = Architecture(student="small")
+
+
+def config(**compress):
+    return Config.from_mapping({"task": "tests.tiny:TASK", "compress": FAST | compress})
+
+
+@pytest.fixture
+def made(teacher, digits, helpers, tmp_path):
+    """A function that opens a workshop with a shelf in the same root each time."""
+
+    def open_workshop(given=None, network=teacher):
+        given = given or config()
+        task = helpers.task(small=8)
+        data = ServerData(digits.spec, digits.proxy, digits.gate, digits.gate)
+        source = source_of(given, task, data, network)
+        shelf = Shelf.of(tmp_path, network, task, source.identity(), given)
+        return Workshop(network, task, digits.spec, source, given, shelf=shelf), shelf
+
+    return open_workshop
+
+
+def test_a_search_that_goes_on_finds_what_was_made(made):
+    workshop, shelf = made()
+    graph = workshop.build(Recipe(SMALL, "ternary"))
+    again, other = made()
+    assert other.folder == shelf.folder
+    assert again.build(Recipe(SMALL, "ternary")) == graph
+    assert "student-small" not in again.seconds  # nothing was trained
+    assert torch.equal(
+        again.network(SMALL).state_dict()["0.weight"], workshop.network(SMALL).state_dict()["0.weight"]
+    )
+
+
+def test_a_damaged_file_is_made_again(made):
+    workshop, shelf = made()
+    graph = workshop.build(Recipe(SMALL, "fp32"))
+    for path in shelf.folder.iterdir():
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data[:-1] if path.suffix == ".safetensors" else data)
+    again, _ = made()
+    assert again.build(Recipe(SMALL, "fp32")) == graph
+
+
+def test_another_teacher_seed_or_stage_has_another_shelf_and_another_time_has_not(made, teacher):
+    _, shelf = made()
+    folders = {shelf.folder}
+    with torch.no_grad():
+        teacher.network[0].weight[0, 0] += 1
+    for given in (config(), replace(config(), seed=1), config(distil={"epochs": 4})):
+        folders.add(made(given)[1].folder)
+    assert len(folders) == 4
+    assert made(config(max_seconds=5.0))[1].folder == made()[1].folder
+
+
+def test_students_start_from_what_an_earlier_search_taught_them_and_learn_less(
+    made, teacher, digits, helpers
+):
+    workshop, shelf = made(config(distil={"epochs": 30}))
+    workshop.network(SMALL)
+    os.utime(shelf.folder, (1, 1))
+    with torch.no_grad():
+        teacher.network[0].weight.mul_(1.001)
+    again, _ = made(config(distil={"epochs": 30}))
+    began = dict(again.untrained(SMALL).state_dict())
+    assert torch.equal(began["0.weight"], workshop.network(SMALL).state_dict()["0.weight"])
+    right = helpers.share_right(again.network(SMALL), digits.gate)
+    assert right >= helpers.share_right(workshop.network(SMALL), digits.gate) - 0.02
+    moved = float((again.network(SMALL).state_dict()["0.weight"] - began["0.weight"]).norm())
+    assert moved < 0.5 * float(began["0.weight"].norm())
+
+
+def test_two_searches_are_kept(made, teacher):
+    folders = []
+    for number in range(3):
+        with torch.no_grad():
+            teacher.network[0].bias[0] += 1
+        _, shelf = made()
+        shelf.keep_network("n", {"w": np.zeros(2, np.float32)}, 1.0)
+        os.utime(shelf.folder, (number, number))
+        folders.append(shelf.folder)
+    shelf.tidy()
+    assert [folder.exists() for folder in folders] == [False, True, True]
+    assert list(shelf.before()) == ["n"]
