@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fedge.errors import ConfigError
+from fedge.errors import ConfigError, RoundError
 from fedge.learning.messages import from_record, to_record
 from fedge.learning.state import arrays_of, digest
 from fedge_server import strategies
@@ -181,3 +181,30 @@ def _linear():
     from torch import nn
 
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def broken(honest):
+    """Around a ClientApp that fails whenever it is to train."""
+
+    def call(message, context):
+        if message.metadata.message_type == "train":
+            raise RuntimeError("no disk")
+        return honest(message, context)
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["fedbuff", "fedasync"])
+def test_where_every_client_fails_the_run_ends_with_the_reason(name, small, learn, tmp_path):
+    with pytest.raises(RoundError, match=r"rounds in a row did not count; .*no disk"):
+        learn(small(strategy={"name": name}, scenario=UNEVEN), tmp_path, around=broken)
+
+
+def test_a_round_closes_with_what_came_where_nearly_all_is_rejected(small, learn, tmp_path):
+    def around(honest):
+        return lambda message, context: (honest if context.node_id == 1 else broken(honest))(message, context)
+
+    config = small(clients={"count": 8}, strategy={"name": "fedbuff", "buffer": 500}, scenario=UNEVEN)
+    records = learn(config, tmp_path, around=around).records
+    assert all(record.counted and 1 <= record.clients < 500 for record in records)
+    assert all(80 <= len(record.rejected) < 90 for record in records)

@@ -28,6 +28,7 @@ from fedge_server.rounds.validation import Rules, UnfitError, Valid, validated
 from fedge_server.strategies.asynchronous import Asynchronous
 
 PATIENCE_S: Final = 3600.0  # for one answer, where no deadline is set: as long as Flower waits
+HOPELESS: Final = 10  # answers that come to nothing, for each client at work, with which a round closes
 PAUSE_S: Final = 0.05  # between two looks at a Grid that can only be asked
 
 Make = Callable[[Sequence[int]], Sequence[Message]]
@@ -68,7 +69,9 @@ class UnderWay:
     def replies(
         self, number: int, arrays: NamedArrays, make: Make, collected: Collected
     ) -> Iterator[Message]:
-        """Answers as they arrive, without end; everybody who has answered is replaced.
+        """Answers as they arrive; everybody who has answered is replaced.
+
+        There is no end of them, unless so many come to nothing that waiting for more has no sense.
 
         Args:
             number: of the round.
@@ -78,7 +81,7 @@ class UnderWay:
         """
         self._models[number], self._draws = arrays, 0
         self._forget()
-        while True:
+        while len(collected.rejected) < HOPELESS * self.at_once:
             self._fill(number, make, collected)
             if not self._arrived:
                 self._pull()
