@@ -28,7 +28,7 @@ SCRIPTS = Path(sys.executable).parent  # where fedge-server and fedge-client are
 POLL_S = 0.05
 PATIENCE_S = 300.0  # for anything that takes seconds: the machine may be busy
 SHORT_LIMITS = {
-    "limits": {"offline_grace_s": 20, "default_deadline_s": PATIENCE_S, "max_connection_age_s": 3600},
+    "limits": {"offline_grace_s": 20, "default_deadline_s": 240, "max_connection_age_s": 3600},
     "workers": {"restarts": 5},
 }
 

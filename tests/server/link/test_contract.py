@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,11 @@ from fedge_server import app as server_app
 from fedge_server.link.grid import RUN_ID, SERVER_NODE, LinkGrid
 from fedge_server.registry.database import Registry
 from fedge_server.registry.ledger import Ledger
+from fedge_server.rounds.loop import Learned
 from fedge_server.strategies import NAMES, options_of
 from fedge_simulations.grid import VectorGrid
 from fedge_simulations.simulate import learn
-from fedge_simulations.world import prepare
+from fedge_simulations.world import World, prepare
 
 OPTIONS = {
     "fedprox": {"proximal_mu": 0.1},
@@ -112,6 +115,24 @@ def test_push_and_pull_give_every_reply_once(any_grid):
     assert list(any_grid.pull_messages(ids)) == []
 
 
+@contextmanager
+def over_the_link(world: World, hub, home: Path | None = None) -> Iterator[Learned]:
+    """What a world's run over the link learned, each client behind a device; its Grid is open meanwhile."""
+    device = _one_at_a_time(client_app.build(world.share_of))
+    hub.devices |= dict.fromkeys(range(1, len(world.clients) + 1), device)
+    learned: list[Learned] = []
+    app = server_app.build(lambda *_: world.server, done=learned.append)
+    settings = server_app.run_config(world.config, home or hub.home.root, "run")
+    with closing(LinkGrid(hub.home, "run", admin.Selection(task="digits"))) as grid:
+        app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
+        yield learned[0]
+
+
+def learn_over_the_link(world: World, hub, home: Path | None = None) -> Learned:
+    with over_the_link(world, hub, home) as learned:
+        return learned
+
+
 def exact(name):
     return {"accumulate": "float64"} if "accumulate" in options_of(name) else {}
 
@@ -143,20 +164,12 @@ def test_a_codec_gives_the_same_over_the_link_and_is_counted_as_it_travels(
     )
     world = prepare(config)
     simulated = learn(world, tmp_path / "simulated", "run", lambda _: None)
-    hub.devices |= dict.fromkeys(range(1, 6), _one_at_a_time(client_app.build(world.share_of)))
-    linked = []
-    app = server_app.build(lambda *_: world.server, done=linked.append)
-    grid = LinkGrid(hub.home, "run", admin.Selection(task="digits"))
-    app(
-        grid,
-        Context(RUN_ID, SERVER_NODE, {}, RecordDict(), server_app.run_config(config, hub.home.root, "run")),
-    )
-    grid.close()
-    assert digest(arrays_of(linked[0].model.network)) == digest(arrays_of(simulated.model.network))
-    assert [r.updates for r in linked[0].records] == [r.updates for r in simulated.records]
-    assert [r.bytes_up for r in linked[0].records] == [r.bytes_up for r in simulated.records]
+    linked = learn_over_the_link(world, hub)
+    assert digest(arrays_of(linked.model.network)) == digest(arrays_of(simulated.model.network))
+    assert [r.updates for r in linked.records] == [r.updates for r in simulated.records]
+    assert [r.bytes_up for r in linked.records] == [r.bytes_up for r in simulated.records]
     if "downlink" in communication:
-        assert linked[0].records[2].bytes_down < linked[0].records[0].bytes_down / 5
+        assert linked.records[2].bytes_down < linked.records[0].bytes_down / 5
 
 
 @pytest.mark.quick_where(name=("fedbuff",))
@@ -172,22 +185,14 @@ def test_asynchronous_rounds_go_over_the_link_and_leave_no_used_file_behind(name
         }
     )
     world = prepare(config)
-    hub.devices |= dict.fromkeys(range(1, 6), _one_at_a_time(client_app.build(world.share_of)))
-    linked = []
-    app = server_app.build(lambda *_: world.server, done=linked.append)
-    grid = LinkGrid(hub.home, "run", admin.Selection(task="digits"))
-    app(
-        grid,
-        Context(RUN_ID, SERVER_NODE, {}, RecordDict(), server_app.run_config(config, hub.home.root, "run")),
-    )
-    records = linked[0].records
-    assert [record.clients for record in records] == [2 if name == "fedbuff" else 1] * 12
-    assert all(record.staleness is not None and not record.rejected for record in records)
-    # Of those at work, whose answers may have come to the hub, of the last step, and of the moments before.
-    left = 5 + 5 + (2 if name == "fedbuff" else 1)
-    assert len([path for path in hub.home.spool("run").glob("*") if path.is_file()]) <= left
-    assert len([path for path in hub.home.objects("run").glob("*") if path.is_file()]) <= left
-    grid.close()
+    with over_the_link(world, hub) as linked:
+        records = linked.records
+        assert [record.clients for record in records] == [2 if name == "fedbuff" else 1] * 12
+        assert all(record.staleness is not None and not record.rejected for record in records)
+        # Of those at work, whose answers may have come to the hub, of the last step, and of the moments.
+        left = 5 + 5 + (2 if name == "fedbuff" else 1)
+        assert len([path for path in hub.home.spool("run").glob("*") if path.is_file()]) <= left
+        assert len([path for path in hub.home.objects("run").glob("*") if path.is_file()]) <= left
     assert not [path for path in hub.home.objects("run").glob("*") if path.is_file()]
 
 
@@ -208,22 +213,13 @@ def test_a_strategy_learns_the_same_over_the_link_as_in_a_simulation(name, hub, 
     )
     world = prepare(config)
     simulated = learn(world, tmp_path / "simulated", "run", lambda _: None)
-    device = _one_at_a_time(client_app.build(world.share_of))
-    hub.devices |= dict.fromkeys(range(1, 6), device)
-    linked = []
-    app = server_app.build(lambda *_: world.server, done=linked.append)
-    settings = server_app.run_config(config, hub.home.root, "run")
-    grid = LinkGrid(hub.home, "run", admin.Selection(task="digits"))
-    app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
-    grid.close()
-    assert digest(arrays_of(linked[0].model.network)) == digest(arrays_of(simulated.model.network))
-    assert [record.updates for record in linked[0].records] == [
-        record.updates for record in simulated.records
-    ]
-    assert [record.client_metrics for record in linked[0].records] == [
+    linked = learn_over_the_link(world, hub)
+    assert digest(arrays_of(linked.model.network)) == digest(arrays_of(simulated.model.network))
+    assert [record.updates for record in linked.records] == [record.updates for record in simulated.records]
+    assert [record.client_metrics for record in linked.records] == [
         record.client_metrics for record in simulated.records
     ]
-    assert [r.anomalies for r in linked[0].records] == [r.anomalies for r in simulated.records]
+    assert [r.anomalies for r in linked.records] == [r.anomalies for r in simulated.records]
     with Registry.open(hub.home.root) as registry:
         assert registry.run("run")["status"] == "done"
 
@@ -243,20 +239,12 @@ def test_frozen_parts_are_the_same_to_the_bit_over_the_link(hub, tmp_path: Path)
     )
     world = prepare(config)
     simulated = learn(world, tmp_path / "simulated", "run", lambda _: None)
-    hub.devices |= dict.fromkeys(range(1, 4), _one_at_a_time(client_app.build(world.share_of)))
-    linked = []
-    app = server_app.build(lambda *_: world.server, done=linked.append)
-    grid = LinkGrid(hub.home, "run", admin.Selection(task="digits"))
-    app(
-        grid,
-        Context(RUN_ID, SERVER_NODE, {}, RecordDict(), server_app.run_config(config, hub.home.root, "run")),
-    )
-    grid.close()
+    linked = learn_over_the_link(world, hub)
     first = arrays_of(local.first(world.task, "mlp", world.dataset.spec, config.seed))
-    last, same = arrays_of(linked[0].model.network), ["1.weight", "1.bias", "3.weight", "3.bias"]
+    last, same = arrays_of(linked.model.network), ["1.weight", "1.bias", "3.weight", "3.bias"]
     assert [name for name in first if first[name].tobytes() == last[name].tobytes()] == same
     assert digest(last) == digest(arrays_of(simulated.model.network))
-    assert [record.client_metrics for record in linked[0].records] == [
+    assert [record.client_metrics for record in linked.records] == [
         record.client_metrics for record in simulated.records
     ]
 
@@ -274,19 +262,11 @@ def test_over_the_link_noise_is_secret_and_no_seed_brings_it_back(mechanism, hub
         }
     )
     world = prepare(config)
-    hub.devices |= dict.fromkeys(range(1, 6), _one_at_a_time(client_app.build(world.share_of)))
     models = []
     for home in (hub.home.root, tmp_path / "again"):  # the same seed, the same devices
-        linked = []
-        app = server_app.build(lambda *_: world.server, done=linked.append)
-        grid = LinkGrid(hub.home, "run", admin.Selection(task="digits"))
-        app(
-            grid,
-            Context(RUN_ID, SERVER_NODE, {}, RecordDict(), server_app.run_config(config, home, "run")),
-        )
-        grid.close()
-        assert [(r.clients, r.privacy["noise"]) for r in linked[0].records] == [(5, "secret")] * 2
-        models.append(digest(arrays_of(linked[0].model.network)))
+        linked = learn_over_the_link(world, hub, home)
+        assert [(r.clients, r.privacy["noise"]) for r in linked.records] == [(5, "secret")] * 2
+        models.append(digest(arrays_of(linked.model.network)))
         with Registry.open(home) as registry:
             rows = Ledger(registry.engine, "default").entries()
         assert [row.round for row in rows] == [1, 2]
