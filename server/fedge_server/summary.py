@@ -65,7 +65,7 @@ def summarise(
         "on_clients": dict(last.client_metrics),
         "privacy": privacy.to_json(),
         **further,
-        "variants": [_tier(outcome) for outcome in outcomes],
+        "variants": [tier_row(outcome) for outcome in outcomes],
         "seconds": round(seconds, 2),
     }
     return {key: value for key, value in summary.items() if value not in (None, [], {})}
@@ -77,7 +77,8 @@ def fp32_bytes(network: nn.Module) -> int:
     return sum(map(len, tensors.dump_chunks({name: state[name] for name in names_of(network)})))
 
 
-def _tier(outcome: TierOutcome) -> dict[str, Any]:
+def tier_row(outcome: TierOutcome) -> dict[str, Any]:
+    """A tier's variant, or why it has none, as plain JSON values."""
     variant = outcome.variant
     if variant is None:
         return {"tier": outcome.tier, "gate": f"failed: {outcome.reason}"}

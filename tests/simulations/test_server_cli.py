@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 
+from fedge.artefact import unpack
 from fedge.config import Config
+from fedge.files import sha256
 from fedge_server.cli import main
 from fedge_simulations import run
 
@@ -90,3 +92,41 @@ def test_variants_for_further_tiers_become_the_next_release_with_its_lineage(fol
     assert shown["round"]["updates"] == release["lineage"]["updates"]
     again = as_json(capsys, "compress", "--tiers", str(tiers), "--home", str(folder))
     assert again["release"] == 2
+
+
+@pytest.mark.slow
+def test_variants_of_a_model_file_are_written_with_their_evidence_and_a_report(folder, tmp_path, capsys):
+    config = tmp_path / "digits.toml"
+    config.write_text(
+        'task = "digits"\n[evaluate]\nholdout_fraction = 0.45\ngate_fraction = 0.6\n'
+        "[compress.distil]\nepochs = 20\n"
+        '[tiers.tiny]\naim = "bytes"\nmax_wire_bytes = 6_000\nmax_drop = 0.15\n'
+    )
+    out, model = tmp_path / "small", folder / "model.safetensors"
+    made = as_json(capsys, "compress", str(model), "--tiers", str(config), "--out", str(out))
+    (row,) = made["variants"]
+    wire, installed = ((out / f"tiny.{kind}").read_bytes() for kind in ("wire", "onnx"))
+    assert unpack(wire, len(installed)) == installed
+    assert (row["gate"], row["wire_bytes"]) == ("passed", len(wire))
+    assert made["sha256"]["tiny"] == sha256(wire)
+    assert json.loads((out / "tiny.gate.json").read_text())["passed"]
+    assert json.loads((out / "summary.json").read_text()) == made
+    page = (out / "report.html").read_text()
+    assert "<svg" in page
+    assert row["recipe"] in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "give --out DIR and --tiers FILE"),
+        (["--out", "{out}", "--tiers", "{toml}"], "nosuch.safetensors does not exist"),
+    ],
+)
+def test_a_model_that_cannot_be_compressed_is_refused(tmp_path, capsys, arguments, says):
+    config = tmp_path / "digits.toml"
+    config.write_text("[tiers.any]\n")
+    given = [each.format(toml=config, out=tmp_path / "o") for each in arguments]
+    assert main(["compress", "nosuch.safetensors", *given]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()

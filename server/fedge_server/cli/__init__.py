@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedge import cli
-from fedge.errors import ConfigError, UserError
-from fedge_server.cli import backup, fleet, init, pretrain, privacy, runs, serving
-from fedge_server.cli.runs import find_run, open_registry
+from fedge.errors import UserError
+from fedge_server.cli import backup, compress, fleet, init, pretrain, privacy, runs, serving
+from fedge_server.cli.runs import open_registry
 
 if TYPE_CHECKING:
     from fedge.manifest import Release
@@ -33,22 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     runs.add(commands)
     _group(commands, "release", "what devices can install", _release_ls, _release_show, "VERSION", int)
-    compress = cli.subcommand(
-        commands,
-        "compress",
-        _compress,
-        summary="make, gate and publish variants of a run's global model",
-        examples="  fedge-server compress --home out/digits --tiers tiers.toml\n\n"
-        "  tiers.toml holds tables such as:  [micro]\n"
-        "                                    max_wire_bytes = 6_000\n"
-        "                                    max_drop = 0.03",
-    )
-    _common(compress)
-    compress.add_argument(
-        "--tiers", type=Path, metavar="FILE", help="tiers to serve (default: the run's own)"
-    )
-    compress.add_argument("--run", metavar="ID", dest="run_id", help="which run (default: the newest)")
-    for module in (init, fleet, serving, privacy, pretrain, backup):
+    for module in (compress, init, fleet, serving, privacy, pretrain, backup):
         module.add(commands)
     return cli.run(parser, argv)
 
@@ -131,66 +114,3 @@ def _began(origin: Mapping[str, Any]) -> str:
     """By digest, which leads on to the release or the run that it was."""
     verb = "began with the weights of" if origin["how"] == "start" else "was taught at first by"
     return f"{verb} {origin['from']}, global model {str(origin['sha256'])[:16]}"
-
-
-def _compress(arguments: argparse.Namespace) -> int:
-    from fedge.config import Config
-    from fedge.task import resolve
-    from fedge_server.compression import check_possible, compress
-    from fedge_server.compression.choose import source_of
-    from fedge_server.data import data_of_run
-    from fedge_server.pipeline import CANDIDATES
-    from fedge_server.release import publish_outcomes
-    from fedge_server.rounds.loop import recall
-
-    opened, registry = open_registry(arguments.home)
-    home = opened.root
-    with registry:
-        run = find_run(registry, arguments.run_id)
-        config = Config.from_mapping(run["config"])
-        if arguments.tiers is not None:
-            config = replace(config, tiers=Config.from_mapping({"tiers": _read_tiers(arguments.tiers)}).tiers)
-        if not config.tiers:
-            raise ConfigError("the run names no tiers; give them with --tiers FILE")
-        task = resolve(config.task)
-        data = data_of_run(config, task, run["data"])
-        if data is None:
-            raise UserError(
-                f"run {run['id']}: the data in {config.data or config.task} has changed since the run; "
-                "its gate could hold examples that were trained on"
-            )
-        check_possible(task, data.spec, config, data.proxy.x, gate=data.gate)
-        learned = recall(registry, run["id"], config, task, data.spec)
-        say = _silent if arguments.format == "json" else _say
-        source = source_of(config, task, data, learned.model)
-        say(f"compress: {source.describe()}")
-        outcomes = compress(learned.model, task, data.spec, source, config, say, folder=home / CANDIDATES)
-        release = publish_outcomes(home, registry, run["id"], learned, config.task, data.spec, outcomes)
-    value = {
-        "release": release.version if release else None,
-        "tiers": {outcome.tier: outcome.reason for outcome in outcomes},
-    }
-    lines = (
-        [f"release {release.version} published in {home / 'release'}"] if release else ["nothing published"]
-    )
-    _print(arguments, value, lines)
-    return 0 if all(outcome.variant for outcome in outcomes) else 1
-
-
-def _read_tiers(path: Path) -> dict[str, Any]:
-    """Tables of tiers, or a whole configuration's `[tiers.*]`."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"tiers {path}: cannot be read ({error})") from error
-    tiers: dict[str, Any] = values.get("tiers", values)
-    return tiers
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-def _silent(_: str) -> None:
-    pass

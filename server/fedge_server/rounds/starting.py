@@ -193,11 +193,7 @@ def check_start(config: Config, task: Task, data: ServerData, registry: Registry
 def _teacher(earlier: Earlier, config: Config, task: Task, data: ServerData) -> nn.Module:
     spec = data.spec
     _check_inputs(earlier, config, spec)
-    if earlier.labels not in (None, spec.labels):
-        raise ConfigError(
-            f"{earlier.key}: its classes are {_few(earlier.labels or ())}, the data's {_few(spec.labels)}; "
-            "only a model of the same classes in the same order can teach: take model.start for others"
-        )
+    _check_labels(earlier, spec)
     if len(data.proxy) < 2:
         raise ConfigError(
             f"{earlier.key}: there are no proxy data to teach with; see evaluate.proxy_fraction"
@@ -226,6 +222,36 @@ def _taught(earlier: Earlier, config: Config, task: Task, data: ServerData, netw
         "accuracy_after": after,
     }
     return Start(arrays_of(student), asks_moments=False, moments=earlier.moments, origin=origin)
+
+
+def whole_model(
+    value: str, config: Config, task: Task, spec: Spec, registry: Registry | None
+) -> tuple[WholeModel, str]:
+    """An earlier model with its pre-processing, and the SHA-256 of its file.
+
+    Args:
+        value: a model file, a run folder, or "release:N" of the registry.
+        config: of the task that it was trained for; `model.filter` must be the same.
+        task: whose models or students it is one of.
+        spec: of the data; its classes must be the model's.
+        registry: holds releases; None: there are none here.
+
+    Raises:
+        ConfigError: it cannot be found, or does not fit.
+    """
+    earlier = _read("start", value, registry)
+    _check_inputs(earlier, config, spec)
+    _check_labels(earlier, spec)
+    preprocess = task.preprocess(spec, earlier.moments, config.model.filter)
+    return WholeModel(preprocess, _network_of(earlier, task, spec)), earlier.sha256
+
+
+def _check_labels(earlier: Earlier, spec: Spec) -> None:
+    if earlier.labels not in (None, spec.labels):
+        raise ConfigError(
+            f"{earlier.key}: its classes are {_few(earlier.labels or ())}, the data's {_few(spec.labels)}; "
+            "only a model of the same classes in the same order can teach: take model.start for others"
+        )
 
 
 def _network_of(earlier: Earlier, task: Task, spec: Spec) -> nn.Module:
