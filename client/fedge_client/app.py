@@ -22,7 +22,7 @@ from fedge.codecs.layout import Layout
 from fedge.dataset import Dataset, Examples
 from fedge.errors import ConfigError, DataError, FormatError
 from fedge.holdout import kept_back, places
-from fedge.learning import draws, local, messages
+from fedge.learning import draws, local, replies
 from fedge.learning.guard import guarded, noised_share, reference
 from fedge.learning.local import Job, Trained, Trainer
 from fedge.learning.messages import Instructions
@@ -147,13 +147,13 @@ def build(
 
     @client.query("ping")
     def ping(message: Message, context: Context) -> Message:
-        return messages.ping_reply(message)
+        return replies.ping_reply(message)
 
     @client.query("moments")
     def moments(message: Message, context: Context) -> Message:
         instructions = Instructions.of(message)
         _, examples = trained_on(share(context, instructions), instructions)
-        return messages.moments_reply(message, Moments.of(examples.x, instructions.spec), len(examples))
+        return replies.moments_reply(message, Moments.of(examples.x, instructions.spec), len(examples))
 
     answer_surveys(client, share)
     masking.answer_queries(
@@ -188,7 +188,7 @@ def build(
         loss, accuracy = found["loss"], found["accuracy"]
         assert isinstance(loss, float)  # noqa: S101 - narrows the union for the type checker
         assert isinstance(accuracy, float)  # noqa: S101 - likewise
-        return messages.evaluate_reply(
+        return replies.evaluate_reply(
             message, examples=len(y), loss=loss, accuracy=accuracy, held_out=instructions.holdout > 0
         )
 
@@ -247,12 +247,12 @@ def _answer(
     arrays, examples = done.arrays, done.examples
     if guard is not None and guard.kind == "local":
         arrays, examples = guarded(done.arrays, _origin(job), guard, job.secret), 1
-    said: messages.Said = {"examples": examples, "loss": loss, "guarded": guard is not None}
+    said: replies.Said = {"examples": examples, "loss": loss, "guarded": guard is not None}
     if terms.steps:
         said["steps"] = done.steps
     if job.instructions.codec is not None:
         return coding.answer(message, context, _layout(job), arrays, **said)
-    return messages.train_reply(message, arrays, control=control, **said)
+    return replies.train_reply(message, arrays, control=control, **said)
 
 
 def _origin(job: Job) -> Mapping[str, npt.NDArray[np.generic]]:

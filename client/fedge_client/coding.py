@@ -21,12 +21,11 @@ from fedge.learning.messages import (
     ARRAYS,
     CODED,
     Instructions,
-    Said,
     arrays_named,
     from_record,
     to_record,
-    train_reply,
 )
+from fedge.learning.replies import Said, train_reply
 from fedge.wire.arrays import put, records_of
 
 RECORD: Final = "codec"  # arrays: residual, sent

@@ -10,7 +10,7 @@ from flwr.common.constant import ErrorCode
 
 from fedge.dataset import Examples, Indices
 from fedge.holdout import Places, kept_back
-from fedge.learning import local, messages
+from fedge.learning import local, messages, replies
 from fedge.learning.local import Job
 from fedge.learning.messages import CLIENTS, METRICS, Instructions
 from fedge.statistics import Moments
@@ -85,7 +85,7 @@ def sum_of(
         for node_id, reason in found.failed.items():
             yield failure(message, node_id, reason)
         if found.clients:
-            yield messages.sum_reply(
+            yield replies.sum_reply(
                 message,
                 instructions.terms.shared(found.mean),
                 examples=found.examples,
@@ -115,7 +115,7 @@ def sum_of_moments(
         own = holders.examples.take(holders.trained_on(node_id, number, clock_s))
         parts.append(Moments.of(own.x, spec))
         total += len(own)
-    return messages.moments_reply(message, Moments.sum(parts), total)
+    return replies.moments_reply(message, Moments.sum(parts), total)
 
 
 def failure(message: Message, node_id: int, reason: str) -> Message:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedge.config import Train
 from fedge.errors import ConfigError, FormatError
-from fedge.learning import messages
+from fedge.learning import messages, replies
 from fedge.learning.messages import Instructions
 from fedge.learning.terms import Terms
 from fedge.spec import Spec
@@ -189,8 +189,8 @@ def good(**changes: Any) -> dict[str, Any]:
 
 
 def test_moments_survive_a_reply() -> None:
-    made = messages.moments_reply(sent(RecordDict(), messages.QUERY_MOMENTS), MOMENTS, 4)
-    found = messages.moments_of(sent(made.content), PAIR)
+    made = replies.moments_reply(sent(RecordDict(), messages.QUERY_MOMENTS), MOMENTS, 4)
+    found = replies.moments_of(sent(made.content), PAIR)
     assert [found.count.tolist(), found.total.tolist()] == [MOMENTS.count.tolist(), MOMENTS.total.tolist()]
     assert found.squares.tolist() == MOMENTS.squares.tolist()
     assert made.content.metric_records[messages.METRICS][messages.EXAMPLES] == 4
@@ -215,7 +215,7 @@ def test_moments_survive_a_reply() -> None:
 )
 def test_moments_that_no_data_can_give_are_refused(changes: dict[str, Any], line: str) -> None:
     with pytest.raises(FormatError, match=line):
-        messages.moments_of(reply(good(**changes)), PAIR)
+        replies.moments_of(reply(good(**changes)), PAIR)
 
 
 @pytest.mark.parametrize(
@@ -233,12 +233,12 @@ def test_bytes_that_are_no_array_are_refused(data: bytes, stype: str) -> None:
     with pytest.raises(ValueError, match="not an array"):
         messages.from_record(record)
     with pytest.raises(FormatError, match="moments: malformed"):
-        messages.moments_of(sent(RecordDict({messages.MOMENTS: record})), PAIR)
+        replies.moments_of(sent(RecordDict({messages.MOMENTS: record})), PAIR)
 
 
 def test_a_reply_without_moments_is_refused() -> None:
     with pytest.raises(FormatError, match="no arrays named 'moments'"):
-        messages.moments_of(sent(RecordDict()), PAIR)
+        replies.moments_of(sent(RecordDict()), PAIR)
 
 
 def test_objects_are_never_unpickled() -> None:
@@ -267,11 +267,11 @@ def test_arrays_keep_names_order_types_and_scalars() -> None:
     ("make", "metrics"),
     [
         (
-            lambda m: messages.train_reply(m, {"w": np.zeros(2)}, examples=5, loss=0.25),
+            lambda m: replies.train_reply(m, {"w": np.zeros(2)}, examples=5, loss=0.25),
             {"num-examples": 5, "train_loss": 0.25},
         ),
         (
-            lambda m: messages.evaluate_reply(m, examples=5, loss=0.25, accuracy=0.5),
+            lambda m: replies.evaluate_reply(m, examples=5, loss=0.25, accuracy=0.5),
             {"num-examples": 5, "loss": 0.25, "accuracy": 0.5},
         ),
     ],

@@ -135,6 +135,7 @@ def text_of(array: Array, name: str) -> Array:
 
 
 def split_column(split: Array) -> npt.NDArray[np.bool_]:
+    """(N,) whether an example is held out, from the words `train` and `test`."""
     words = [str(value) for value in text_of(column_vector(split), "split").tolist()]
     wrong = next((word for word in words if word not in SPLIT_WORDS), None)
     if wrong is not None:
@@ -143,4 +144,5 @@ def split_column(split: Array) -> npt.NDArray[np.bool_]:
 
 
 def first_line(error: Exception) -> str:
+    """What a library says went wrong, without the lines that follow."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -118,7 +118,7 @@ def _settings(names: list[str], host: str, link_port: int, enrolment_port: int, 
     import tomllib
 
     from fedge_server.hub.settings import Settings
-    from fedge_server.identity.authority import check_names
+    from fedge_server.identity.requests import check_names
 
     check_names(names)
     if not url.isprintable():

@@ -34,7 +34,8 @@ from fedge_server.identity.admission import (
     peer_address,
     split_token,
 )
-from fedge_server.identity.authority import Authority, Clock, csr_key
+from fedge_server.identity.authority import Authority, Clock
+from fedge_server.identity.requests import csr_key
 from fedge_server.registry.devices import DeviceRow, Devices
 
 MAX_MESSAGE_BYTES: Final = 64 * 1024

@@ -11,8 +11,6 @@ disappearance of another; a kill leaves it before or after.
 from __future__ import annotations
 
 import fcntl
-import ipaddress
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
@@ -46,13 +44,12 @@ from fedge.identity import (
     names_of,
     pin_of,
 )
+from fedge_server.identity.requests import all_names, csr_key, general_name
 
 Clock = Callable[[], float]
 """Gives Unix seconds."""
 
 SERVER_FILE: Final = "server.pem"  # key and certificate of the server, in home/tls
-LOCAL_NAMES: Final = ("localhost", "127.0.0.1", "::1")
-MAX_CSR_BYTES: Final = 4096
 
 _CA_DAYS: Final = 3653
 # Clocks err: a device whose clock is a day behind must find these valid already.
@@ -60,9 +57,6 @@ _CA_BACK: Final = timedelta(days=30)
 _SERVER_BACK: Final = timedelta(days=7)
 _DEVICE_BACK: Final = timedelta(seconds=BACKDATED_S)
 _MAX_FILE_BYTES: Final = 2 * MAX_CERTIFICATE_BYTES
-_DNS = re.compile(
-    r"(?=.{1,253}\Z)[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?(?:\.[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?)*"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +208,7 @@ class Authority:
         """
         issuer = self._issuers[0]
         key = ec.generate_private_key(ec.SECP256R1())
-        alternatives = x509.SubjectAlternativeName([_general_name(name) for name in _all_names(names)])
+        alternatives = x509.SubjectAlternativeName([general_name(name) for name in all_names(names)])
         builder = (
             self._builder(issuer, key.public_key(), "fedge server", _SERVER_BACK, 24 * days)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=True)
@@ -237,7 +231,7 @@ class Authority:
             UserError: a name is none.
             FedgeError: the disk refuses it.
         """
-        wanted = frozenset(_all_names(names))
+        wanted = frozenset(all_names(names))
         if not self._due(folder, wanted, days):
             return False
         key, chain = self.issue_server(names, days)
@@ -314,56 +308,6 @@ class Authority:
                 yield
             except OSError as error:
                 raise FedgeError(f"{self.folder}: cannot be changed ({error.strerror})") from error
-
-
-def csr_key(csr_der: bytes) -> ec.EllipticCurvePublicKey:
-    """The key of a certificate request that the request itself proves to hold.
-
-    Raises:
-        FormatError: malformed, too long, not signed by its own key, or the key is not P-256.
-    """
-    if len(csr_der) > MAX_CSR_BYTES:
-        raise FormatError(f"certificate request: {len(csr_der)} bytes, over the {MAX_CSR_BYTES} it may have")
-    try:
-        request = x509.load_der_x509_csr(csr_der)
-        key = request.public_key()
-        sound = request.is_signature_valid if isinstance(key, ec.EllipticCurvePublicKey) else True
-    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature) as error:
-        raise FormatError("certificate request: malformed, no PKCS #10 in DER form") from error
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not is_p256(key):
-        raise FormatError("certificate request: the key must be an EC key on P-256")
-    if not sound:
-        raise FormatError("certificate request: not signed by its own key")
-    return key
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Refuse what cannot stand in a certificate.
-
-    Raises:
-        UserError: there is no name, or one is neither a host name nor an address.
-    """
-    if not names:
-        raise UserError("the server needs a name or address that devices reach it by; give --name HOST")
-    for name in names:
-        _general_name(name)
-
-
-def _all_names(names: Sequence[str]) -> list[str]:
-    """Names as they stand in the certificate, each once."""
-    check_names(names)
-    return list(dict.fromkeys(str(_general_name(name).value) for name in [*names, *LOCAL_NAMES]))
-
-
-def _general_name(name: str) -> x509.DNSName | x509.IPAddress:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        if not _DNS.fullmatch(name) or name.replace(".", "").isdigit():
-            raise UserError(
-                f"name {name[:80]!r}: neither a host name nor an address; give it without port or scheme"
-            ) from None
-        return x509.DNSName(name.lower())
 
 
 def _write_ca(folder: Path, number: int, now: float) -> None:

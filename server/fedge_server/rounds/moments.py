@@ -12,6 +12,7 @@ from fedge.config import Config
 from fedge.errors import FormatError, RoundError
 from fedge.learning import messages
 from fedge.learning.messages import Instructions, NamedArrays
+from fedge.learning.replies import moments_of
 from fedge.statistics import Moments
 from fedge_server.rounds.grids import Summing, nodes_of
 from fedge_server.rounds.sampling import MANY, draw
@@ -45,7 +46,7 @@ def federated_moments(grid: Grid, ask: Instructions, config: Config) -> Moments:
             faults.append(reply.error.reason or "unknown error")
             continue
         try:
-            parts.append(messages.moments_of(reply, ask.spec))
+            parts.append(moments_of(reply, ask.spec))
         except FormatError as error:
             faults.append(str(error))
     if not parts:

@@ -15,7 +15,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedge.errors import FormatError, UserError
 from fedge.identity import device_id_of, has_usage, issued_by, load_certificates, pin_of
 from fedge_server.identity import authority as module
-from fedge_server.identity.authority import Authority, ServerCertificate, csr_key
+from fedge_server.identity.authority import Authority, ServerCertificate
+from fedge_server.identity.requests import csr_key
 
 NOW = 1_800_000_000.0
 DAY = 86400.0
