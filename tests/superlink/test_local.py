@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import subprocess
@@ -59,39 +58,51 @@ def test_with_one_key_the_same_run_goes_over_ray_bit_for_bit(side, tmp_path):
     assert models[0] == models[1]
 
 
+def on_ray(side, folder: Path, text: str) -> list[dict[str, object]]:
+    """The history of a run in a process of its own, which Ray's processes end with."""
+    (folder / "run.toml").write_text(text)
+    command = [side.BIN / "fedge-sim", "run", "run.toml", "--set", "simulation.engine=ray", "--out", "on-ray"]
+    try:
+        subprocess.run(command, cwd=folder, env=side.environment(folder), check=True, timeout=240)
+    finally:
+        side.end_processes_of(folder)
+    return [json.loads(line) for line in (folder / "on-ray" / "history.jsonl").read_text().splitlines()]
+
+
 @needs_ray
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["scaffold", "fednova", "ditto", "feddf", "fedper"])
-def test_clients_that_remember_do_so_on_ray_bit_for_bit(name, tmp_path):
-    def model(engine: str) -> str:
-        sections = {
-            "model": {"name": "mlp"},
-            "clients": {"count": 3, "partition": "dirichlet:0.5"},
-            "rounds": {"count": 3, "cohort": 2},
-            "train": {"momentum": 0.0},
-            "strategy": {"name": name},
-            "simulation": {"engine": engine, "workers": 1},
-        }
-        result = run(Config.from_mapping(sections), tmp_path / engine)
-        assert [(r.clients, r.rejected) for r in result.history] == [(2, ())] * 3
-        return hashlib.sha256((tmp_path / engine / "model.safetensors").read_bytes()).hexdigest()
-
-    assert model("ray") == model("sequential")
+def test_clients_that_remember_do_so_on_ray_bit_for_bit(name, side, tmp_path):
+    settings = f"""
+        model.name = "mlp"
+        clients = {{ count = 3, partition = "dirichlet:0.5" }}
+        rounds = {{ count = 3, cohort = 2 }}
+        train.momentum = 0.0
+        strategy.name = "{name}"
+    """
+    lines = on_ray(side, tmp_path, settings)
+    assert [(line["clients"], line["rejected"]) for line in lines] == [(2, [])] * 3
+    in_turn = Config.load(tmp_path / "run.toml", ["simulation.engine=sequential"])
+    run(in_turn, tmp_path / "in-turn")
+    models = [(tmp_path / place / "model.safetensors").read_bytes() for place in ("on-ray", "in-turn")]
+    assert models[0] == models[1]
 
 
 @needs_ray
 @pytest.mark.slow
-def test_clients_work_on_without_waiting_on_ray(tmp_path):
-    sections = {
-        "model": {"name": "mlp"},
-        "clients": {"count": 4},
-        "rounds": {"count": 4},
-        "strategy": {"name": "fedbuff", "buffer": 2},
-        "simulation": {"engine": "ray", "workers": 2},
-    }
-    result = run(Config.from_mapping(sections), tmp_path)
-    assert [(r.clients, r.rejected, r.counted) for r in result.history] == [(2, (), True)] * 4
-    assert any(r.staleness for r in result.history)  # four at work, two make a step
+def test_clients_work_on_without_waiting_on_ray(side, tmp_path):
+    lines = on_ray(
+        side,
+        tmp_path,
+        """
+        model.name = "mlp"
+        clients.count = 4
+        rounds.count = 4
+        strategy = { name = "fedbuff", buffer = 2 }
+        """,
+    )
+    assert [(line["clients"], line["rejected"], line["counted"]) for line in lines] == [(2, [], True)] * 4
+    assert any(line["staleness"] for line in lines)  # four at work, two make a step
 
 
 @needs_ray
