@@ -1,7 +1,7 @@
 """A student that clients have taught against one taught on as many examples of the server's own.
 
 Fashion-MNIST, 20 clients without any skew or with classes dealt by Dirichlet(0.5). Teacher, first weights of
-the student, number of examples and passes over them are the same on both sides.
+the student and the number of examples are the same on both sides; each trains with its own defaults.
 """
 
 from __future__ import annotations
@@ -138,8 +138,7 @@ def _row(
 
 
 def _proxy(setting: Setting, partition: str, settings: Distil, config: Config) -> Row:
-    clients = config.compress.clients
-    passes = replace(settings, epochs=clients.rounds * clients.epochs)
+    passes = replace(settings, epochs=10) if config.compress.clients.rounds < 10 else settings
     began = time.process_time()
     x = preprocessed(setting.preprocess, setting.proxy.x)
     student = distil(setting.teacher, setting.student, x, torch.from_numpy(setting.proxy.y), passes, seed=0)

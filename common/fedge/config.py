@@ -413,7 +413,8 @@ class OnClients:
     """`[compress.clients]`: how clients distil, calibrate and gate, where they are the data."""
 
     rounds: Count = 30  # in which they train a student
-    epochs: Count = 2  # passes over a client's own examples in each
+    epochs: Count = 4  # passes over a client's own examples in each
+    batch_size: Count = 16  # examples of a step: a client has few, and a round moves by its steps
     learning_rate: Positive = 0.003  # Adam's, on each client anew in each round
     selection_share: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.3  # of what a client keeps back
     min_examples: Count = 8  # a client with fewer tells neither ranges nor counts of them

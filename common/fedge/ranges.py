@@ -16,7 +16,7 @@ from fedge.errors import FormatError
 
 Float32 = npt.NDArray[np.float32]
 
-MAX_TENSORS: Final = 1024  # that a graph may ask about
+MAX_TENSORS: Final = 256  # that a graph may ask about: so many numbers a device tells at most, twice
 _CHUNK: Final = 32  # examples that are run together
 _STEPS: Final = 128.0  # of a coarse number's mantissa: 0.5 .. 1 in 64 of them
 

@@ -111,7 +111,7 @@ def config_of(config: Config, model: str, settings: Distil, *, robust: bool) -> 
         ),
         train=Train(
             epochs=clients.epochs,
-            batch_size=settings.batch_size,
+            batch_size=clients.batch_size,
             learning_rate=clients.learning_rate,
             optimizer="adam",
             augment=settings.augment,
