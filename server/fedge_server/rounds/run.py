@@ -284,7 +284,10 @@ class Run:
         checksum = None if self.frozen is None else self.frozen.checksum
         record = replace(self.instructions, train=train, frozen_sum=checksum).to_config()
         sent = list(make(number, messages.to_record(self.shared), record, Cohort(self.grid, nodes)))
-        return sent if self.frozen is None else self.frozen.dressed(sent)
+        sent = sent if self.frozen is None else self.frozen.dressed(sent)
+        if self.teaching is None or self.chosen.terms.lesson is None:
+            return sent
+        return self.teaching.teacher.sent_with(sent)
 
     def aggregate(
         self, number: int, updates: Iterable[Message], collected: Collected
