@@ -23,6 +23,7 @@ TASK = Task(
     read=read,
     models={
         "cnn": models.cnn,
+        "cnn3": models.cnn3(64),
         "cnn-bn": models.small_cnn(16, 64, norm=True),
         "mlp": models.mlp(200, 200),
         "mlp-bn": models.mlp(200, 200, norm=True),

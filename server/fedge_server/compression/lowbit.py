@@ -100,8 +100,8 @@ class Grid(nn.Module):
     """Weights to code * scale: the nearest code within the levels, under a learned scale (LSQ).
 
     The gradient of a weight is that of its rounded value; that of the scale s is, for each weight w, the
-    code minus w / s, or the code where w lies beyond the levels; binary codes stay as they are when s moves, so
-    there it is the code.
+    code minus w / s, or the code where w lies beyond the levels; binary codes stay as they are when s moves,
+    so there it is the code.
     """
 
     def __init__(self, weight: Tensor, bits: Bits, *, per_channel: bool) -> None:
