@@ -246,6 +246,7 @@ def descend(codec: Codec, steps: int, rate: float = 0.5) -> float:
     return float(np.linalg.norm(x - target))
 
 
+@pytest.mark.slow
 def test_feedback_finds_the_minimum_where_bare_signs_do_not() -> None:
     with_it, without = (descend(Codec.of(["sign"], feedback=f), steps=1500) for f in (True, False))
     assert with_it < 0.01
@@ -260,6 +261,7 @@ def test_feedback_brings_what_a_small_share_leaves_out() -> None:
     assert descend(Codec.of(["topk:0.02", "sign"]), steps=300, rate=0.5) > 100
 
 
+@pytest.mark.slow
 def test_random_values_without_feedback_are_right_on_average() -> None:
     where, codec = (
         Layout.of({"w": np.zeros((5, 10), np.float32)}, {"w"}),

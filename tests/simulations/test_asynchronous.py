@@ -105,6 +105,7 @@ def test_each_answer_is_a_step_of_fedasync(small, learn, tmp_path):
     assert records[-1].metrics["accuracy"] > 0.6
 
 
+@pytest.mark.slow
 def test_a_silent_client_is_given_up_at_the_deadline_and_another_takes_its_place(small, learn, tmp_path):
     config = small(
         strategy={"name": "fedbuff", "buffer": 2},

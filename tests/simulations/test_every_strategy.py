@@ -39,7 +39,7 @@ def without_time(records):
     return [json.dumps({**record.to_json(), "seconds": 0}, sort_keys=True) for record in records]
 
 
-@pytest.mark.quick_where(name=("fedavg", "fedadam", "scaffold"))
+@pytest.mark.quick_where(name=("fedavg", "fedadam"))
 @pytest.mark.parametrize("name", WAITING)
 def test_runs_keeps_the_models_form_and_resumes_bit_for_bit(name, small, learn, tmp_path):
     config = small(**named(name), rounds={"count": 4, "fraction": 0.8})

@@ -83,6 +83,7 @@ def test_wins_lower_the_drop_and_widen_the_bound_as_the_normal_law_says():
     assert found.drop_upper == pytest.approx(0.02366 + 1e-4, abs=3e-4)
 
 
+@pytest.mark.quick_where(n=(180,))
 @pytest.mark.parametrize(
     ("n", "losses", "wins"), [(180, 0.03, 0.01), (1000, 0.01, 0.0), (1000, 0.05, 0.05), (5000, 0.012, 0.01)]
 )
