@@ -104,6 +104,7 @@ def variant(field):
     return field.clients.calibrate(field.graph)
 
 
+@pytest.mark.slow
 def test_ranges_are_those_of_what_clients_train_on_but_for_the_outermost(field, variant):
     parts = []
     for client in range(5):
@@ -132,6 +133,7 @@ def test_evidence_counts_what_the_same_examples_in_one_place_would(field, varian
     assert (report.clients, report.n) == (5, len(y))
 
 
+@pytest.mark.slow
 def test_selection_is_counted_on_other_examples(field, variant):
     found = field.clients.selection(pack(variant), len(variant)).accuracy
     pooled = [field.part(client, "selection") for client in range(5)]

@@ -97,6 +97,7 @@ def test_batched_clients_learn_what_devices_learn(tmp_path, augment):
     assert np.linalg.norm(ends["vector"] - ends["sequential"]) < 1e-4 * moved
 
 
+@pytest.mark.slow
 def test_without_a_teacher_clients_would_learn_something_else(tmp_path):
     ends = []
     for settings in (SOFT, replace(SOFT, mode="hard"), replace(SOFT, mode="soft")):

@@ -195,6 +195,7 @@ def test_clients_one_by_one_are_told_the_same(small, learn, tmp_path):
     assert together[-1].metrics["loss"] == pytest.approx(alone[-1].metrics["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_decides_the_same(small, learn, tmp_path):
     config = small(
         rounds={"count": 9, "local_work": "adaptive"}, scenario={**SLOW, "speed_sigma": 0.5},

@@ -49,6 +49,7 @@ def test_a_search_that_goes_on_finds_what_was_made(made):
     )
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_made_again(made):
     workshop, shelf = made()
     graph = workshop.build(Recipe(SMALL, "fp32"))

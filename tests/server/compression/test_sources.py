@@ -110,6 +110,7 @@ def test_labelled_data_teach_calibrate_order_and_judge_each_with_their_own(serve
     assert evidence.counts.losses.tolist() == wanted.counts.losses.tolist()
 
 
+@pytest.mark.slow
 def test_without_labels_the_labels_are_not_looked_at(server, teacher, helpers):
     wrong = replace(server, proxy=replace(server.proxy, y=np.roll(server.proxy.y, 1)))
     kinds = [source_of(config("unlabelled"), helpers.task(), data, teacher) for data in (server, wrong)]
@@ -135,6 +136,7 @@ def test_without_labels_the_labels_are_not_looked_at(server, teacher, helpers):
     assert ends[0][1].teacher_accuracy == 1
 
 
+@pytest.mark.slow
 def test_nothing_is_distilled_or_calibrated_from_nothing(server, teacher, helpers):
     source = source_of(config("none"), helpers.task(), server, teacher)
     assert (source.kind, source.learns) == ("none", False)
