@@ -2,7 +2,7 @@
 
 The teacher is McMahan's CNN (1.66 million parameters), trained by a federation of 20 clients until five
 rounds bring no gain; training the same network on the clients' data put together is printed beside it. The
-search may take 300 s; its gate asks for a drop of one point at most, and the tier for a tenth of the teacher's time.
+search may take 300 s; its gate allows a drop of one point, and the tier a tenth of the teacher's time.
 Sizes are bytes on the wire, times those of onnxruntime for one example on one thread. Data are your own copy
 (`--data-dir DIR` with `fashion_mnist.npz`), all 70,000 images: 21,000 held out (17,850 of them for the gate),
 19,600 the server's own, 29,400 with the clients. A teacher takes ten minutes; it is kept in `--cache DIR`.

@@ -252,3 +252,61 @@ def test_an_empty_gate_set_lets_nothing_out(teacher, digits):
     (outcome,) = searched(teacher, digits, config, gate=none)
     assert outcome.variant is None
     assert "the gate set is empty" in outcome.reason
+
+
+@pytest.mark.slow
+def test_the_smallest_that_should_pass_is_found_among_weights_of_few_bits(teacher, digits):
+    stages = {"forms": ["fp32", "int8", "w4", "ternary"], "distil": {"epochs": 30}, "prune": {"ratios": []}}
+    config = configured(stages, tiny={"aim": "bytes", "max_drop": 0.12})
+    (outcome,) = searched(teacher, digits, config)
+    assert outcome.variant.recipe in ("student-s+ternary", "student-s+w4")
+    smaller = [t for t in outcome.tried if t.wire_bytes and t.wire_bytes < len(outcome.variant.wire)]
+    assert all(t.gate is not None or t.accuracy < outcome.variant.accuracy for t in smaller)
+    assert unpack(outcome.variant.wire, len(outcome.variant.installed)) == outcome.variant.installed
+
+
+@pytest.mark.slow
+def test_nothing_is_begun_that_cannot_end_in_time_and_what_needs_no_training_is_there(teacher, digits):
+    config = configured({**STAGES, "max_seconds": 0.001}, any={"max_drop": 0.05})
+    (outcome,) = searched(teacher, digits, config)
+    assert outcome.variant.recipe in ("fp32", "int8")
+    results = {trial.recipe: trial.result for trial in outcome.tried}
+    assert results["student-s"] == "not built: the time is up (compress.max_seconds = 0.001)"
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_goes_on_where_it_was(teacher, digits, tmp_path):
+    config, lines, killed = configured(FEW, any={"max_drop": 0.05}), [], []
+
+    def say(line):
+        lines.append(line)
+        if line.startswith("compress: student-s:") and not killed:
+            killed.append(line)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        searched(teacher, digits, config, say=say, folder=tmp_path)
+    (again,) = searched(teacher, digits, config, say=lines.append, folder=tmp_path)
+    (fresh,) = searched(teacher, digits, config)
+    assert again.variant.wire == fresh.variant.wire
+    assert "compress: student-s was made before" in lines
+
+
+def test_data_of_one_purpose_never_serve_another(teacher, digits):
+    """Every example that is looked at is noted with what for; the three kinds share none."""
+    config = configured(FEW, any={})
+    data = ServerData(digits.spec, digits.proxy, digits.gate, digits.gate)
+    source = source_of(config, _task(), data, teacher)
+    rows = [{row.tobytes() for row in part.x} for part in (source.training, source.apart, source.gate)]
+    assert [len(part) for part in rows] == [len(source.training), len(source.apart), len(source.gate)]
+    assert not rows[0] & rows[1]
+    assert not rows[0] & rows[2]
+    assert not rows[1] & rows[2]
+    source.gate.y[:] = 0  # who learned or chose by the gate's answers would now do otherwise
+    student = _task().students["s"](digits.spec)
+    taught = source.teach(student, config.compress.distil, model="", seed=0)
+    clean = source_of(
+        config, _task(), ServerData(digits.spec, digits.proxy, digits.proxy, digits.proxy), teacher
+    )
+    same = clean.teach(student, config.compress.distil, model="", seed=0)
+    assert torch.equal(taught[0].weight, same[0].weight)
