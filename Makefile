@@ -39,7 +39,7 @@ check: lint
 	$(BIN)/pytest -q -n 2 -m "not slow"
 
 test: install
-	$(BIN)/pytest -q -n 2 --dist worksteal --hypothesis-profile thorough
+	$(BIN)/pytest -q -n 2 --dist worksteal --hypothesis-profile thorough --durations 25
 
 format: install
 	$(BIN)/ruff format .

@@ -71,7 +71,7 @@ def on_ray(side, folder: Path, text: str) -> list[dict[str, object]]:
 
 @needs_ray
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scaffold", "fednova", "ditto", "feddf", "fedper"])
+@pytest.mark.parametrize("name", ["scaffold", "fedper"])
 def test_clients_that_remember_do_so_on_ray_bit_for_bit(name, side, tmp_path):
     settings = f"""
         model.name = "mlp"

@@ -36,7 +36,7 @@ def test_two_rounds_with_two_authenticated_supernodes_end_with_a_committed_model
     assert side.processes_of(tmp_path / "sl") == []
 
 
-@pytest.mark.parametrize("name", ["scaffold", "ditto", "fednova", "fedbuff"])
+@pytest.mark.parametrize("name", ["ditto", "fedbuff"])
 def test_clients_that_remember_or_work_on_by_themselves_do_so_on_a_superlink(name, side, shares, tmp_path):
     north, south, server = shares
     config, home = tmp_path / "run.toml", tmp_path / "home"

@@ -74,6 +74,7 @@ def prepared(network: nn.Module, bits: Bits) -> nn.Module:
         if isinstance(module, nn.RNNBase):
             module.register_forward_pre_hook(_collect)
             module.register_forward_hook(_release)
+            _release(module)
     return result
 
 
@@ -83,6 +84,9 @@ def frozen(network: nn.Module) -> nn.Module:
     Raises:
         CompressionError: nothing of it is on a grid; it did not come from `prepared`.
     """
+    for module in network.modules():
+        if isinstance(module, nn.RNNBase) and parametrize.is_parametrized(module):
+            _release(module)  # moving a network makes it keep tensors of autograd, which cannot be copied
     result = copy.deepcopy(network).eval()
     found = [module for module in result.modules() if parametrize.is_parametrized(module)]
     if not found:

@@ -128,7 +128,8 @@ def test_memory_is_the_file_and_the_largest_activations_alive_at_once(exported, 
     # raw image as float beside its bytes; shape arithmetic adds a few bytes at most.
     assert len(exported) + 512 <= cost.memory_bytes <= len(exported) + 1024
     assert cost.wire == pack(exported)
-    assert cost.latency_us > 1
+    assert list(cost.latency_us) == [1]
+    assert cost.latency_us[1] > 1
 
 
 def test_the_peak_counts_a_tensor_until_its_last_reader():

@@ -295,7 +295,7 @@ def test_a_search_that_is_killed_goes_on_where_it_was(teacher, digits, tmp_path)
 def test_data_of_one_purpose_never_serve_another(teacher, digits):
     """Every example that is looked at is noted with what for; the three kinds share none."""
     config = configured(FEW, any={})
-    data = ServerData(digits.spec, digits.proxy, digits.gate, digits.gate)
+    data = ServerData(digits.spec, digits.proxy, digits.gate, copy.deepcopy(digits.gate))
     source = source_of(config, _task(), data, teacher)
     rows = [{row.tobytes() for row in part.x} for part in (source.training, source.apart, source.gate)]
     assert [len(part) for part in rows] == [len(source.training), len(source.apart), len(source.gate)]
