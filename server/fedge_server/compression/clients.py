@@ -96,6 +96,9 @@ class Clients:
     gate_examples: int | None = field(default=None, init=False)  # only the clients know
     _teacher: Teacher | None = field(default=None, init=False)
 
+    def make_ready(self) -> None:
+        """Nothing: each student's rounds send the teacher to whom has it not."""
+
     def identity(self) -> bytes:
         """The clients' data are not known; the global model says which run it is."""
         return self.kind.encode()
@@ -106,7 +109,7 @@ class Clients:
         """Refused: clients build what they train themselves, and this network is none of the task's."""
         raise CompressionError("clients: a pruned network cannot be trained by them; name students instead")
 
-    def selection_of(self, network: nn.Module, student: str) -> Counts | None:
+    def selection_of(self, network: nn.Module) -> Counts | None:
         """Not asked: a round trip to every client for a network that is no candidate yet."""
         return None
 

@@ -103,6 +103,8 @@ class Search:
             if not recipe.architecture.learns and not recipe.trained:
                 self._build(recipe)
         waiting = self._screened([recipe for recipe in every if recipe not in self.built])
+        if waiting:
+            self.source.make_ready()
         self._compare(waiting)
         turns = [(tier, useful(waiting, tier)) for tier in self.config.tiers.values()]
         done: set[Recipe] = set()
@@ -125,11 +127,11 @@ class Search:
                 sizes[architecture] = self.workshop.parameters(architecture)
             except CompressionError as error:
                 self._failed(Recipe(architecture, "int8" if architecture.cut else "fp32"), error)
-        built = [trial.recipe for trial in self.left]
+        failed = [trial.recipe for trial in self.left]
         prospects = [
             Prospect(recipe, sizes[recipe.architecture], {})
             for recipe in every
-            if recipe.architecture in sizes and recipe.name not in built
+            if recipe.architecture in sizes and recipe.name not in failed
         ]
         prospects = _for_any(prospects, tiers)
         if not any(tier.max_latency_ms or tier.aim == "latency" for tier in tiers):
@@ -155,7 +157,7 @@ class Search:
         for architecture in students:
             try:
                 network = self.workshop.tried_out(architecture, _SHORT)
-                counts = self.source.selection_of(network, architecture.student)
+                counts = self.source.selection_of(network)
             except CompressionError as error:
                 self.say(f"compress: {architecture.name} was not compared: {error}")
                 continue

@@ -47,8 +47,7 @@ class Shelf:
         # Time, forms and gate decide which candidates there are, not what each of them is.
         stages = replace(config.compress, max_seconds=1.0, forms=(), gate=Gate())
         sha.update(json.dumps([_VERSION, config.seed, task.name, _section(stages)], sort_keys=True).encode())
-        if ":" not in config.task:
-            sha.update(task_digest(config.task).encode())
+        sha.update(task_digest(config.task).encode())
         return cls(root / sha.hexdigest()[:16])
 
     def before(self) -> Mapping[str, NamedArrays]:

@@ -32,9 +32,9 @@ from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
 from fedge_server.compression.distil import preprocessed
 from fedge_server.compression.gate import Evidence, evidence_of, score
+from fedge_server.compression.material import Material
 from fedge_server.compression.quantise import MAX_CALIBRATION, quantise
 from fedge_server.compression.recovery import Cut, pruned_and_recovered
-from fedge_server.compression.teaching import Lesson
 from fedge_server.data import ServerData
 
 SELECTION_SHARE = 0.3  # of the proxy data: orders the candidates, trains nothing
@@ -74,6 +74,10 @@ class Source(Protocol):
         """What the data are: another value where students would learn something else."""
         ...
 
+    def make_ready(self) -> None:
+        """Do what all teaching shares, so that no student's time is charged with it."""
+        ...
+
     def teach(
         self,
         student: nn.Module,
@@ -109,12 +113,11 @@ class Source(Protocol):
         """
         ...
 
-    def selection_of(self, network: nn.Module, student: str) -> Counts | None:
+    def selection_of(self, network: nn.Module) -> Counts | None:
         """What a network that is no candidate yet gets right; None: nothing is known, or it would be dear.
 
         Args:
             network: from pre-processed inputs to logits.
-            student: its architecture.
         """
         ...
 
@@ -199,7 +202,7 @@ class OnServer:
     answers: Float32  # of the model to the gate's data
     settings: Distil
     trains_grids: bool = True
-    _lesson: Lesson | None = field(default=None, init=False)
+    _material: Material | None = field(default=None, init=False)
     _apart: Float32 | None = field(default=None, init=False)  # the model's answers to what is set apart
 
     @classmethod
@@ -220,6 +223,10 @@ class OnServer:
     def learns(self) -> bool:
         """Whether there are proxy data."""
         return len(self.training) > 0
+
+    def make_ready(self) -> None:
+        """Let the teacher answer what it is asked but once."""
+        self._taught()
 
     def identity(self) -> bytes:
         """Digest of the data that students learn from."""
@@ -255,22 +262,22 @@ class OnServer:
             network, taught.x, taught.y, cut, fitting, seed=seed, deadline=deadline
         ).network
 
-    def selection_of(self, network: nn.Module, student: str) -> Counts | None:
+    def selection_of(self, network: nn.Module) -> Counts | None:
         """On the proxy data set apart, by torch."""
         if not len(self.apart):
             return None
         whole = WholeModel(self.model.preprocess, network.eval())
         return self._counts(answers_of(whole, self.apart))
 
-    def _taught(self) -> Lesson:
+    def _taught(self) -> Material:
         if not self.learns:
             raise CompressionError("distil: there is no data to learn from; see compress.data")
-        if self._lesson is None:
+        if self._material is None:
             x = preprocessed(self.model.preprocess, self.training.x)
             y = None if self.kind == "unlabelled" else torch.from_numpy(self.training.y)
             settings = self._fitting(self.settings)
-            self._lesson = Lesson.of(self.model.network, x, y, settings, seed=self.seed)
-        return self._lesson
+            self._material = Material.of(self.model.network, x, y, settings, seed=self.seed)
+        return self._material
 
     def _fitting(self, settings: Distil) -> Distil:
         """Without labels only the teacher's answers are learned."""

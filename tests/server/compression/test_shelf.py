@@ -19,7 +19,7 @@ SMALL = Architecture(student="small")
 
 
 def config(**compress):
-    return Config.from_mapping({"task": "tests.tiny:TASK", "compress": FAST | compress})
+    return Config.from_mapping({"compress": FAST | compress})
 
 
 @pytest.fixture

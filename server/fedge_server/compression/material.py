@@ -25,7 +25,7 @@ _VIEWS = 0x71E35  # begins the seed of their alterations
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class Material:
     """Training data of students, which all of them share.
 
     Shapes: N examples, V views of each, C classes.
@@ -38,7 +38,7 @@ class Lesson:
     answers: Tensor | None  # (V, N, C) of the teacher, or (1, N, C) to x; None: it is asked anew each time
 
     @classmethod
-    def of(cls, teacher: nn.Module, x: Tensor, y: Tensor | None, settings: Distil, *, seed: int) -> Lesson:
+    def of(cls, teacher: nn.Module, x: Tensor, y: Tensor | None, settings: Distil, *, seed: int) -> Material:
         """Ask the teacher all that can be asked once.
 
         Args:
