@@ -106,13 +106,18 @@ class Calls:
         """Let go of the connection."""
         self._channel.close()
 
-    def _patiently(self, call: Callable[..., Any], request: Any, timeout_s: float = _CALL_S) -> Any:
+    def _patiently(self, call: grpc.UnaryUnaryMultiCallable, request: Any, timeout_s: float = _CALL_S) -> Any:
         attempts = _Attempts(self._patience_s)
         while True:
+            # A worker is stopped by an exception in its main thread. Raised within a blocking call it can
+            # leave the channel with a call that never ends, and closing the channel then waits for ever.
+            under_way = call.future(request, timeout=timeout_s)
             try:
-                return call(request, timeout=timeout_s)
+                return under_way.result()
             except grpc.RpcError as error:
                 attempts.failed(error)
+            finally:
+                under_way.cancel()  # without effect on one that has ended
 
 
 class _Attempts:

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from fedge_server.link.grid import LinkGrid
 
 FAILED: Final = 1  # exit code of what is no user's mistake and not caught further down
+ASKED: Final = "asked to stop"
+TIDYING_S: Final = 10.0  # after it was asked to stop; then the process ends as if it had been killed
 
 
 class Stopped(BaseException):
@@ -48,13 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _guarded(Home(arguments.home.absolute()), arguments.run)
     except Stopped:
-        _say("asked to stop")
+        _say(ASKED)
         return 0
 
 
 def _stop(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows only tidies up
+    # Python drops what is raised while an object is finalised, and a library may hang on an exception in it.
+    end = threading.Timer(TIDYING_S, _leave)
+    end.daemon = True
+    end.start()
     raise Stopped
+
+
+def _leave() -> None:
+    _say(ASKED)
+    os._exit(0)
 
 
 def _guarded(home: Home, run_id: str) -> int:

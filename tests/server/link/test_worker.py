@@ -158,6 +158,32 @@ def test_asked_to_stop_it_closes_what_is_open_and_leaves_the_status(deployment):
     assert deployment.log().splitlines()[-1] == "asked to stop"
 
 
+DEAF = """
+import sys, time
+from fedge_server.link import worker
+
+def deaf(*_):
+    while True:
+        try:
+            print("working", flush=True)
+            time.sleep(60)
+        except worker.Stopped:
+            pass
+
+worker.TIDYING_S = 0.2
+worker._guarded = deaf
+sys.exit(worker.main(["--home", "h", "--run", "r"]))
+"""
+
+
+def test_a_wish_to_stop_that_a_library_drops_ends_the_process_all_the_same():
+    with subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout.readline() == "working\n"
+        worker.terminate()
+        assert worker.communicate(timeout=60)[0] == "working\nasked to stop\n"
+    assert worker.returncode == 0
+
+
 def test_a_failed_run_says_why_in_the_database_and_in_the_last_line(deployment):
     deployment.queue()
 
