@@ -67,7 +67,7 @@ def whole(data: Path, folder: Path) -> Path:
     return path
 
 
-def config_of(data: Path, seed: int, model: str, *, quick: bool) -> Config:
+def config_of(data: Path, seed: int, model: str, *, quick: bool, workers: int = 0) -> Config:
     """The federation and the search."""
     return Config.from_mapping(
         {
@@ -77,17 +77,19 @@ def config_of(data: Path, seed: int, model: str, *, quick: bool) -> Config:
             "model": {"name": model},
             "clients": {"count": 20},
             "rounds": {"count": 4 if quick else 80, "patience": 5},
-            "train": {"batch_size": 32, "learning_rate": 0.05, "momentum": 0.9},
+            "train": {"batch_size": 32, "learning_rate": 0.001, "optimizer": "adam"},
+            "strategy": {"name": "fedavgm", "server_momentum": 0.6},
             "evaluate": {
                 "metrics": ["accuracy"],
                 "holdout_fraction": 0.3,
                 "gate_fraction": 0.85,
                 "proxy_fraction": 0.4,
             },
-            "simulation": {"workers": 1 if quick else 2},
+            "simulation": {"workers": workers},
             "compress": {
                 "max_seconds": SECONDS,
-                "distil": {"augment": ["flip", "shift:1"], "batch_size": 128},
+                "distil": {"epochs": 24, "augment": ["flip", "shift:1"], "batch_size": 128},
+                "grid": {"epochs": 12},
             },
         }
     )

@@ -206,7 +206,7 @@ def test_a_worker_process_gets_the_teacher_with_the_job(tmp_path):
         model=own.model.name,
         noise_filter="none",
         moments=lesson.teacher.moments,
-        train=own.train,
+        train=replace(own.train, schedule="constant"),
         seed=0,
         update="weights",
         terms=Terms(lesson=lesson.teacher.lesson(told)),

@@ -129,6 +129,8 @@ class Train:
     epochs: Count = 1  # passes over the client's data (fedsgd makes exactly one and takes no other value)
     batch_size: Count = 32
     learning_rate: Positive = 0.05
+    # constant; or cosine: it falls over rounds.count along half a wave, nearly to 0 in the last round
+    schedule: Literal["constant", "cosine"] = "constant"
     optimizer: OptimizerName = "sgd"
     momentum: Share = 0.9  # sgd and rmsprop only
     weight_decay: NotNegative = 0.0

@@ -182,8 +182,9 @@ _LAST: dict[type[Instructions], tuple[dict[str, Any], Instructions]] = {}  # the
 def _train_json(train: Train) -> str:
     from pydantic import TypeAdapter
 
-    # Clients are told the names that patterns match: these are the model's, and not the configuration's.
-    return TypeAdapter(Train).dump_json(train, exclude={"freeze"}).decode()
+    # Clients are told the names that patterns match: these are the model's, and not the configuration's; and
+    # of a schedule, what it comes to in this round.
+    return TypeAdapter(Train).dump_json(train, exclude={"freeze", "schedule"}).decode()
 
 
 def _text(config: ConfigRecord, key: str) -> str:

@@ -49,6 +49,7 @@ from fedge_server.rounds.grids import Identified, Simulated, Summing, nodes_of
 from fedge_server.rounds.moments import moments_arrays
 from fedge_server.rounds.norms import norm_limit
 from fedge_server.rounds.pace import Pace
+from fedge_server.rounds.rates import learning_rate
 from fedge_server.rounds.record import Metric, RoundRecord
 from fedge_server.rounds.sampling import MANY, Cohort, cohort_size, draw, draw_each
 from fedge_server.rounds.scoring import Answers, Sureness, is_finite, probabilities_of, score, sureness
@@ -280,7 +281,8 @@ class Run:
         _reseed(self.config.seed, number, kind)
         strategy = self.chosen.strategy
         make = strategy.configure_train if kind == MessageType.TRAIN else strategy.configure_evaluate
-        train = replace(self.instructions.train, epochs=self.passes)
+        rate = learning_rate(number, self.config)
+        train = replace(self.instructions.train, epochs=self.passes, learning_rate=rate)
         checksum = None if self.frozen is None else self.frozen.checksum
         record = replace(self.instructions, train=train, frozen_sum=checksum).to_config()
         sent = list(make(number, messages.to_record(self.shared), record, Cohort(self.grid, nodes)))

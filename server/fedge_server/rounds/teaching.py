@@ -113,6 +113,7 @@ def config_of(config: Config, model: str, settings: Distil, *, robust: bool) -> 
             epochs=clients.epochs,
             batch_size=clients.batch_size,
             learning_rate=clients.learning_rate,
+            schedule="cosine",
             optimizer="adam",
             augment=settings.augment,
         ),

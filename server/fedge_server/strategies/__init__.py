@@ -213,6 +213,11 @@ def _plain(config: Config, chosen: StrategyConfig, given: Mapping[str, Any]) -> 
     if chosen.name == "fedsgd":
         _refuse_what_fedsgd_ignores(config.train)
     if chosen.name == "qfedavg":
+        if config.train.schedule != "constant":
+            raise ConfigError(
+                f"train.schedule = {config.train.schedule!r}: strategy 'qfedavg' measures changes in steps "
+                "of one learning rate; set 'constant'"
+            )
         ours |= {"train_loss_key": TRAIN_LOSS}
         chosen = StrategyConfig(
             name=chosen.name, options={"client_learning_rate": config.train.learning_rate, **chosen.options}
@@ -223,7 +228,7 @@ def _plain(config: Config, chosen: StrategyConfig, given: Mapping[str, Any]) -> 
 
 def _refuse_what_fedsgd_ignores(train: Train) -> None:
     default = Train()
-    for key in ("epochs", "learning_rate", "optimizer", "momentum"):
+    for key in ("epochs", "learning_rate", "schedule", "optimizer", "momentum"):
         if (value := getattr(train, key)) != getattr(default, key):
             raise ConfigError(
                 f"train.{key} = {value!r}: has no effect with strategy 'fedsgd', whose server steps; set "

@@ -323,7 +323,8 @@ class Engine:
     def _prepare(self, job: Job) -> _Prepared:
         instructions = job.instructions
         train = instructions.train
-        alike = replace(train, epochs=min(train.epochs, 2))  # of which a proof makes two at most
+        # A proof makes two passes at most, and holds for every learning rate.
+        alike = replace(train, epochs=min(train.epochs, 2), learning_rate=1.0)
         key = (
             replace(instructions, round=0, seed=0, moments=None, void=None, train=alike),
             _bytes_of(instructions.moments),
@@ -361,8 +362,10 @@ class Engine:
             found = _Prepared(recipe, preprocess, way, local.least_batch(model), keep)
             found.teacher = None if teacher is None else teacher.to(way.device)
             self._prepared[key] = found
-        if instructions.update == "weights" and found.recipe.settings.epochs != train.epochs:
+        if instructions.update == "weights" and found.recipe.settings != train:
             found.recipe = replace(found.recipe, settings=train)
+            if found.way.stepper is not None:
+                found.way.stepper.recipe = found.recipe
         return found
 
 

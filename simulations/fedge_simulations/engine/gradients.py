@@ -37,8 +37,8 @@ class Gradients(Vmapped):
 
     def begin(self, flat: torch.Tensor, pull: Pull = NO_PULL) -> None:
         """Take over a stack at the weights where the gradients are wanted."""
-        self._views = self._recipe.layout.views(flat)
-        self._found = {name: torch.zeros_like(self._views[name]) for name in self._recipe.trainable}
+        self._views = self.recipe.layout.views(flat)
+        self._found = {name: torch.zeros_like(self._views[name]) for name in self.recipe.trainable}
         self._counts = {n: v.expand(len(flat), *v.shape).clone() for n, v in self._counters.items()}
         self._seen = flat.new_zeros(len(flat))
 
@@ -57,7 +57,7 @@ class Gradients(Vmapped):
 
     def end(self) -> None:
         """Put the gradients where the weights were."""
-        decay = self._recipe.settings.weight_decay
+        decay = self.recipe.settings.weight_decay
         for name, value in self._found.items():
             value.div_(self._seen.view(-1, *[1] * (value.dim() - 1)))
             self._views[name].mul_(decay).add_(value)

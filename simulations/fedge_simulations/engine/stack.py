@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from fedge.learning import draws, local
 from fedge.learning.augment import augment
 from fedge.learning.lessons import answered
 from fedge.learning.state import NamedArrays
+
+if TYPE_CHECKING:
+    from fedge_simulations.engine.steppers import Recipe
 
 Named = dict[str, torch.Tensor]
 CPU: Final = torch.device("cpu")
@@ -105,6 +108,8 @@ NO_PULL = Pull()
 
 class Stepper(Protocol):
     """Trains the models of a stack, a step of all active ones at a time."""
+
+    recipe: Recipe  # between two stacks another may take its place that differs in passes and learning rate
 
     def begin(self, flat: torch.Tensor, pull: Pull = NO_PULL) -> None:
         """Take over (K, D) at the weights to start from; steps change it in place."""

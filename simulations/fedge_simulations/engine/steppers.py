@@ -67,7 +67,7 @@ class Optimised:
     """The run's torch optimiser over the first k of the stacked parameters, with its state as k shrinks."""
 
     def __init__(self, recipe: Recipe, flat: torch.Tensor, pull: Pull = NO_PULL) -> None:
-        self._recipe, self._flat = recipe, flat
+        self.recipe, self._flat = recipe, flat
         views, trainable = recipe.layout.views, recipe.trainable
         anchors = views(flat.clone() if pull.anchor is None else pull.anchor) if recipe.mu else {}
         self._anchors = {name: anchors[name] for name in trainable} if anchors else {}
@@ -81,12 +81,12 @@ class Optimised:
         """All state of the first k clients, as (k, *shape)."""
         if self.views and len(next(iter(self.views.values()))) == k:
             return self.views
-        before, old = self._optimizer, [self.views[n] for n in self._recipe.trainable] if self.views else []
-        self.views = self._recipe.layout.views(self._flat[:k])
-        if self._recipe.bare:  # `step` needs no optimiser
+        before, old = self._optimizer, [self.views[n] for n in self.recipe.trainable] if self.views else []
+        self.views = self.recipe.layout.views(self._flat[:k])
+        if self.recipe.bare:  # `step` needs no optimiser
             return self.views
-        fresh = [self.views[name] for name in self._recipe.trainable]
-        self._optimizer = local.optimizer(fresh, self._recipe.settings)
+        fresh = [self.views[name] for name in self.recipe.trainable]
+        self._optimizer = local.optimizer(fresh, self.recipe.settings)
         if before is not None:
             for gone, here in zip(old, fresh, strict=True):
                 if gone in before.state:
@@ -100,14 +100,14 @@ class Optimised:
         """One step of the active clients along their gradients, to which the pull is added."""
         for name, value in gradients.items():
             if self._anchors:
-                value.add_(self.views[name] - self._anchors[name][: len(value)], alpha=self._recipe.mu)
+                value.add_(self.views[name] - self._anchors[name][: len(value)], alpha=self.recipe.mu)
             if self._shifts:
                 value.add_(self._shifts[name][: len(value)])
-        if self._recipe.bare:  # the same values, without the optimiser's own bookkeeping
+        if self.recipe.bare:  # the same values, without the optimiser's own bookkeeping
             torch._foreach_add_(
                 [self.views[name] for name in gradients],
                 list(gradients.values()),
-                alpha=-self._recipe.settings.learning_rate,
+                alpha=-self.recipe.settings.learning_rate,
             )
             return
         assert self._optimizer is not None  # noqa: S101 - `active` has made it
@@ -154,7 +154,7 @@ class Linears:
     """Linear layers with ReLU between them, their backward pass written out."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+        self.recipe = recipe
         self._loss = recipe.loss
         layers = linear_layers(recipe.model)
         assert layers is not None  # noqa: S101 - the caller has asked
@@ -163,7 +163,7 @@ class Linears:
 
     def begin(self, flat: torch.Tensor, pull: Pull = NO_PULL) -> None:
         """Take over a stack."""
-        self._optimised = Optimised(self._recipe, flat, pull)
+        self._optimised = Optimised(self.recipe, flat, pull)
 
     def step(
         self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, keys: torch.Tensor
@@ -178,7 +178,7 @@ class Linears:
             h = torch.baddbmm(views[bias][:, None], h, w.mT) if bias else torch.bmm(h, w.mT)
             if relu:
                 h = h.relu_()
-        loss, error = output_error(self._loss, self._recipe.settings, h, y, weight)
+        loss, error = output_error(self._loss, self.recipe.settings, h, y, weight)
         gradients: Named = {}
         for i in range(len(self._layers) - 1, -1, -1):
             name, bias, _ = self._layers[i]
@@ -187,15 +187,15 @@ class Linears:
             if below is not None:
                 error = below.mul_(inputs[i] > 0) if self._layers[i - 1][2] else below
         if gradients:
-            self._optimised.step({name: gradients[name] for name in self._recipe.trainable})
+            self._optimised.step({name: gradients[name] for name in self.recipe.trainable})
         return loss
 
     def _change(
         self, gradients: Named, views: Named, name: str, bias: str, error: torch.Tensor, x: torch.Tensor
     ) -> None:
         """Step this layer at once where a step is plain; else write its gradient down."""
-        if self._recipe.plain_sgd:
-            lr = self._recipe.settings.learning_rate
+        if self.recipe.plain_sgd:
+            lr = self.recipe.settings.learning_rate
             views[name].baddbmm_(error.mT, x, alpha=-lr)
             if bias:
                 views[bias].add_(error.sum(1), alpha=-lr)
@@ -289,7 +289,7 @@ class Single:
     """One client at a time, for models whose convolutions already fill the processor."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+        self.recipe = recipe
         self._loss = recipe.loss
         self._model = copy.deepcopy(recipe.model).to(recipe.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._flat: torch.Tensor | None = None
@@ -311,7 +311,7 @@ class Single:
     def _layer(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
         if x.dim() != 2:
             raise NotImplementedError("a linear layer over more than rows")
-        lr = self._recipe.settings.learning_rate
+        lr = self.recipe.settings.learning_rate
         made: torch.Tensor = _Linear.apply(x, w, b, lr)  # type: ignore[no-untyped-call]
         return made
 
@@ -320,11 +320,11 @@ class Single:
         self._flat = flat
         with torch.no_grad():
             state = self._model.state_dict()
-            for name, value in self._recipe.layout.views(flat).items():
+            for name, value in self.recipe.layout.views(flat).items():
                 state[name].copy_(value[0])
-        if not self._recipe.bare:
-            self._optimizer = local.optimizer(self._parameters, self._recipe.settings)
-        views, mu = self._recipe.layout.views, self._recipe.mu
+        if not self.recipe.bare:
+            self._optimizer = local.optimizer(self._parameters, self.recipe.settings)
+        views, mu = self.recipe.layout.views, self.recipe.mu
         anchors = views(flat.clone() if pull.anchor is None else pull.anchor) if mu else {}
         self._anchors = [anchors[name][0] for name in self._names] if anchors else []
         shifts = {} if pull.shift is None else views(pull.shift)
@@ -347,11 +347,11 @@ class Single:
         with torch.no_grad():
             if self._anchors:
                 away = torch._foreach_sub(self._parameters, self._anchors)
-                gradients = torch._foreach_add(gradients, away, alpha=self._recipe.mu)
+                gradients = torch._foreach_add(gradients, away, alpha=self.recipe.mu)
             if self._shifts:
                 gradients = torch._foreach_add(gradients, self._shifts)
             if self._optimizer is None:
-                lr = self._recipe.settings.learning_rate
+                lr = self.recipe.settings.learning_rate
                 torch._foreach_add_(self._parameters, list(gradients), alpha=-lr)
             else:
                 for p, value in zip(self._parameters, gradients, strict=True):
@@ -364,5 +364,5 @@ class Single:
         assert self._flat is not None  # noqa: S101 - `begin` has set it
         with torch.no_grad():
             state = self._model.state_dict()
-            for name, value in self._recipe.layout.views(self._flat).items():
+            for name, value in self.recipe.layout.views(self._flat).items():
                 value[0].copy_(state[name])

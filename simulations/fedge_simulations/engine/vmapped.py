@@ -33,7 +33,7 @@ class Vmapped:
         Raises:
             NotImplementedError: there is nothing to be fused.
         """
-        self._recipe = recipe
+        self.recipe = recipe
         self._loss = recipe.loss
         self._linear = _linear_parameters(recipe) if fused else {}
         if fused and not self._linear:
@@ -63,8 +63,8 @@ class Vmapped:
             {id(parameters[w]): id(parameters[b]) if b else 0 for w, b in self._linear.items()},
             self._layer,
         )
-        with draws.keyed_dropout(self._recipe.model, keys), stepping if self._linear else nullcontext():
-            logits = functional_call(self._recipe.model, {**parameters, **others}, (x,))
+        with draws.keyed_dropout(self.recipe.model, keys), stepping if self._linear else nullcontext():
+            logits = functional_call(self.recipe.model, {**parameters, **others}, (x,))
         stepping.check()
         return logits, others
 
@@ -88,7 +88,7 @@ class Vmapped:
         rows = _stacked(x, k)  # (k, ..., F)
         weight, bias = _stacked(w, k), None if b is None else _stacked(b, k)
         with temporarily_clear_interpreter_stack():
-            lr = self._recipe.settings.learning_rate
+            lr = self.recipe.settings.learning_rate
             found = _StackedLinear.apply(  # type: ignore[no-untyped-call]
                 rows.flatten(1, -2), weight, bias, lr, self._trigger
             )
@@ -102,7 +102,7 @@ class Vmapped:
         if not self._recurrent:
             yield
             return
-        if self._recipe.device.type == "cuda":
+        if self.recipe.device.type == "cuda":
             with torch.backends.cudnn.flags(enabled=False):
                 yield
             return
@@ -116,7 +116,7 @@ class Vmapped:
 
     def begin(self, flat: torch.Tensor, pull: Pull = NO_PULL) -> None:
         """Take over a stack."""
-        self._optimised = Optimised(self._recipe, flat, pull)
+        self._optimised = Optimised(self.recipe, flat, pull)
         self._counts = {n: v.expand(len(flat), *v.shape).clone() for n, v in self._counters.items()}
 
     def step(
@@ -147,7 +147,7 @@ class Vmapped:
             with torch.enable_grad():
                 copies = {name: value.clone() for name, value in others.items()}
                 logits, changed = self._forward(parameters, copies, x, keys)
-            loss, error = output_error(self._loss, self._recipe.settings, logits.detach(), y, weight)
+            loss, error = output_error(self._loss, self.recipe.settings, logits.detach(), y, weight)
             found: tuple[torch.Tensor, ...] = ()
             if leaves:
                 found = torch.autograd.grad(logits, leaves, error, materialize_grads=True)
