@@ -74,7 +74,12 @@ def test_speakers_learn_text_together_and_nobody_is_asked_for_moments(tmp_path, 
 def test_a_device_answers_from_a_window_or_text_as_the_gate_scored(tmp_path, capsys, task, model):
     data = waves(tmp_path / "waves.npz") if task == "signals" else verses(tmp_path / "verses")
     out = tmp_path / "out"
-    compress = {"distil": {"epochs": 20}, "prune": {"ratios": [0.5], "recovery_epochs": 1}}
+    student = {"signals": "cnn1d-8", "characters": "gru-32"}[task]
+    compress = {
+        "distil": {"epochs": 20},
+        "prune": {"ratios": [0.5], "recovery_epochs": 1},
+        "students": [student],
+    }
     tiers = {"sensor": {"max_drop": 0.2, "max_wire_bytes": 100_000}}
     result = run(config(task, data, model, rounds={"count": 4}, compress=compress, tiers=tiers), out)
     assert result.complete

@@ -94,6 +94,9 @@ class Compress:
 
     max_seconds: Positive = 300.0  # for building candidates; what would take longer is left out, and said
     forms: tuple[FormName, ...] = ("fp32", "int8", "w8", "w4", "ternary", "binary")  # numbers of weights
+    students: tuple[str, ...] = (
+        "*",
+    )  # names of those that are tried, or patterns such as "cnn3-*"; none: ()
 
     # what students learn from, ranges are taken from, and variants are judged on
     data: Literal["auto"] | DataKind = "auto"

@@ -67,10 +67,11 @@ def check_possible(
         name: {} for name, tier in config.tiers.items() if _has_budget(tier)
     }
     workshop = _workshop(task, spec, config, data, kind)
+    candidates = recipes(task, config, teachable=kind != "none")
     if not waiting:
         return
     threads = {tier.threads for tier in config.tiers.values()}
-    for recipe in _smallest_first(recipes(task, config, teachable=kind != "none"), workshop):
+    for recipe in _smallest_first(candidates, workshop):
         try:
             cost = measure(workshop.built_untrained(recipe), spec, threads=threads)
         except (CompressionError, FormatError):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Final
 
-from fedge.config import Config, FormName, PruneKind
+from fedge.config import Config, FormName, PruneKind, suggestion
+from fedge.errors import ConfigError
 from fedge.task import Task
 from fedge_server.compression.recovery import Cut
 
@@ -65,7 +67,11 @@ class Recipe:
 
 
 def architectures(task: Task, config: Config) -> tuple[Architecture, ...]:
-    """All of a task: the global model, its prunings, the students, and every width of the families."""
+    """All of a task: the global model, its prunings, the students, and every width of the families.
+
+    Raises:
+        ConfigError: `compress.students` names one that the task does not have.
+    """
     settings = config.compress.prune
     shares: dict[PruneKind, tuple[float, ...]] = {
         "structured": settings.ratios,
@@ -73,10 +79,21 @@ def architectures(task: Task, config: Config) -> tuple[Architecture, ...]:
     }
     cuts = [Cut(kind, share) for kind in settings.kinds for share in sorted(set(shares[kind])) if share]
     ladder = [f"{name}-{width}" for name, family in task.families.items() for width in family.widths]
+    students = tuple(dict.fromkeys([*task.students, *ladder]))
+    for pattern in config.compress.students:
+        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in students):
+            raise ConfigError(
+                f"compress.students: {pattern!r} is no student of task {task.name!r}; "
+                f"{suggestion(pattern, students)}"
+            )
     return (
         Architecture(),
         *(Architecture(cut) for cut in cuts),
-        *(Architecture(student=name) for name in dict.fromkeys([*task.students, *ladder])),
+        *(
+            Architecture(student=name)
+            for name in students
+            if any(fnmatchcase(name, pattern) for pattern in config.compress.students)
+        ),
     )
 
 

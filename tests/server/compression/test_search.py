@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from fedge.artefact import pack, unpack
 from fedge.config import Config
 from fedge.errors import ConfigError
 from fedge.inference import CompactModel
-from fedge.task import Task
+from fedge.task import Family, Task
 from fedge_server.compression import check_possible, compress
 from fedge_server.compression.budgets import Figure, shortage
 from fedge_server.compression.choose import source_of
@@ -182,6 +183,35 @@ def test_recipes_are_named_after_their_stages(helpers):
     names = [recipe.name for recipe in recipes(task, fine, teachable=True)]
     assert names == ["fp32", "ternary", "student-small", "student-small+ternary"]
     assert [recipe.name for recipe in recipes(task, fine, teachable=False)] == ["fp32"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "students"),
+    [
+        (["*"], {"small", "wide-4", "wide-8"}),
+        (["wide-*"], {"wide-4", "wide-8"}),
+        (["small", "wide-8"], {"small", "wide-8"}),
+        ([], set()),
+    ],
+)
+def test_students_are_those_that_are_asked_for(helpers, patterns, students):
+    task = replace(
+        helpers.task(small=8),
+        families={"wide": Family(lambda width: lambda _spec: helpers.mlp(width), (4, 8))},
+    )
+    found = recipes(task, configured({"students": patterns}), teachable=True)
+    assert {recipe.architecture.student for recipe in found} - {""} == students
+    assert "fp32" in {recipe.name for recipe in found}
+
+
+def test_a_student_that_the_task_does_not_have_is_refused_before_training(digits, helpers):
+    with pytest.raises(ConfigError, match=r"compress\.students: 'smal' is no student.*did you mean 'small'"):
+        check_possible(
+            helpers.task(small=8),
+            digits.spec,
+            configured({"students": ["smal"]}, any={}),
+            digits.proxy.x[:32],
+        )
 
 
 @pytest.mark.slow
