@@ -27,7 +27,7 @@ from fedge_server.compression.clients import Clients, Fleet, left_out, merged
 from fedge_server.compression.export import export
 from fedge_server.compression.gate import decide, evidence_of, score
 from fedge_server.compression.quantise import quantise_within, watched
-from fedge_server.compression.sources import answers_of
+from fedge_server.rounds.scoring import probabilities_of
 from fedge_simulations.world import prepare
 
 HELD, SELECTION = 0.3, 0.4
@@ -116,7 +116,7 @@ def test_ranges_are_those_of_what_clients_train_on_but_for_the_outermost(field, 
     assert quantise_within(field.graph, exact) == variant or len(trained) > 256
     spec = field.world.dataset.spec
     same = score(pack(variant), len(variant), spec, field.own(0).x).argmax(1)
-    assert (same == answers_of(field.model, field.own(0)).argmax(1)).mean() > 0.98
+    assert (same == probabilities_of(field.model, field.own(0)).argmax(1)).mean() > 0.98
 
 
 def test_evidence_counts_what_the_same_examples_in_one_place_would(field, variant):
@@ -125,7 +125,9 @@ def test_evidence_counts_what_the_same_examples_in_one_place_would(field, varian
     x, y = np.concatenate([part.x for part in pooled]), np.concatenate([part.y for part in pooled])
     whole = replace(pooled[0], x=x, y=y)
     spec = field.world.dataset.spec
-    expected = evidence_of(score(pack(variant), len(variant), spec, x), answers_of(field.model, whole), y, 10)
+    expected = evidence_of(
+        score(pack(variant), len(variant), spec, x), probabilities_of(field.model, whole), y, 10
+    )
     for name in ("n", "both", "losses", "wins"):
         assert getattr(found.counts, name).tolist() == getattr(expected.counts, name).tolist()
     assert (found.clients, found.faults) == (5, ())

@@ -36,6 +36,7 @@ from fedge_server.compression.material import Material
 from fedge_server.compression.quantise import MAX_CALIBRATION, quantise
 from fedge_server.compression.recovery import Cut, pruned_and_recovered
 from fedge_server.data import ServerData
+from fedge_server.rounds.scoring import probabilities_of
 
 SELECTION_SHARE = 0.3  # of the proxy data: orders the candidates, trains nothing
 MOST_SELECTION = 5000  # examples that do
@@ -210,7 +211,7 @@ class OnServer:
         """Divide the proxy data; of kind "none" there are none."""
         proxy = data.proxy if kind != "none" else data.proxy.take(np.arange(0))
         training, apart = parts(proxy, config.seed)
-        answers = answers_of(model.eval(), data.gate)
+        answers = probabilities_of(model.eval(), data.gate)
         distil = config.compress.distil
         return cls(kind, model, data.spec, training, apart, data.gate, config.seed, answers, distil)
 
@@ -267,7 +268,7 @@ class OnServer:
         if not len(self.apart):
             return None
         whole = WholeModel(self.model.preprocess, network.eval())
-        return self._counts(answers_of(whole, self.apart))
+        return self._counts(probabilities_of(whole, self.apart))
 
     def _taught(self) -> Material:
         if not self.learns:
@@ -296,7 +297,7 @@ class OnServer:
 
     def _counts(self, answers: Float32) -> Counts:
         if self._apart is None:
-            self._apart = answers_of(self.model, self.apart)
+            self._apart = probabilities_of(self.model, self.apart)
         teacher = self._apart
         truth = self.apart.y if self.kind == "labelled" else teacher.argmax(axis=1)
         return evidence_of(answers, teacher, truth, self.spec.classes).counts
@@ -315,16 +316,6 @@ def parts(proxy: Examples, seed: int) -> tuple[Examples, Examples]:
     if len(selected) == 0 or len(rest) < 2:
         return proxy.take(selected[:0]), proxy.take(selected[:0])
     return proxy.take(rest), proxy.take(selected)
-
-
-@torch.no_grad()
-def answers_of(model: WholeModel, examples: Examples) -> Float32:
-    """A global model's own probabilities (N, C), by torch; it must be in evaluation mode."""
-    chunks = [
-        torch.softmax(model(torch.from_numpy(examples.x[i : i + _BATCH])), dim=1).numpy()
-        for i in range(0, len(examples), _BATCH)
-    ]
-    return np.concatenate(chunks) if chunks else np.zeros((0, 0), np.float32)
 
 
 def _run(model: CompactModel, x: npt.NDArray[np.generic]) -> Float32:

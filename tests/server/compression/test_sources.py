@@ -17,8 +17,9 @@ from fedge_server.compression.choose import source_of
 from fedge_server.compression.export import export
 from fedge_server.compression.gate import evidence_of, score
 from fedge_server.compression.quantise import quantise
-from fedge_server.compression.sources import OnServer, answers_of, kind_of, parts
+from fedge_server.compression.sources import OnServer, kind_of, parts
 from fedge_server.data import ServerData
+from fedge_server.rounds.scoring import probabilities_of
 
 
 def config(kind="auto", holdout=0.0, **sections):
@@ -104,7 +105,7 @@ def test_labelled_data_teach_calibrate_order_and_judge_each_with_their_own(serve
     counts = source.selection(wire, len(compact))
     assert counts.accuracy == (answers.argmax(1) == apart.y).mean()
     judged = score(wire, len(compact), server.spec, server.gate.x)
-    wanted = evidence_of(judged, answers_of(teacher, server.gate), server.gate.y, 10)
+    wanted = evidence_of(judged, probabilities_of(teacher, server.gate), server.gate.y, 10)
     evidence = source.evidence(wire, len(compact))
     assert evidence.clients is None
     assert evidence.counts.losses.tolist() == wanted.counts.losses.tolist()
