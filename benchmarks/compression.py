@@ -76,8 +76,8 @@ def config_of(data: Path, seed: int, model: str, *, quick: bool, workers: int = 
             "seed": seed,
             "model": {"name": model},
             "clients": {"count": 20},
-            "rounds": {"count": 4 if quick else 80, "patience": 5},
-            "train": {"batch_size": 32, "learning_rate": 0.001, "optimizer": "adam"},
+            "rounds": {"count": 4 if quick else 30, "patience": 5, "smooth": 3},
+            "train": {"batch_size": 32, "learning_rate": 0.001, "optimizer": "adam", "schedule": "cosine"},
             "strategy": {"name": "fedavgm", "server_momentum": 0.6},
             "evaluate": {
                 "metrics": ["accuracy"],
