@@ -162,37 +162,47 @@ def build(
 
     @client.train()
     def train(message: Message, context: Context) -> Message:
-        instructions = Instructions.of(message)
-        if instructions.codec is not None and (sent := coding.answered(message, context, instructions)):
-            return receiving.holding(sent, context, instructions)
-        task, examples = trained_on(share(context, instructions), instructions)
-        some = _some(examples, instructions, context.node_id)
-        instructions = replace(instructions, most_examples=None)  # those of all clients are alike again
-        job = keeping.begun(_job(message, context, instructions, task, some), message, context)
-        if instructions.guard is not None:
-            if instructions.guard.kind == "distributed" and not masking.is_asked_for(message):
-                raise FormatError("guard distributed: a share of the noise hides nothing without masks")
-            job = replace(job, secret=secret(instructions, context.node_id))
-        done = trainer(job)
-        control = keeping.done(job, done, message, context, trainer)
-        return receiving.holding(_answer(message, context, job, done, control), context, instructions)
+        return _trained(message, context, share, trainer, secret)
 
     @client.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        instructions = Instructions.of(message)
-        own = evaluated_on(share(context, instructions), instructions)
-        job = _job(message, context, instructions, *own)
-        personal = keeping.personal_state(instructions, context, job.state)
-        model, x, y = local.prepared(replace(job, state=personal))
-        found = evaluate_metrics(local.logits(model, x).softmax(1).numpy(), y.numpy(), ("accuracy",))
-        loss, accuracy = found["loss"], found["accuracy"]
-        assert isinstance(loss, float)  # noqa: S101 - narrows the union for the type checker
-        assert isinstance(accuracy, float)  # noqa: S101 - likewise
-        return replies.evaluate_reply(
-            message, examples=len(y), loss=loss, accuracy=accuracy, held_out=instructions.holdout > 0
-        )
+        return _evaluated(message, context, share)
 
     return client
+
+
+def _trained(message: Message, context: Context, share: Share, trainer: Trainer, secret: Secret) -> Message:
+    """The reply to `train`."""
+    instructions = Instructions.of(message)
+    if instructions.codec is not None and (sent := coding.answered(message, context, instructions)):
+        return receiving.holding(sent, context, instructions)
+    task, examples = trained_on(share(context, instructions), instructions)
+    some = _some(examples, instructions, context.node_id)
+    instructions = replace(instructions, most_examples=None)  # those of all clients are alike again
+    job = keeping.begun(_job(message, context, instructions, task, some), message, context)
+    if instructions.guard is not None:
+        if instructions.guard.kind == "distributed" and not masking.is_asked_for(message):
+            raise FormatError("guard distributed: a share of the noise hides nothing without masks")
+        job = replace(job, secret=secret(instructions, context.node_id))
+    done = trainer(job)
+    control = keeping.done(job, done, message, context, trainer)
+    return receiving.holding(_answer(message, context, job, done, control), context, instructions)
+
+
+def _evaluated(message: Message, context: Context, share: Share) -> Message:
+    """The reply to `evaluate`."""
+    instructions = Instructions.of(message)
+    own = evaluated_on(share(context, instructions), instructions)
+    job = _job(message, context, instructions, *own)
+    personal = keeping.personal_state(instructions, context, job.state)
+    model, x, y = local.prepared(replace(job, state=personal))
+    found = evaluate_metrics(local.logits(model, x).softmax(1).numpy(), y.numpy(), ("accuracy",))
+    loss, accuracy = found["loss"], found["accuracy"]
+    assert isinstance(loss, float)  # noqa: S101 - narrows the union for the type checker
+    assert isinstance(accuracy, float)  # noqa: S101 - likewise
+    return replies.evaluate_reply(
+        message, examples=len(y), loss=loss, accuracy=accuracy, held_out=instructions.holdout > 0
+    )
 
 
 def trained_on(own: tuple[Task, Examples], instructions: Instructions) -> tuple[Task, Examples]:

@@ -29,7 +29,7 @@ from fedge_server import strategies
 from fedge_server.data import ServerData
 from fedge_server.privacy.protection import Protection
 from fedge_server.privacy.rules import check_model
-from fedge_server.registry.database import Registry
+from fedge_server.registry.database import CommittedRound, Registry
 from fedge_server.registry.ledger import Ledger
 from fedge_server.rounds.asynchronous import UnderWay
 from fedge_server.rounds.choosing import Choice
@@ -163,24 +163,35 @@ def _prepare(
         grid, config, data, registry, run_id, told, model, chosen, protection, arrays, "", [],
         about(config, task, data.spec),
     )  # fmt: skip
-    if told.downlink is not None:
-        run.downlink = Downlink(told.downlink, local.parameters_of(network), config.seed)
-    if isinstance(chosen.strategy, Asynchronous):
-        run.under_way = UnderWay.of(grid, config, chosen.strategy)
-    run.pace, run.choice, run.teaching = Pace.of(config), Choice.of(config), teaching
-    run.frozen = Frozen.of(chosen.terms, arrays, config)
+    _equip(run, teaching)
     if last is None:
         scores, _ = run.evaluate_centrally()
         run.commit(RoundRecord(0, scores, simulated_s=run.simulated_s(), origin=start.origin))
     else:
-        run.records = registry.records(run_id)
-        beside = beside_of(last.state)
-        run.downlink = None if run.downlink is None else run.downlink.remembering(beside)
-        run.pace = None if run.pace is None else run.pace.remembering(beside)
-        run.choice = None if run.choice is None else run.choice.remembering(beside)
-        run.frozen = None if run.frozen is None else run.frozen.remembering(beside)
-        run.model_sha256 = last.model_sha256
+        _take_up(run, last)
     return run
+
+
+def _equip(run: Run, teaching: Teaching | None) -> None:
+    """Give a run the parts that its configuration asks for."""
+    config, told, strategy = run.config, run.instructions, run.chosen.strategy
+    if told.downlink is not None:
+        run.downlink = Downlink(told.downlink, local.parameters_of(run.model.network), config.seed)
+    if isinstance(strategy, Asynchronous):
+        run.under_way = UnderWay.of(run.grid, config, strategy)
+    run.pace, run.choice, run.teaching = Pace.of(config), Choice.of(config), teaching
+    run.frozen = Frozen.of(run.chosen.terms, run.arrays, config)
+
+
+def _take_up(run: Run, last: CommittedRound) -> None:
+    """Go on from a committed round: its records, and what the run's parts remember."""
+    run.records = run.registry.records(run.run_id)
+    beside = beside_of(last.state)
+    run.downlink = None if run.downlink is None else run.downlink.remembering(beside)
+    run.pace = None if run.pace is None else run.pace.remembering(beside)
+    run.choice = None if run.choice is None else run.choice.remembering(beside)
+    run.frozen = None if run.frozen is None else run.frozen.remembering(beside)
+    run.model_sha256 = last.model_sha256
 
 
 def _instructions(
