@@ -9,13 +9,19 @@ FedgeError                  the work failed                        exit code 1
 │   ├── HubAwayError        the hub has been away for too long
 │   └── BudgetError         the privacy budget does not reach for another round
 ├── CompressionError        a stage could not produce a variant
+├── FetchError              something could not be fetched now; it may be later
+│   ├── AbsentError         the source says that it has no such file
+│   ├── ForbiddenError      the source says that this device may not have it
+│   └── SlowError           it came more slowly than is waited for
 └── TrustError              something from outside was refused
     ├── FormatError         malformed, truncated or larger than it may be
     ├── SignatureError      not signed by a trusted key
     ├── DigestError         the bytes are not the ones that were signed
     ├── IdentityError       a certificate, token or pin does not say who it must
     │   └── RevokedError    it did, until its device was revoked
-    └── DowngradeError      older than what the device may run
+    ├── DowngradeError      older than what the device may run
+    ├── ExpiredError        metadata past its date, by the clock of this device
+    └── HealthError         a model that did not pass its trial on this device
 
 Foreign exceptions are wrapped where they enter. A message says what was wrong, with which value, and
 what to do about it, in one line.
@@ -68,6 +74,22 @@ class TimeUpError(CompressionError):
     """A stage has not ended by its deadline; with more time it may."""
 
 
+class FetchError(FedgeError):
+    """Something could not be fetched, or came too slowly; what was installed goes on working."""
+
+
+class AbsentError(FetchError):
+    """The source says that it has no such file."""
+
+
+class ForbiddenError(FetchError):
+    """The source says that this device may not have the file."""
+
+
+class SlowError(FetchError):
+    """It came more slowly than is waited for; what has come is kept."""
+
+
 class TrustError(FedgeError):
     """Something that came from outside was refused."""
 
@@ -94,3 +116,11 @@ class RevokedError(IdentityError):
 
 class DowngradeError(TrustError):
     """Older than what this device may run."""
+
+
+class ExpiredError(TrustError):
+    """Metadata is past its date, by the clock of this device."""
+
+
+class HealthError(TrustError):
+    """A model did not pass its trial on this device, or is one that did not."""

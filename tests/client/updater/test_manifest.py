@@ -489,7 +489,7 @@ print(step)
 
 
 def run(script: str, *arguments: Path) -> subprocess.Popen[str]:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": f"{root / 'common'}:{root / 'client'}"}
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],

@@ -1,0 +1,241 @@
+"""Installing with real processes, a real disk that is full and a real connection that breaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loopback import Server, http
+
+from fedge.errors import FedgeError
+from fedge.files import sha256
+from fedge_client.updater import Artefact, Installer, anything
+
+ROOT = Path(__file__).parents[3]
+SOURCE = """
+import hashlib, json, os, random, shutil, signal, sys, tempfile, time
+from pathlib import Path
+from fedge.errors import FedgeError
+from fedge_client.updater import Artefact, Installer, anything
+
+def content(version):
+    return random.Random(version).randbytes(1_000_000 + version)
+
+def artefact(version):
+    data = content(version)
+    return Artefact(name=str(version), version=version, length=len(data),
+                    sha256=hashlib.sha256(data).hexdigest(), floor=max(version - 1, 0))
+
+def installer(home):
+    def fetch(name, maximum, offset=0):
+        data = content(int(name))
+        for start in range(offset, len(data), 16384):
+            yield data[start : start + 16384]
+    return Installer(Path(home), fetch, anything)
+
+def whole(home):
+    "Version that runs, complete and not below its floor."
+    state, opened = installer(home).store.state(), installer(home).store.open()
+    assert opened.data == content(opened.record.version) and not opened.returned
+    assert opened.record.version == state.current.version >= state.floor
+    return opened.record.version
+"""
+
+
+def run(script: str, *arguments: object, timeout: float = 100) -> str:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'common'}:{ROOT / 'client'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", SOURCE + script, *map(str, arguments)],
+        env=environment, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+FORTY_KILLS = """
+home, chance = sys.argv[1], random.Random(1)
+start = time.monotonic()
+installer(home).install(artefact(1))
+lasts = time.monotonic() - start
+kills, version, late, resumed = 0, 1, 0, 0
+while kills < 40:
+    child = os.fork()
+    if child == 0:
+        try:
+            installer(home).install(artefact(version + 1))
+        finally:
+            os._exit(0)
+    time.sleep(chance.uniform(0, 1.1 * lasts))
+    os.kill(child, signal.SIGKILL)
+    killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    kills += killed
+    now = whole(home)
+    assert now in (version, version + 1)
+    late += killed and now == version + 1
+    resumed += any(path.stat().st_size for path in Path(home, "parts").iterdir())
+    version = now
+before = whole(home)
+installer(home).install(artefact(before + 1))
+print(json.dumps({"late": late, "resumed": resumed, "last": whole(home) - before}))
+"""
+
+
+@pytest.mark.slow
+def test_forty_kills_at_random_moments_leave_a_whole_version_each_time(tmp_path: Path) -> None:
+    found = json.loads(run(FORTY_KILLS, tmp_path / "home"))
+    assert found["last"] == 1
+    assert found["resumed"] > 0  # some left a part, which the next attempt took up
+
+
+STEP_BY_STEP = """
+home, copies = Path(sys.argv[1]), Path(sys.argv[2])
+for version in (1, 2):
+    installer(home).install(artefact(version))
+
+def killed_at(step, place):
+    count = 0
+    def wrapped(function):
+        def call(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count == step:
+                os._exit(9)
+            return function(*arguments, **options)
+        return call
+    for module, name in ((os, "fsync"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (os, "fdopen"),
+                         (os, "rmdir"), (os, "chmod"), (tempfile, "mkstemp")):
+        setattr(module, name, wrapped(getattr(module, name)))
+    installer(place).install(artefact(3))
+    os._exit(0)
+
+step, seen = 0, set()
+while True:
+    step += 1
+    place = copies / str(step)
+    shutil.copytree(home, place)
+    child = os.fork()
+    if child == 0:
+        killed_at(step, place)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    seen.add(whole(place))
+    installer(place).install(artefact(3))
+    assert whole(place) == 3 and not list(place.rglob(".current.*")) and not list((place / "parts").iterdir())
+    shutil.rmtree(place)
+    if ended:
+        break
+print(json.dumps({"steps": step, "seen": sorted(seen)}))
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_at_each_step_of_the_file_system_leaves_a_whole_version(tmp_path: Path) -> None:
+    found = json.loads(run(STEP_BY_STEP, tmp_path / "home", tmp_path))
+    assert found["steps"] > 15
+    assert found["seen"] == [2, 3]
+
+
+LIMITED = """
+import resource
+home = sys.argv[1]
+installer(home).install(artefact(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    installer(home).install(artefact(2))
+except FedgeError as error:
+    print(error)
+print("runs", whole(home))
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_takes_no_more_in_the_middle_leaves_what_ran(tmp_path: Path) -> None:
+    said = run(LIMITED, tmp_path / "home")
+    assert "what was installed goes on working" in said
+    assert said.endswith("runs 1\n")
+    assert run(LIMITED.replace("400_000", "-1"), tmp_path / "home") == "runs 2\n"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 8 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def published(folder: Path, version: int, size: int = 1_000_000) -> Artefact:
+    data = random.Random(version).randbytes(size + version)
+    (folder / str(version)).write_bytes(data)
+    return Artefact(name=str(version), version=version, length=len(data), sha256=sha256(data))
+
+
+def from_folder(folder: Path, at: int = -1, then: Path | None = None) -> object:
+    """Files of a folder; once `at` bytes have come the disk of `then` is filled."""
+
+    def fetch(name: str, maximum: int, offset: int = 0, /) -> Iterator[bytes]:
+        data = (folder / name).read_bytes()
+        for start in range(offset, len(data), 16384):
+            if then is not None and start >= at:
+                fill(then)
+            yield data[start : start + 16384]
+
+    return fetch
+
+
+def fill(disk: Path) -> None:
+    free = shutil.disk_usage(disk).free
+    if free:
+        with (disk / "ballast").open("ab") as file:
+            file.write(bytes(free))
+
+
+@pytest.mark.slow
+def test_a_device_with_a_full_disk_answers_refuses_and_installs_once_there_is_room(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    home = small_disk / "home"
+    first, second = published(tmp_path, 1), published(tmp_path, 2)
+    Installer(home, from_folder(tmp_path), anything).install(first)  # type: ignore[arg-type]
+
+    during = Installer(home, from_folder(tmp_path, 300_000, small_disk), anything)  # type: ignore[arg-type]
+    with pytest.raises(FedgeError, match=r"No space left on device.*make room"):
+        during.install(second)
+    assert shutil.disk_usage(small_disk).free == 0
+    assert during.store.open().record.version == 1  # opened anew, with no byte left
+
+    before = Installer(home, from_folder(tmp_path), anything)  # type: ignore[arg-type]
+    with pytest.raises(FedgeError, match="0 bytes are free"):
+        before.install(second)
+    assert before.store.open().record.version == 1
+
+    (small_disk / "ballast").unlink()
+    before.install(second)
+    assert before.store.open().record.version == 2
+
+
+@pytest.mark.slow
+def test_a_connection_that_is_reset_every_400_kb_brings_the_whole_in_little_more_than_its_bytes(
+    tmp_path: Path,
+) -> None:
+    offered = published(tmp_path, 1, 3_000_000)
+    with Server(tmp_path, reset_after=400_000) as server:
+        installer = Installer(tmp_path / "home", http(server.url), anything, pause=lambda _: None)
+        installer.install(offered)
+        assert installer.store.open().record.version == 1
+        assert len(server.paths) >= 8
+        assert server.sent <= 3 * offered.length
