@@ -147,7 +147,7 @@ def unpack(wire: bytes, installed_bytes: int) -> bytes:
     decoder = Decoder(
         stream, sum(how.symbols for _, how in table) + sum(grid.scale_symbols for grid in grids)
     )
-    scales = _scales(grids, decoder)
+    scales = iter(_scales(grids, decoder))
     pieces: list[bytes] = []
     for gap, how in table:
         pieces.append(skeleton.take(gap))
@@ -282,11 +282,11 @@ def _scale_parts(pieces: Sequence[_Piece]) -> list[tuple[Symbols, int]]:
     return [((every >> _LOW).astype(np.uint8), MAX_ALPHABET), (low.astype(np.uint8), _FINE + 1)]
 
 
-def _scales(grids: Sequence[_Grid], decoder: Decoder) -> Iterator[npt.NDArray[np.float32]]:
-    """The scales (C,) of each grid, which the stream begins with."""
+def _scales(grids: Sequence[_Grid], decoder: Decoder) -> list[npt.NDArray[np.float32]]:
+    """The scales (C,) of each grid, which the stream begins with: they are read before anything else is."""
     high = decoder.take(sum(grid.shape[1] for grid in grids), MAX_ALPHABET).astype(np.uint16) << _LOW
     low = decoder.take(sum(grid.shape[1] for grid in grids if grid.scale_bytes == 2), _FINE + 1)
-    at, fine_at = 0, 0
+    scales, at, fine_at = [], 0, 0
     for grid in grids:
         channels = grid.shape[1]
         bits = high[at : at + channels]
@@ -294,7 +294,8 @@ def _scales(grids: Sequence[_Grid], decoder: Decoder) -> Iterator[npt.NDArray[np
         if grid.scale_bytes == 2:
             bits = bits | low[fine_at : fine_at + channels]
             fine_at += channels
-        yield bits.view(np.float16).astype("<f4")
+        scales.append(bits.view(np.float16).astype("<f4"))
+    return scales
 
 
 def _on_values(how: _Grid, scales: npt.NDArray[np.float32], decoder: Decoder) -> bytes:

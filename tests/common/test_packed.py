@@ -66,6 +66,23 @@ def test_any_tensors_come_back(data) -> None:
 
 
 @settings(deadline=None, max_examples=50)
+@given(st.permutations(["plain", "ternary", "bytes", "short", "whole numbers"]), st.integers(0, 2**32 - 1))
+def test_tensors_of_all_kinds_come_back_in_any_order(order, seed) -> None:
+    rng = np.random.default_rng(seed)
+    kinds = {
+        "plain": rng.normal(size=(20, 30)).astype(np.float32),
+        "ternary": on_grid((16, 9), 1, 0, seed=seed),
+        "bytes": on_grid((4, 40), 127, 1, seed=seed, coarse=True),
+        "short": rng.normal(size=3).astype(np.float32),
+        "whole numbers": rng.integers(-128, 128, 700).astype(np.int8),
+    }
+    installed = model(*(kinds[name] for name in order))
+    wire = packed.pack(installed)
+    assert packed.unpack(wire, len(installed)) == installed
+    assert len(wire) < 0.95 * len(installed)
+
+
+@settings(deadline=None, max_examples=50)
 @given(
     st.sampled_from([1, 7, 127]),
     st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5)),
