@@ -25,7 +25,7 @@ MAX_VARIANTS: Final = 256
 MAX_VERSION: Final = 2**53 - 1  # what every JSON reader holds exactly
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_TIER = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+TIER_NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
@@ -63,7 +63,7 @@ class VariantEntry:
 
     def __post_init__(self) -> None:
         """Refuse nonsense on construction."""
-        if not isinstance(self.tier, str) or not _TIER.fullmatch(self.tier):
+        if not isinstance(self.tier, str) or not TIER_NAME.fullmatch(self.tier):
             raise FormatError(
                 f"manifest: tier {_short(self.tier)} must be 1 to 32 lower-case letters, digits, '-' and '_'"
             )
