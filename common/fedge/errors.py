@@ -90,6 +90,10 @@ class SlowError(FetchError):
     """It came more slowly than is waited for; what has come is kept."""
 
 
+class RefusedError(FedgeError):
+    """A signer would not sign what it was shown; the message lists its reasons."""
+
+
 class TrustError(FedgeError):
     """Something that came from outside was refused."""
 

@@ -29,8 +29,19 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Put data at path so that a reader, or a power cut, sees the old file or the new one, never a part."""
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, replace: bool = True) -> None:
+    """Put data at path so that a reader, or a power cut, sees the old file or the new one, never a part.
+
+    Args:
+        path: its folder is made.
+        data: the whole file.
+        mode: of the file.
+        replace: whether there may be a file already.
+
+    Raises:
+        FileExistsError: there is one, and it may not be replaced.
+        OSError: the disk refuses the write.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -39,7 +50,11 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(mode)
-        Path(temporary).replace(path)
+        if replace:
+            Path(temporary).replace(path)
+        else:
+            path.hardlink_to(temporary)  # unlike a rename it fails where there is a file
+            Path(temporary).unlink()
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

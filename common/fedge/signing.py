@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from securesystemslib import exceptions
 from securesystemslib.dsse import Envelope
-from securesystemslib.signer import CryptoSigner, SSlibKey  # type: ignore[attr-defined]  # it has no __all__
+from securesystemslib.signer import CryptoSigner, SSlibKey
 
 from fedge.errors import FormatError, SignatureError
 

@@ -1,0 +1,34 @@
+"""A TUF repository of model releases: its keys, its rules, and a publisher that a kill cannot hurt."""
+
+from fedge_server.repository.edits import TopRole
+from fedge_server.repository.keys import (
+    FileSigning,
+    create_key,
+    load_key,
+    load_public,
+    passphrase_in,
+    public_pem,
+)
+from fedge_server.repository.lifetimes import Lifetimes
+from fedge_server.repository.policy import Policy, reasons_against
+from fedge_server.repository.repository import Repository, RoleStatus
+from fedge_server.repository.signing import Evidence, Request, RoleKeys, Signing
+
+__all__ = [
+    "Evidence",
+    "FileSigning",
+    "Lifetimes",
+    "Policy",
+    "Repository",
+    "Request",
+    "RoleKeys",
+    "RoleStatus",
+    "Signing",
+    "TopRole",
+    "create_key",
+    "load_key",
+    "load_public",
+    "passphrase_in",
+    "public_pem",
+    "reasons_against",
+]
