@@ -70,6 +70,8 @@ class TierContent:
         if targets.delegations is not None or targets.unrecognized_fields:
             raise FormatError(f"tier {tier!r}: its role may delegate nothing, and has no further fields")
         left = dict(targets.targets)
+        if foreign := [path for path in left if not path.startswith(f"{tier}/")]:
+            raise FormatError(f"tier {tier!r}: offers {foreign[0][:80]!r}, which is none of its paths")
         mark = TierMark.from_json(_take(left, mark_path(tier)).custom)
         if mark.tier != tier or FileEntry.from_target(targets.targets[mark_path(tier)]) != FileEntry.of(
             mark.to_bytes()

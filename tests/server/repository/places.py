@@ -12,7 +12,7 @@ from unittest import mock
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tuf.api.exceptions import DownloadHTTPError
-from tuf.api.metadata import TargetFile
+from tuf.api.metadata import Metadata, MetaFile, Snapshot, TargetFile, Timestamp
 from tuf.ngclient import Updater
 from tuf.ngclient._internal import trusted_metadata_set
 from tuf.ngclient.fetcher import FetcherInterface
@@ -23,7 +23,9 @@ from fedge.delivery import TierMark, mark_path, target_path
 from fedge.files import sha256
 from fedge.manifest import Lineage, Release, VariantEntry
 from fedge_server.repository import FileSigning, Repository, RoleKeys
+from fedge_server.repository.folder import Folder
 from fedge_server.repository.repository import Draft
+from fedge_server.repository.state import load
 
 TOP = ("root", "targets", "snapshot", "timestamp")
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -190,3 +192,28 @@ class _Time:
 
     def __init__(self, now: datetime) -> None:
         self.datetime = mock.Mock(now=lambda zone: now.astimezone(zone))
+
+
+def forge(place: Place, **tiers: bytes) -> None:
+    """What whoever has the online keys can do: any snapshot and timestamp, with other files for tiers."""
+    state = load(Folder(place.path))
+    assert state is not None
+    meta = dict(state.snapshot.signed.meta)
+    for tier, data in tiers.items():
+        version = Metadata.from_bytes(data).signed.version
+        (place.path / f"metadata/{version}.tier-{tier}.json").write_bytes(data)
+        meta[f"tier-{tier}.json"] = MetaFile.from_data(version, data, ["sha256"])
+    publish_online(place, Snapshot(state.snapshot.signed.version + 1, meta=meta))
+
+
+def publish_online(place: Place, snapshot: Snapshot) -> None:
+    snapshot.expires = place.clock.now + timedelta(days=1)
+    signed = Metadata(snapshot)
+    signed.sign(place.keys["snapshot"][0]._signer)
+    data = signed.to_bytes()
+    (place.path / f"metadata/{snapshot.version}.snapshot.json").write_bytes(data)
+    named = MetaFile.from_data(snapshot.version, data, ["sha256"])
+    old = Metadata[Timestamp].from_file(str(place.path / "metadata/timestamp.json"))
+    timestamp = Metadata(Timestamp(old.signed.version + 1, None, place.clock.now + timedelta(days=1), named))
+    timestamp.sign(place.keys["timestamp"][0]._signer)
+    (place.path / "metadata/timestamp.json").write_bytes(timestamp.to_bytes())
