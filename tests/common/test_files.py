@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedge.errors import FormatError
-from fedge.files import is_held, read_bounded, sole_holder
+from fedge.files import is_held, read_bounded, sole_holder, write_atomically
 
 HOLDER = """
 import sys
@@ -47,3 +47,14 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(FormatError, match="regular file"):
         read_bounded(tmp_path / "pipe", 100)
+
+
+def test_a_file_that_may_not_be_replaced_stays(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old", replace=False)
+    with pytest.raises(FileExistsError):
+        write_atomically(path, b"new", replace=False)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"

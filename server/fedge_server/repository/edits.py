@@ -55,6 +55,12 @@ def next_root(root: Root, role: TopRole | None = None, keys: RoleKeys | None = N
     return new
 
 
+def has_keys(delegator: Root | Targets, role: str, keys: RoleKeys) -> bool:
+    """Whether a role has these keys and this threshold already."""
+    held = role_in(delegator, role)
+    return set(held.keyids) == set(keys.ids) and held.threshold == keys.threshold
+
+
 def first_targets() -> Targets:
     """A targets role that delegates to nobody yet."""
     return Targets(delegations=Delegations(keys={}, roles={}))

@@ -304,7 +304,9 @@ class Repository:
                 "root: devices follow a new root only if enough of the old keys sign it; "
                 "without them, begin a new repository and enrol the devices again"
             )
-        change = Change(root=edits.next_root(state.root, role, keys), is_lost=is_lost)
+        change = Change()
+        if not edits.has_keys(state.root, role, keys):  # else the root is there, and what it names follows
+            change.root, change.is_lost = edits.next_root(state.root, role, keys), is_lost
         if role == "targets":
             change.targets = deepcopy(state.targets.signed)
         return change

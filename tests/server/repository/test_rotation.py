@@ -169,8 +169,9 @@ def test_half_a_replacement_of_lost_keys_is_finished_by_calling_it_again(
         write(self, name, version, data)
 
     monkeypatch.setattr(Folder, "write", killed_after_root)
-    with pytest.raises(KeyboardInterrupt):
-        rotate(place, role, new, is_lost=True)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            rotate(place, role, new, is_lost=True)
     monkeypatch.undo()
     with pytest.raises(UnsignedMetadataError):
         client.mark()
