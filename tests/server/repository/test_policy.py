@@ -132,8 +132,8 @@ def test_each_release_has_manifest_report_and_lineage(
 
 def test_lineage_stands_for_run_round_model_and_updates() -> None:
     lineage = Lineage("run-1", 3, "a" * 64, "b" * 64)
-    expected = '{"global_model":"%s","round":3,"run":"run-1","updates":"%s"}' % ("a" * 64, "b" * 64)
-    assert lineage_digest(lineage) == sha256(expected.encode())
+    expected = b'{"global_model":"' + b"a" * 64 + b'","round":3,"run":"run-1","updates":"' + b"b" * 64 + b'"}'
+    assert lineage_digest(lineage) == sha256(expected)
 
 
 def test_a_manifest_of_another_version_tier_or_model_is_found_out() -> None:
@@ -187,7 +187,7 @@ def test_targets_that_are_no_files_of_a_release_are_refused() -> None:
         ("other/1.model", "none of its paths"),
     ):
         value = json.loads(targets())
-        value["targets"][wrong] = value["targets"]["micro/1.model"]
+        value["targets"][wrong] = dict(value["targets"]["micro/1.model"])
         changed = CanonicalJSONSerializer().serialize(Targets.from_dict(value))
         reasons = reasons_against(request(None, content(1), payload=changed))
         assert len(reasons) == 1
