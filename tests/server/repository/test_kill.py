@@ -1,4 +1,4 @@
-"""A publisher that dies at any moment leaves the old state or the new, and the next one goes on from there."""
+"""A publisher that dies at any moment leaves the old state or the new, and the next one goes on."""
 
 from __future__ import annotations
 
