@@ -9,6 +9,7 @@ FedgeError                  the work failed                        exit code 1
 │   ├── HubAwayError        the hub has been away for too long
 │   └── BudgetError         the privacy budget does not reach for another round
 ├── CompressionError        a stage could not produce a variant
+├── RefusedError        a signer would not sign what it was shown
 ├── FetchError              something could not be fetched now; it may be later
 │   ├── AbsentError         the source says that it has no such file
 │   ├── ForbiddenError      the source says that this device may not have it
