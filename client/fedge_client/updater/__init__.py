@@ -20,6 +20,7 @@ from fedge_client.updater.manifest import (
     floor_after,
     folder_fetch,
 )
+from fedge_client.updater.releases import Offered, mark_of, offer, unpacked
 from fedge_client.updater.store import Opened, Record, State, Store
 from fedge_client.updater.streams import Fetcher, Pace, chunks_of, whole, within
 from fedge_client.updater.trust import Clock, Limits, Target, Trust, Trusted
@@ -37,6 +38,7 @@ __all__ = [
     "Installer",
     "Limits",
     "Offer",
+    "Offered",
     "Opened",
     "Pace",
     "Record",
@@ -51,7 +53,10 @@ __all__ = [
     "decide",
     "floor_after",
     "folder_fetch",
+    "mark_of",
     "model_check",
+    "offer",
+    "unpacked",
     "whole",
     "within",
 ]

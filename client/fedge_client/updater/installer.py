@@ -31,7 +31,17 @@ from fedge.errors import (
 from fedge.files import sha256, sync_folder, write_atomically
 from fedge.manifest import MAX_VERSION
 from fedge_client.updater.health import Check
-from fedge_client.updater.store import MAX_TRIALS, Record, Slot, State, Store, is_digest, refuse_quarantined
+from fedge_client.updater.store import (
+    MAX_NOTES_BYTES,
+    MAX_TRIALS,
+    NOTES,
+    Record,
+    Slot,
+    State,
+    Store,
+    is_digest,
+    refuse_quarantined,
+)
 from fedge_client.updater.streams import DEFAULT_PACE, Fetcher, Pace, Seconds, chunks_of
 
 Expand = Callable[[bytes, "Artefact"], bytes]
@@ -54,6 +64,7 @@ class Artefact:
     floor: int = 0  # lowest version that the metadata lets run
     installed_bytes: int | None = None  # after `Expand`; None: it is installed as it travels
     installed_sha256: str | None = None
+    notes: bytes = b""  # verified, to be kept beside it: its manifest, so that it can be opened
 
     def __post_init__(self) -> None:
         """Refuse nonsense on construction."""
@@ -65,6 +76,8 @@ class Artefact:
         lengths = (self.length, self.length if self.installed_bytes is None else self.installed_bytes)
         if not all(1 <= length <= MAX_INSTALLED_BYTES for length in lengths):
             raise FormatError(f"{self.name}: lengths {lengths} must be 1 to {MAX_INSTALLED_BYTES} bytes")
+        if len(self.notes) > MAX_NOTES_BYTES:
+            raise FormatError(f"{self.name}: {len(self.notes)} bytes of notes; {MAX_NOTES_BYTES} at most")
         if (self.installed_bytes is None) != (self.installed_sha256 is None):
             raise FormatError(f"{self.name}: length and digest of what is installed go together")
         if not all(is_digest(value) for value in (self.sha256, self.installed_sha256 or self.sha256)):
@@ -85,10 +98,10 @@ def decide(state: State, offered: Artefact, *, whole: bool, again: bool = False)
         HealthError: it failed its trial here before.
         TrustError: it has the version of what runs but other content.
     """
-    lowest, current = max(state.lowest, offered.floor), state.current
-    if offered.version < lowest:
+    current = state.current
+    if offered.version < state.lowest:
         raise DowngradeError(
-            f"version {offered.version} is below this device's floor {lowest}; publish a newer one"
+            f"version {offered.version} is below this device's floor {state.lowest}; publish a newer one"
         )
     if current is not None and offered.version < current.version:
         raise DowngradeError(
@@ -165,7 +178,8 @@ class Installer:
         if (self._expand is None) != (offered.installed_bytes is None):
             raise FormatError(f"{offered.name}: travels in another form than this installer takes")
         with self.store.locked():
-            state = self.store.state()
+            state = self.store.state().with_floor(offered.floor)
+            self.store.commit(state)  # signed, whatever becomes of the artefact
             whole = self.store.is_whole(state.current)
             if not decide(state, offered, whole=whole, again=again):
                 return state
@@ -176,9 +190,9 @@ class Installer:
             data = self._expanded(offered, self._downloaded(offered))
             state = self._tried(state, offered, data)
             self._fill(slot, offered, data)
-            record = Record(slot, offered.version, offered.sha256, sha256(data), len(data))
+            record = _record(slot, offered, data)
             kept = state.current if whole else state.previous
-            state = state.with_floor(offered.floor).committed(record, kept=kept)
+            state = state.committed(record, kept=kept)
             self.store.commit(state)
             self._part(offered).unlink(missing_ok=True)
             return state
@@ -193,7 +207,7 @@ class Installer:
         """
         with self.store.locked():
             back, state = self.store.state().returned()
-            self._check(self.store.read(back))
+            self._check(self.store.read(back)[0])
             self.store.commit(state)
             return state
 
@@ -229,7 +243,8 @@ class Installer:
         """Before anything is fetched; what the slot held is given up only where it must be."""
         part = self._part(offered)
         have = part.stat().st_size if part.exists() else 0
-        needed = max(offered.length - have, 0) + (offered.installed_bytes or 0) + _SPARE_BYTES
+        installed = (offered.installed_bytes or 0) + len(offered.notes)
+        needed = max(offered.length - have, 0) + installed + _SPARE_BYTES
         free = shutil.disk_usage(self.store.home).free
         if free >= needed:
             return
@@ -320,6 +335,7 @@ class Installer:
             self._part(offered).replace(file)
         else:
             write_atomically(file, data)
+        write_atomically(self.store.file(slot, NOTES), offered.notes)
         for folder in (file.parent, file.parent.parent, self.store.home):
             sync_folder(folder)
 
@@ -349,6 +365,11 @@ class Installer:
     def _quarantine(self, state: State, offered: Artefact) -> None:
         self.store.commit(state.with_quarantined(offered.sha256))
         self._part(offered).unlink(missing_ok=True)
+
+
+def _record(slot: Slot, offered: Artefact, data: bytes) -> Record:
+    notes = offered.notes
+    return Record(slot, offered.version, offered.sha256, sha256(data), len(data), sha256(notes), len(notes))
 
 
 def _digest_of(path: Path) -> str:

@@ -1,7 +1,7 @@
 """What is installed on a device, and which slot of it counts: one small file, replaced as a whole.
 
     current              which slot runs, which one was committed before, floors, quarantine
-    slots/a, slots/b     artefact: the installed bytes
+    slots/a, slots/b     artefact: the installed bytes; notes: what was signed about them
     parts/<sha256>       what has come of a download so far
 
 `current` is the one commit point. Everything else is written, and made durable, before it. To open what is
@@ -27,7 +27,8 @@ from fedge.manifest import MAX_VERSION
 Slot = Literal["a", "b"]
 
 SCHEMA: Final = 1
-ARTEFACT: Final = "artefact"
+ARTEFACT, NOTES = "artefact", "notes"
+MAX_NOTES_BYTES: Final = 8 * 1024**2
 MAX_QUARANTINED: Final = 64  # the oldest is forgotten first
 MAX_TRIALS: Final = (
     5  # begun and never ended, of one artefact: the process or the device died of it each time
@@ -45,18 +46,19 @@ class Record:
     digest: str  # SHA-256 of the artefact as it was signed, which quarantine knows it by
     installed_sha256: str  # of the file in the slot
     installed_bytes: int
+    notes_sha256: str  # of what is kept beside it
+    notes_bytes: int
 
     def __post_init__(self) -> None:
         """Refuse nonsense on construction."""
-        numbers = type(self.version) is int and type(self.installed_bytes) is int
+        numbers = all(type(n) is int for n in (self.version, self.installed_bytes, self.notes_bytes))
         if self.slot not in ("a", "b") or not numbers or not 1 <= self.version <= MAX_VERSION:
             raise FormatError(f"current: slot {self.slot!r} with version {self.version!r}; it is damaged")
-        if not (is_digest(self.digest) and is_digest(self.installed_sha256)):
+        if not all(map(is_digest, (self.digest, self.installed_sha256, self.notes_sha256))):
             raise FormatError(f"current: version {self.version} has no usable digest; it is damaged")
-        if not 0 <= self.installed_bytes <= MAX_INSTALLED_BYTES:
-            raise FormatError(
-                f"current: version {self.version} has {self.installed_bytes} bytes; it is damaged"
-            )
+        lengths = (self.installed_bytes, self.notes_bytes)
+        if not (0 <= lengths[0] <= MAX_INSTALLED_BYTES and 0 <= lengths[1] <= MAX_NOTES_BYTES):
+            raise FormatError(f"current: version {self.version} has {lengths} bytes; it is damaged")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +168,7 @@ class Opened:
 
     record: Record
     data: bytes
+    notes: bytes  # what was signed about it, as it was given to the installer
     returned: bool  # the current slot is damaged, and this is the version committed before
 
 
@@ -189,26 +192,23 @@ class Store:
         if state != self.state():
             write_atomically(self.home / "current", state.to_bytes())
 
-    def file(self, slot: Slot) -> Path:
-        """Where a slot's artefact lies."""
-        return self.home / "slots" / slot / ARTEFACT
+    def file(self, slot: Slot, name: str = ARTEFACT) -> Path:
+        """Where a file of a slot lies."""
+        return self.home / "slots" / slot / name
 
     def clear(self, slot: Slot) -> None:
         """Give back the space of a slot that does not run."""
         shutil.rmtree(self.file(slot).parent, ignore_errors=True)
 
-    def read(self, record: Record) -> bytes:
-        """The bytes of a slot, checked.
+    def read(self, record: Record) -> tuple[bytes, bytes]:
+        """The artefact and the notes of a slot, checked.
 
         Raises:
-            FormatError: the file is absent, or longer than it was.
+            FormatError: a file is absent, or longer than it was.
             DigestError: the disk gives other bytes than were installed.
         """
-        path = self.file(record.slot)
-        data = read_bounded(path, record.installed_bytes)
-        if sha256(data) != record.installed_sha256:
-            raise DigestError(f"{path}: not the bytes that were installed as version {record.version}")
-        return data
+        data = _read(self.file(record.slot), record.installed_bytes, record.installed_sha256)
+        return data, _read(self.file(record.slot, NOTES), record.notes_bytes, record.notes_sha256)
 
     def is_whole(self, record: Record | None) -> bool:
         """Whether a slot still holds what was committed."""
@@ -231,13 +231,13 @@ class Store:
             if state.current is None:
                 raise UserError(f"nothing is installed at {self.home}; install a version first")
             try:
-                return Opened(state.current, self.read(state.current), returned=False)
+                return Opened(state.current, *self.read(state.current), returned=False)
             except TrustError:
                 if self.state() != state:
                     continue
                 if state.previous is None or state.previous.version < state.lowest:
                     raise
-                return Opened(state.previous, self.read(state.previous), returned=True)
+                return Opened(state.previous, *self.read(state.previous), returned=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -249,7 +249,7 @@ class Store:
         try:
             self.home.mkdir(parents=True, exist_ok=True)
             with sole_holder(self.home / ".lock"):
-                for path in (*self.home.glob(".current.*"), *self.home.glob("slots/*/.artefact.*")):
+                for path in (*self.home.glob(".current.*"), *self.home.glob("slots/*/.*")):
                     path.unlink(missing_ok=True)  # half-written by a process that was killed
                 yield
         except BlockingIOError as error:
@@ -259,6 +259,13 @@ class Store:
                 f"{self.home}: the disk refuses it ({error.strerror or error}); make room, "
                 "what was installed goes on working"
             ) from error
+
+
+def _read(path: Path, length: int, digest: str) -> bytes:
+    data = read_bounded(path, length)
+    if sha256(data) != digest:
+        raise DigestError(f"{path}: not the bytes that were installed; install it again")
+    return data
 
 
 def refuse_quarantined(state: State, digest: str, version: int) -> None:

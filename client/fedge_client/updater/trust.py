@@ -74,7 +74,8 @@ DEFAULT_LIMITS: Final = Limits()
 class Target:
     """A file that verified metadata lists."""
 
-    path: str  # its name in the repository
+    path: str  # its name in metadata
+    file: str  # its name in the repository: with its digest where that keeps consistent snapshots
     length: int  # bytes
     sha256: str
     custom: Mapping[str, Any] = field(default_factory=dict)  # what its signers say of it: plain JSON values
@@ -148,7 +149,7 @@ class Trusted:
         """
         with self._guard:
             found = self._workflow.get_targetinfo(path)
-        return None if found is None else _target(found)
+        return None if found is None else _target(found, self._workflow.keeps_snapshots)
 
     def versions(self) -> dict[str, int]:
         """Version of each role that has been verified in this poll."""
@@ -237,6 +238,10 @@ class _Workflow(Workflow):
         super().__init__(str(folder), _BASE, fetcher=fetcher, config=config, bootstrap=root)
         self._trusted_set.reference_time = now
 
+    @property
+    def keeps_snapshots(self) -> bool:
+        return bool(self._trusted_set.root.consistent_snapshot)
+
     def versions(self) -> dict[str, int]:
         return {role: self._trusted_set[role].version for role in self._trusted_set._trusted_set}
 
@@ -306,14 +311,16 @@ class _Metadata(FetcherInterface):
         raise exceptions.DownloadError(f"{url}: only metadata is fetched through python-tuf")
 
 
-def _target(found: TargetFile) -> Target:
+def _target(found: TargetFile, by_digest: bool) -> Target:
     digest = found.hashes.get("sha256")
     if digest is None or len(digest) != 64:
         raise FormatError(f"target {found.path!r}: its metadata has no SHA-256; sign it again with one")
     custom = found.unrecognized_fields.get("custom", {})
     if not isinstance(custom, dict):
         raise FormatError(f"target {found.path!r}: its custom field is no JSON object; sign it again")
-    return Target(found.path, found.length, digest, custom)
+    folder, slash, name = found.path.rpartition("/")
+    file = f"{folder}{slash}{digest}.{name}" if by_digest else found.path
+    return Target(found.path, file, found.length, digest, custom)
 
 
 def _short(error: Exception) -> str:

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT / "common"), str(ROOT / "client")]
 
 from fedge.errors import FedgeError  # noqa: E402
 from fedge.files import sha256  # noqa: E402
-from fedge_client.updater import Artefact, Fetcher, Installer, Target, Trust, anything  # noqa: E402
+from fedge_client.updater import Artefact, Fetcher, Installer, Trust, anything  # noqa: E402
 
 TRUSTED_ROOT = "trusted-root"  # beside the metadata; its name is none of a role's
 
@@ -68,17 +68,11 @@ def download(arguments: argparse.Namespace) -> None:
     home = Path(arguments.metadata_dir).parent / "installed" / quote(path, "")
     shutil.rmtree(home, ignore_errors=True)
     installer = Installer(home, http(arguments.target_base_url), anything)
-    installer.install(_artefact(found))
+    name = quote(found.file, safe="/%?#:=&~+!$,;'@()*[]")
+    installer.install(Artefact(name=name, version=1, length=found.length, sha256=found.sha256))
     data = installer.store.open().data
     folder.mkdir(parents=True, exist_ok=True)
     place.write_bytes(data)
-
-
-def _artefact(found: Target) -> Artefact:
-    folder, slash, name = found.path.rpartition("/")
-    return Artefact(
-        name=f"{folder}{slash}{found.sha256}.{name}", version=1, length=found.length, sha256=found.sha256
-    )
 
 
 def main() -> int:

@@ -137,6 +137,14 @@ def test_a_floor_above_what_runs_holds_for_what_comes_and_is_reached_by_the_next
     assert (state.floor, state.announced) == (5, 0)
 
 
+def test_the_floor_rises_with_metadata_that_brings_nothing_else_new(installer: Installer) -> None:
+    installer.install(artefact(1))
+    installer.install(artefact(3))
+    assert installer.install(artefact(3, floor=2)).floor == 2
+    with pytest.raises(UserError, match="below this device's floor 2"):
+        installer.return_to_previous()
+
+
 def test_a_local_return_goes_one_step_back_and_the_version_left_is_not_taken_again(
     installer: Installer,
 ) -> None:
@@ -173,7 +181,7 @@ def test_no_sequence_brings_what_runs_below_the_floor_or_lowers_it(
         try:
             offered = Artefact(name="x", version=version, length=1, sha256=f"{version:064x}", floor=0)
             if decide(state, offered, whole=True):
-                record = Record(state.free_slot, version, offered.sha256, digest, 1)
+                record = Record(state.free_slot, version, offered.sha256, digest, 1, digest, 0)
                 state = state.committed(record, kept=state.current)
             if step in returns:
                 state = state.returned()[1]
@@ -210,6 +218,17 @@ def test_a_damaged_state_is_said_to_be_damaged(installer: Installer, content: by
 def test_nothing_installed_is_said_so(installer: Installer) -> None:
     with pytest.raises(UserError, match="nothing is installed"):
         installer.store.open()
+
+
+def test_what_was_signed_about_an_artefact_is_kept_with_it_and_checked(installer: Installer) -> None:
+    installer.install(replace(artefact(1), notes=b"one"))
+    installer.install(replace(artefact(2), notes=b"two"))
+    assert installer.store.open().notes == b"two"
+    installer.store.file("b", "notes").write_bytes(b"tw0")
+    opened = installer.store.open()
+    assert (opened.record.version, opened.notes, opened.returned) == (1, b"one", True)
+    with pytest.raises(FormatError, match="bytes of notes"):
+        replace(artefact(3), notes=bytes(8 * 1024**2 + 1))
 
 
 # From where

@@ -90,6 +90,7 @@ def test_a_target_is_found_with_what_its_signers_say_of_it(client: Client) -> No
     assert (found.path, found.length, found.custom) == ("a/model", 5, {"floor": 3})
     assert found.sha256 == files.sha256(b"12345")
     assert client.poll().target("a/other") is None
+    assert client.repository.files[found.file] == b"12345"
 
 
 def test_names_below_a_folder_are_asked_for_there(client: Client) -> None:
@@ -475,6 +476,21 @@ def test_no_more_roles_are_visited_and_no_more_roots_followed_than_the_limits_sa
     assert client.poll(limits=Limits(rotations=2)).versions()["root"] == 3
     with pytest.raises(FormatError, match="rotations is 0"):
         Limits(rotations=0)
+
+
+def test_a_repository_without_consistent_snapshots_is_asked_for_plain_names(client: Client) -> None:
+    repository = client.repository
+    repository.root.consistent_snapshot = False
+    repository.publish_root()
+    repository.add("targets", "a/model", b"12345")
+    repository.publish_targets()
+    repository.publish()
+    for role in ("snapshot", "targets"):
+        repository.files[f"{role}.json"] = repository.files[f"2.{role}.json"]
+    found = client.poll().target("a/model")
+    assert found is not None
+    assert found.file == "a/model"
+    assert repository.requests[-2:] == ["snapshot.json", "targets.json"]
 
 
 # Hostile and broken transports

@@ -1,0 +1,115 @@
+"""From verified metadata to what a device of a tier installs: mark, notes, manifest, variant.
+
+The metadata of a tier says which versions there are and below which none may run (`fedge.delivery`); the
+manifest says what a version is; the variant is what travels. Each is held to the one before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedge.artefact import unpack
+from fedge.delivery import MAX_MARK_BYTES, ReleaseNote, TierMark, mark_path, target_path
+from fedge.errors import DigestError, DowngradeError, FormatError, TrustError
+from fedge.files import sha256
+from fedge.manifest import MAX_BYTES, Release, VariantEntry
+from fedge_client.updater.installer import Artefact
+from fedge_client.updater.streams import DEFAULT_PACE, Fetcher, Pace, whole
+from fedge_client.updater.trust import Target, Trusted
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """A version for a tier, and what to install for it."""
+
+    release: Release
+    artefact: Artefact
+
+
+def mark_of(trusted: Trusted, tier: str) -> TierMark:
+    """What holds for a tier: its floor, which the device keeps, and its newest version.
+
+    Raises:
+        TrustError: metadata says nothing of the tier, or something else than fedge writes.
+        FetchError: its metadata cannot be fetched now.
+    """
+    target = trusted.target(mark_path(tier))
+    if target is None:
+        raise TrustError(f"tier {tier!r}: metadata says nothing of it; ask who publishes for its state")
+    mark = TierMark.from_json(target.custom)
+    if mark.tier != tier or mark.floor > mark.newest or target.length > MAX_MARK_BYTES:
+        raise FormatError(
+            f"{target.path}: speaks of tier {mark.tier!r}, floor {mark.floor}, newest {mark.newest}"
+        )
+    return mark
+
+
+def offer(
+    trusted: Trusted, fetch: Fetcher, tier: str, version: int | None = None, *, pace: Pace = DEFAULT_PACE
+) -> Offered | None:
+    """What a device of a tier is offered; None: the tier has no version yet.
+
+    Args:
+        trusted: this poll's metadata.
+        fetch: gets targets by their names in the repository.
+        tier: of this device.
+        version: the one that it was told to take, as a rollout in stages does; None: the newest.
+        pace: how slow a stream may be.
+
+    Raises:
+        DowngradeError: the version is below the tier's floor.
+        TrustError: metadata, manifest and variant do not agree, or do not list the version.
+        FetchError: something cannot be fetched now.
+    """
+    mark = mark_of(trusted, tier)
+    version = mark.newest if version is None else version
+    if version == 0:
+        return None
+    if version < mark.floor:
+        raise DowngradeError(
+            f"version {version} is below the floor {mark.floor} of tier {tier!r}; take a newer one"
+        )
+    manifest, note = _listed(trusted, target_path(tier, version, "manifest"), version)
+    model, other = _listed(trusted, target_path(tier, version, "model"), version)
+    if other != note or note.manifest != manifest.sha256 or manifest.length > MAX_BYTES:
+        raise DigestError(f"{model.path}: belongs to another manifest than {manifest.path}; publish it again")
+    data = whole(fetch, manifest.file, manifest.length, pace=pace)
+    if sha256(data) != manifest.sha256:
+        raise DigestError(f"{manifest.path}: the bytes fetched are not those that were signed")
+    release = Release.from_bytes(data)
+    entry = release.variant(tier)
+    if release.version != version or (entry.wire_sha256, entry.wire_bytes) != (model.sha256, model.length):
+        raise DigestError(f"{manifest.path}: speaks of another variant than {model.path}; publish it again")
+    return Offered(release, _artefact(model, entry, data, release.version, mark.floor))
+
+
+def unpacked(data: bytes, artefact: Artefact) -> bytes:
+    """The `Expand` of fedge's variants.
+
+    Raises:
+        FormatError: truncated, damaged, or another length than declared.
+    """
+    return unpack(data, artefact.installed_bytes or 0)
+
+
+def _listed(trusted: Trusted, path: str, version: int) -> tuple[Target, ReleaseNote]:
+    target = trusted.target(path)
+    if target is None:
+        raise TrustError(f"{path}: metadata does not list it; the version may have been withdrawn")
+    note = ReleaseNote.from_json(target.custom)
+    if note.version != version:
+        raise FormatError(f"{path}: its metadata says version {note.version}")
+    return target, note
+
+
+def _artefact(model: Target, entry: VariantEntry, manifest: bytes, version: int, floor: int) -> Artefact:
+    return Artefact(
+        name=model.file,
+        version=version,
+        length=model.length,
+        sha256=model.sha256,
+        floor=floor,
+        installed_bytes=entry.installed_bytes,
+        installed_sha256=entry.installed_sha256,
+        notes=manifest,
+    )
