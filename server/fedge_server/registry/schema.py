@@ -10,6 +10,7 @@ REVISIONS: Final = (
     "0001",
     "0002",
     "0003",
+    "0004",
 )  # oldest first; a database at any other was written by a newer fedge
 HEAD: Final = REVISIONS[-1]
 
@@ -132,4 +133,60 @@ privacy = sa.Table(
     sa.Column("steps", sa.Integer, nullable=False),
     sa.Column("spent", sa.String(32), nullable=False),
     sa.UniqueConstraint("run_id", "round", "noise", name="uq_privacy"),
+)
+rollouts = sa.Table(
+    "rollouts",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),  # tier and version
+    sa.Column("tier", sa.String(32), nullable=False, index=True),
+    sa.Column("version", sa.ForeignKey("releases.version"), nullable=False),
+    sa.Column("plan", sa.JSON, nullable=False),
+    sa.Column("state", sa.JSON, nullable=False),
+    sa.Column("created", sa.Double, nullable=False),  # Unix seconds
+)
+rollout_tiers = sa.Table(
+    "rollout_tiers",
+    metadata,
+    sa.Column("tier", sa.String(32), primary_key=True),
+    sa.Column("base", sa.Integer, nullable=False),  # version that every device of the tier may have; 0: none
+    sa.Column("floor", sa.Integer, nullable=False),  # only rises
+    sa.Column("rollout", sa.ForeignKey("rollouts.id")),  # the newest
+)
+rollout_devices = sa.Table(
+    "rollout_devices",
+    metadata,
+    sa.Column("rollout_id", sa.ForeignKey("rollouts.id"), primary_key=True),
+    sa.Column("device_id", sa.String(64), primary_key=True),
+    sa.Column("stage", sa.Integer, nullable=False),  # from 0
+    sa.Column("state", sa.String(16), nullable=False),  # offered, installed, left
+    sa.Column("offered", sa.Double, nullable=False),  # Unix seconds
+)
+rollout_reports = sa.Table(
+    "rollout_reports",
+    metadata,
+    sa.Column("device_id", sa.String(64), primary_key=True),
+    sa.Column("kind", sa.String(16), primary_key=True),
+    sa.Column("version", sa.ForeignKey("releases.version"), primary_key=True),
+    sa.Column("value", sa.Double, nullable=False),
+    sa.Column("reported", sa.Double, nullable=False),  # Unix seconds
+)
+rollout_tallies = sa.Table(
+    "rollout_tallies",
+    metadata,
+    sa.Column("rollout_id", sa.ForeignKey("rollouts.id"), primary_key=True),
+    sa.Column("name", sa.String(16), primary_key=True),  # a criterion's kind, installed, left
+    sa.Column("judged", sa.Integer, nullable=False),  # devices
+    sa.Column("bad", sa.Integer, nullable=False),  # of these
+)
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),  # from 1, without a gap
+    sa.Column("at_ms", sa.BigInteger, nullable=False),  # Unix milliseconds
+    sa.Column("who", sa.String(255), nullable=False),
+    sa.Column("what", sa.String(255), nullable=False),
+    sa.Column("subject", sa.String(255), nullable=False),
+    sa.Column("why", sa.Text, nullable=False),
+    sa.Column("previous", sa.String(64), nullable=False),  # digest of the entry before
+    sa.Column("digest", sa.String(64), nullable=False),  # SHA-256 of all of the above as canonical JSON
 )
