@@ -22,7 +22,7 @@ from fedge_client.updater.manifest import (
 )
 from fedge_client.updater.releases import Offered, mark_of, offer, unpacked
 from fedge_client.updater.store import Opened, Record, State, Store
-from fedge_client.updater.streams import Fetcher, Pace, chunks_of, whole, within
+from fedge_client.updater.streams import Fetcher, Pace, chunks_of, folder, whole, within
 from fedge_client.updater.trust import Clock, Limits, Target, Trust, Trusted
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "chunks_of",
     "decide",
     "floor_after",
+    "folder",
     "folder_fetch",
     "mark_of",
     "model_check",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from fedge.errors import AbsentError, FedgeError, FetchError, ForbiddenError, FormatError, SlowError
@@ -47,6 +48,7 @@ class Pace:
 
 
 DEFAULT_PACE: Final = Pace()
+_CHUNK: Final = 64 * 1024
 
 
 def chunks_of(
@@ -82,13 +84,30 @@ def chunks_of(
     return _bounded(name, first, source, maximum, _Meter(name, pace, seconds, start))
 
 
-def within(folder: str, fetch: Fetcher) -> Fetcher:
+def within(below: str, fetch: Fetcher) -> Fetcher:
     """The same transport with names below a folder of the repository."""
 
-    def below(name: str, maximum: int, offset: int = 0, /) -> Iterator[bytes]:
-        return fetch(f"{folder}/{name}", maximum, offset)
+    def longer(name: str, maximum: int, offset: int = 0, /) -> Iterator[bytes]:
+        return fetch(f"{below}/{name}", maximum, offset)
 
-    return below
+    return longer
+
+
+def folder(root: Path) -> Fetcher:
+    """Fetch from a repository that is mounted or was copied here."""
+
+    def read(name: str, maximum: int, offset: int = 0, /) -> Iterator[bytes]:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root.resolve()):
+            raise FormatError(f"{name[:80]}: leads out of {root}")
+        if not path.is_file():
+            raise AbsentError(f"{name}: is not in {root}")
+        with path.open("rb") as file:
+            file.seek(offset)
+            while chunk := file.read(_CHUNK):
+                yield chunk
+
+    return read
 
 
 def whole(fetch: Fetcher, name: str, maximum: int, *, pace: Pace = DEFAULT_PACE) -> bytes:

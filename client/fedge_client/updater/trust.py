@@ -19,6 +19,7 @@ from tuf.api.metadata import TargetFile, Targets
 from tuf.ngclient import FetcherInterface, UpdaterConfig
 from tuf.ngclient import Updater as Workflow
 
+from fedge.delivery import MAX_ROOT_BYTES, MAX_SNAPSHOT_BYTES, MAX_TARGETS_BYTES, MAX_TIMESTAMP_BYTES
 from fedge.errors import (
     AbsentError,
     DigestError,
@@ -47,10 +48,10 @@ def utc_now() -> datetime:
 class Limits:
     """What metadata may take at most: no server makes a device read or follow more."""
 
-    root_bytes: int = 64 * 1024
-    timestamp_bytes: int = 16 * 1024
-    snapshot_bytes: int = 256 * 1024
-    targets_bytes: int = 512 * 1024  # of each targets role
+    root_bytes: int = MAX_ROOT_BYTES
+    timestamp_bytes: int = MAX_TIMESTAMP_BYTES
+    snapshot_bytes: int = MAX_SNAPSHOT_BYTES
+    targets_bytes: int = MAX_TARGETS_BYTES  # of each targets role
     rotations: int = 256  # root versions followed in one poll
     delegations: int = 32  # roles visited in one lookup
 
@@ -168,6 +169,8 @@ class _Guard:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(sole_holder(self._folder / ".lock"))
+            for path in (*self._folder.glob(".*.json.*"), *self._folder.glob("root_history/.*")):
+                path.unlink(missing_ok=True)  # half-written by a process that was killed
         except BlockingIOError as error:
             raise FedgeError(
                 f"{self._folder}: another process polls with this folder; try again later"
