@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from fedge import cli
 from fedge.errors import UserError
-from fedge_server.cli import audit, backup, compress, fleet, init, pretrain, privacy, rollout, runs, serving
+from fedge_server.cli import (
+    audit,
+    backup,
+    compress,
+    fleet,
+    init,
+    keys,
+    pretrain,
+    privacy,
+    rollout,
+    runs,
+    serving,
+)
 from fedge_server.cli.runs import open_registry
 
 if TYPE_CHECKING:
@@ -31,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     runs.add(commands)
     _group(commands, "release", "what devices can install", _release_ls, _release_show, "VERSION", int)
-    for module in (rollout, audit, compress, init, fleet, serving, privacy, pretrain, backup):
+    for module in (rollout, audit, compress, init, fleet, keys, serving, privacy, pretrain, backup):
         module.add(commands)
     return cli.run(parser, argv)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -334,15 +334,18 @@ class Repository:
         targets = change.targets if change.targets is not None or state is None else state.targets.signed
         if root is not None:
             edits.check_separation(root, targets)
-        terms = Terms(self._lifetimes, self._policy, self._clock().replace(microsecond=0))
+        terms = Terms(self._lifetimes, self._policy, self._clock().astimezone(UTC).replace(microsecond=0))
         commit(self._folder, state, change, signing, terms)
 
     @contextmanager
     def _open(self) -> Iterator[State]:
         """The state of a repository that is there, tidied up."""
+        absent = UserError(f"{self._folder.path}: holds no repository; create one first")
+        if not self._folder.metadata.exists():  # before the lock, which would make the folder
+            raise absent
         with self._alone() as state:
             if state is None:
-                raise UserError(f"{self._folder.path}: holds no repository; create one first")
+                raise absent
             self._folder.remove_all_but(*kept(self._folder, state))
             yield state
 

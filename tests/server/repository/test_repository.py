@@ -189,6 +189,7 @@ def test_a_folder_holds_one_repository(place: Place) -> None:
         place.make()
     with pytest.raises(UserError, match="create one first"):
         Repository(place.path.parent / "empty").status()
+    assert not (place.path.parent / "empty").exists()
 
 
 def changed(before: dict[str, bytes], place: Place) -> set[str]:
