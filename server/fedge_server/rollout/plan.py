@@ -17,6 +17,7 @@ MAX_STAGES: Final = 32
 MAX_NAMED: Final = 10_000  # devices or tags that a stage names
 MAX_PLAN_BYTES: Final = 1024**2
 _NAME_LENGTH: Final = 64
+_MAX_NUMBER: Final = 1e12  # of any key
 _STAGE_KEYS: Final = {"name", "devices", "tags", "percent", "hold_h", "min_installs"}
 _CRITERION_KEYS: Final = {"tolerated", "unacceptable", "at_least", *LIMITED.values()}
 
@@ -221,15 +222,16 @@ def _known(where: str, value: Any, keys: set[str]) -> None:
 
 def _number(where: str, value: Mapping[str, Any], key: str, default: float) -> float:
     found = value.get(key, default)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-        raise UserError(f"{where}: {key} = {found!r}: must be a number")
+    is_number = isinstance(found, int | float) and not isinstance(found, bool)
+    if not is_number or not abs(found) <= _MAX_NUMBER:
+        raise UserError(f"{where}: {key} = {str(found)[:60]}: must be a number")
     return float(found)
 
 
 def _integer(where: str, value: Mapping[str, Any], key: str, default: int) -> int:
     found = value.get(key, default)
-    if isinstance(found, bool) or not isinstance(found, int):
-        raise UserError(f"{where}: {key} = {found!r}: must be a whole number")
+    if isinstance(found, bool) or not isinstance(found, int) or abs(found) > _MAX_NUMBER:
+        raise UserError(f"{where}: {key} = {str(found)[:60]}: must be a whole number")
     return found
 
 

@@ -57,6 +57,12 @@ def read_rollouts(connection: sa.Connection) -> list[State]:
     return [_state(connection, row) for row in connection.execute(query).mappings().all()]
 
 
+def read_newest(connection: sa.Connection) -> list[State]:
+    """The newest rollout of each tier: no other one is under way."""
+    query = sa.select(_rollouts).join(_tiers, _tiers.c.rollout == _rollouts.c.id).order_by(_rollouts.c.id)
+    return [_state(connection, row) for row in connection.execute(query).mappings().all()]
+
+
 def add_rollout(connection: sa.Connection, state: State, created: float) -> None:
     """Write a new rollout down."""
     connection.execute(

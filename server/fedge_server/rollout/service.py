@@ -155,7 +155,7 @@ class Rollouts:
     def tick(self) -> list[State]:
         """Let time do what it does; devices that ask or report do so too. Returns the rollouts under way."""
         with writing(self._engine) as connection:
-            under_way = [state for state in records.read_rollouts(connection) if state.status not in OVER]
+            under_way = [state for state in records.read_newest(connection) if state.status not in OVER]
             return [self._happened(connection, state, TimePassed()) for state in under_way]
 
     def offer(self, device: str, has: int = 0, tags: Collection[str] = ()) -> int | None:

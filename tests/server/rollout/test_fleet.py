@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -110,17 +112,47 @@ def one_pass(home: Path, devices: list[str], *, degraded: bool, kill_at: int) ->
             rollouts.note(Report(device, 2, "confidence", 0.9 - WORSE * degraded))
 
 
-def passed(home: Path, devices: list[str], degraded: bool, kill_at: int) -> int:
-    """The exit code of a process that does one pass."""
+def forked(work: Callable[[], None]) -> int:
+    """Do it in a process of its own; returns its id."""
     child = os.fork()
     if not child:
         code = 1
         try:
-            one_pass(home, devices, degraded=degraded, kill_at=kill_at)
+            work()
             code = 0
         finally:
             os._exit(code)
+    return child
+
+
+def passed(home: Path, devices: list[str], degraded: bool, kill_at: int) -> int:
+    """The exit code of a process that does one pass."""
+    child = forked(partial(one_pass, home, devices, degraded=degraded, kill_at=kill_at))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_two_servers_that_take_reports_at_once_count_each_device_once(
+    filled, devices, tmp_path: Path
+) -> None:
+    rollouts = Rollouts(filled)
+    rollouts.start(1, "micro", Plan((Stage("all", 100, hold_s=1e9),), SMALL.criteria), who="ann")
+    filled.close()
+
+    def serve() -> None:
+        with Registry.open(tmp_path) as registry:
+            for device in devices:
+                assert Rollouts(registry).offer(device) == 1
+                Rollouts(registry).note(Report(device, 1, "installed"))
+                Rollouts(registry).note(Report(device, 1, "healthy"))
+
+    children = [forked(serve) for _ in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    with Registry.open(tmp_path) as registry:
+        tallies = Rollouts(registry).get("micro-1").tallies
+        assert Audit(registry.engine).verify().broken is None
+    assert (tallies.installed, tallies.of("install"), tallies.of("health")) == (40, Tally(40), Tally(40))
 
 
 @pytest.mark.slow

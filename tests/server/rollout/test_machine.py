@@ -13,7 +13,6 @@ from fedge_server.rollout.evidence import Criterion, Tally, devices_to_halt, hal
 from fedge_server.rollout.plan import Plan, Stage
 from fedge_server.rollout.state import (
     OFFERING,
-    WATCHED,
     Event,
     Note,
     Paused,
@@ -42,6 +41,7 @@ PLAN = Plan(
     (Criterion("install", 0.05, 0.5), Criterion("health", 0.05, 0.5, at_least=2)),
     false_halts=0.2,
 )
+RUNS = (Status.RUNNING, Status.HOLDING)
 device = st.sampled_from(DEVICES)
 
 
@@ -92,6 +92,7 @@ class Fleet(RuleBasedStateMachine):
         return True
 
     @rule(newer=st.integers(0, 2))
+    @precondition(lambda self: self.newest is None or self.newest.status not in RUNS or self.now > 3000)
     def start(self, newer: int) -> None:
         version = self.highest + newer
         try:
@@ -110,6 +111,9 @@ class Fleet(RuleBasedStateMachine):
         self.happen(Started("ann"))
 
     @rule(device=device, failed=st.booleans(), sick=st.booleans())
+    def asks(self, device: str, failed: bool, sick: bool) -> None:
+        self.ask(device, failed, sick)
+
     def ask(self, device: str, failed: bool, sick: bool) -> None:
         rollout = self.newest
         stage = stage_of(PLAN, rollout.id, device) if rollout else None
@@ -132,6 +136,25 @@ class Fleet(RuleBasedStateMachine):
             self.left.setdefault(rollout.id, set()).add(device)
         if rollout:
             self.happen(Tallied(self.tallies(rollout)))
+
+    @rule(first=st.integers(0, 23), count=st.integers(5, 24), bad=st.sampled_from([0, 0, 0, 1, 3]))
+    def many_ask(self, first: int, count: int, bad: int) -> None:
+        for number in range(count):
+            self.ask(DEVICES[(first + number) % 24], failed=number < bad, sick=False)
+
+    @rule()
+    @precondition(lambda self: self.newest is not None and self.newest.status in RUNS)
+    def a_good_stage(self) -> None:
+        for device in DEVICES:
+            self.ask(device, failed=False, sick=False)
+        self.now += 1000
+        self.happen(TimePassed())
+
+    @rule()
+    @precondition(lambda self: self.newest is not None and self.newest.status in RUNS)
+    def a_bad_stage(self) -> None:
+        for device in DEVICES:
+            self.ask(device, failed=False, sick=True)
 
     def tallies(self, rollout: State) -> Tallies:
         found = self.outcomes.get(rollout.id, {})
@@ -171,12 +194,19 @@ class Fleet(RuleBasedStateMachine):
     def roll_back(self) -> None:
         self.attempt(RollbackOrdered("ann", "why"))
 
+    @rule()
+    @precondition(lambda self: self.newest is not None and self.newest.status is Status.DONE)
+    def roll_back_what_is_done(self) -> None:
+        assert self.newest
+        assert self.attempt(RollbackOrdered("ann", "complaints")) == (self.newest.base > 0)
+
     @rule(higher=st.integers(-1, 2))
     @precondition(lambda self: self.newest is not None)
     def replace(self, higher: int) -> None:
         assert self.newest
         version = self.newest.version + higher
         if self.attempt(Replaced(version)):
+            assert version > self.newest.version
             self.highest = max(self.highest, version)
             assert self.channel.floor == self.channel.base == version
 
@@ -198,7 +228,7 @@ class Fleet(RuleBasedStateMachine):
             return
         for criterion in PLAN.criteria:
             evidence = rollout.evidence(criterion.kind)
-            if rollout.status in WATCHED:
+            if rollout.status in (*RUNS, Status.PAUSED):
                 assert not halts(criterion, evidence, PLAN.false_halts_each)
                 all_bad = evidence.judged == evidence.bad
                 assert not all_bad or evidence.bad < devices_to_halt(criterion, PLAN.false_halts_each)
@@ -209,6 +239,6 @@ class Fleet(RuleBasedStateMachine):
 
 
 Fleet.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestFleet = Fleet.TestCase

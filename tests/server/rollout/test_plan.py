@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,45 @@ def test_a_plan_that_makes_no_sense_is_refused_with_the_key(
     (tmp_path / "plan.toml").write_text(FILE.replace(before, after))
     with pytest.raises(UserError, match=why):
         Plan.load(tmp_path / "plan.toml")
+
+
+_words = st.sampled_from(
+    ["stages", "criteria", "name", "percent", "tags", "install", "latency", "tolerated", "max_ms"]
+)
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(_words | st.text(max_size=3), inner, max_size=4)
+    ),
+)
+
+
+@given(st.dictionaries(_words, _values, max_size=4))
+def test_whatever_a_file_holds_is_a_plan_or_is_refused(value: dict[str, Any]) -> None:
+    try:
+        plan = Plan.from_mapping(value)
+    except UserError:
+        return
+    assert Plan.from_mapping(plan.to_json()) == plan
+
+
+@given(st.sampled_from(["percent", "hold_h", "min_installs", "name", "tags", "devices"]), _values)
+def test_a_key_of_a_stage_is_taken_or_refused(key: str, value: Any) -> None:
+    found = PLAN.to_json()
+    found["stages"][0][key] = value
+    try:
+        plan = Plan.from_mapping(found)
+    except UserError:
+        return
+    assert Plan.from_mapping(plan.to_json()) == plan
+
+
+def test_the_plan_in_the_documents_is_one() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "rollout.md").read_text("utf-8")
+    shown = text.split("```toml no-test\n")[1].split("```")[0]
+    plan = Plan.from_mapping(tomllib.loads(shown))
+    assert [stage.name for stage in plan.stages] == ["lab", "all"]
+    assert [criterion.kind for criterion in plan.criteria] == ["install", "health", "confidence", "latency"]
 
 
 @pytest.mark.parametrize(
