@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
-from places import Client, Place, forge, publish_online
+from places import Client, Place, forge, keys_of, new_key, publish_online
 from tuf.api.exceptions import (
     BadVersionNumberError,
+    DownloadError,
     LengthOrHashMismatchError,
     RepositoryError,
     UnsignedMetadataError,
 )
-from tuf.api.metadata import Metadata, Snapshot, TargetFile
+from tuf.api.metadata import Metadata, MetaFile, Snapshot, TargetFile
 
 from fedge.delivery import target_path
 from fedge.errors import DigestError, FormatError, SignatureError
@@ -94,3 +97,27 @@ def test_a_tier_that_the_snapshot_drops_is_refused(place: Place, client: Client)
     publish_online(place, Snapshot(state.snapshot.signed.version + 1, meta=meta))
     with pytest.raises(RepositoryError):
         client.mark()
+
+
+def test_devices_that_thieves_of_the_online_keys_have_led_far_ahead_come_back(
+    place: Place, client: Client, tmp_path: Path
+) -> None:
+    """A backup and new online keys are enough, though the stolen ones have signed high versions."""
+    place.publish(1)
+    shutil.copytree(place.path, tmp_path / "backup")
+    state = load(Folder(place.path))
+    assert state is not None
+    publish_online(place, Snapshot(10**6, meta=dict(state.snapshot.signed.meta)))
+    assert client.mark().newest == 1
+    meta = {**state.snapshot.signed.meta, "tier-micro.json": MetaFile(10**6)}
+    publish_online(place, Snapshot(10**6 + 1, meta=meta))
+    with pytest.raises(DownloadError):
+        client.mark()
+    shutil.rmtree(place.path)
+    shutil.copytree(tmp_path / "backup", place.path)
+    for role in ("snapshot", "timestamp"):
+        new = new_key()
+        place.repository.rotate(role, keys_of(new), [*place.all(), new])
+        place.keys[role] = [new]
+    for device in (client, Client(tmp_path / "fresh", place)):
+        assert device.mark().newest == 1
