@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import socket
 import struct
@@ -22,7 +23,7 @@ class Server:
 
     def __init__(self, folder: Path, *, reset_after: int | None = None) -> None:
         self.folder, self.reset_after = folder, reset_after
-        self.sent = 0  # bytes of bodies
+        self.sent = 0  # bytes of bodies that went onto the wire
         self.paths: list[str] = []
         outer = self
 
@@ -65,6 +66,7 @@ class Server:
         for start in range(0, len(data), BLOCK):
             block = data[start : start + BLOCK]
             if self.reset_after is not None and given + len(block) > self.reset_after:
+                self.sent -= _unsent(request.connection)  # a reset drops them here
                 request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 request.connection.close()
                 request.close_connection = True
@@ -72,6 +74,12 @@ class Server:
             request.wfile.write(block)
             given += len(block)
             self.sent += len(block)
+
+
+def _unsent(connection: socket.socket) -> int:
+    """Bytes that were given to a socket and that it has not sent yet (Linux: SIOCOUTQNSD)."""
+    number: int = struct.unpack("i", fcntl.ioctl(connection, 0x894B, bytes(4)))[0]
+    return number
 
 
 def http(url: str) -> Fetcher:

@@ -233,9 +233,19 @@ def test_a_connection_that_is_reset_every_400_kb_brings_the_whole_in_little_more
     tmp_path: Path,
 ) -> None:
     offered = published(tmp_path, 1, 3_000_000)
+    came = 0
+
     with Server(tmp_path, reset_after=400_000) as server:
-        installer = Installer(tmp_path / "home", http(server.url), anything, pause=lambda _: None)
+
+        def counted(name: str, maximum: int, offset: int = 0, /) -> Iterator[bytes]:
+            nonlocal came
+            for chunk in http(server.url)(name, maximum, offset):
+                came += len(chunk)
+                yield chunk
+
+        installer = Installer(tmp_path / "home", counted, anything, pause=lambda _: None)
         installer.install(offered)
         assert installer.store.open().record.version == 1
         assert len(server.paths) >= 8
+        assert came == offered.length  # no byte twice
         assert server.sent <= 3 * offered.length
