@@ -310,6 +310,15 @@ def test_metadata_that_devices_would_not_read_is_not_written(
     assert place.files() == before
 
 
+def test_versions_that_a_restored_folder_is_told_of_are_not_taken_again(place: Place, client: Client) -> None:
+    used = {"release": 41, "roles": {"timestamp": 900, "snapshot": 120, "tier-micro": 45}}
+    (place.path / "state/used.json").write_text(json.dumps(used))
+    assert place.publish(1, "micro").version == 42
+    assert client.mark().newest == 42
+    found = {role.role: role.version for role in place.repository.status()}
+    assert (found["timestamp"], found["snapshot"], found["tier-micro"]) == (901, 121, 46)
+
+
 def test_the_state_folder_says_what_is_damaged(place: Place) -> None:
     (place.path / "state/used.json").write_text(json.dumps({"release": -1, "roles": {}}))
     with pytest.raises(FormatError, match=r"used\.json: damaged"):
