@@ -89,7 +89,7 @@ def main() -> None:
     for rate in RATES:
         fair = dict.fromkeys(tolerated, 0.0) if rate > RATES[0] else tolerated
         found = [through(plan, random.Random(n), {**fair, "install": rate}) for n in range(times)]
-        halted = [reached for state, reached in found if state.status is not Status.DONE]
+        halted = [reached for state, reached in found if state.status is Status.AWAITING_SIGNATURE]
         draws = np.cumsum(np.random.default_rng(0).random((simulated, len(FLEET))) < rate, axis=1)
         rows.append(
             {
@@ -115,7 +115,9 @@ def main() -> None:
         through(plan, random.Random(n), {"install": 0.0, "health": 0.0, "confidence": 0.9})
         for n in range(times)
     ]
-    claims["degraded_halted_in_canary"] = sum(s.stage == 0 and not s.offers for s, _ in worse) / times
+    claims["degraded_halted_in_canary"] = (
+        sum(s.stage == 0 and s.status is Status.AWAITING_SIGNATURE for s, _ in worse) / times
+    )
     claims["degraded_median_devices"] = float(np.median([reached for _, reached in worse]))
     publish(asked, before, claims, rows)
 
