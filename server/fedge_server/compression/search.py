@@ -116,8 +116,12 @@ class Search:
             if chosen is None:
                 continue  # nothing more for this tier
             turns.append((tier, prospects))
-            done.add(chosen.recipe)
-            self._build(chosen.recipe)
+            recipe = chosen.recipe
+            if recipe.trained:  # its architecture is trained first in any case: what that shows, decides anew
+                plain = Recipe(recipe.architecture, "fp32")
+                recipe = recipe if plain in done or plain in self.built else plain
+            done.add(recipe)
+            self._build(recipe)
 
     def _screened(self, every: Sequence[Recipe]) -> list[Prospect]:
         """What may fit some tier, by size first, then by the speed of untrained networks."""
@@ -136,7 +140,8 @@ class Search:
         prospects = _for_any(prospects, tiers)
         if not any(tier.max_latency_ms or tier.aim == "latency" for tier in tiers):
             return prospects
-        speeds = {each.recipe.architecture: self._latency(each.recipe.architecture) for each in prospects}
+        architectures = dict.fromkeys(each.recipe.architecture for each in prospects)  # each has many forms
+        speeds = {architecture: self._latency(architecture) for architecture in architectures}
         measured = [replace(each, latency_us=speeds[each.recipe.architecture]) for each in prospects]
         return _for_any(measured, tiers)
 
