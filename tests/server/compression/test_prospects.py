@@ -104,16 +104,23 @@ def test_what_a_recipe_loses_is_told_from_its_architecture_and_its_form():
     assert drop_of(counted(10, wins=4)) == pytest.approx(0.006)
     assert seen.drop(Recipe(SMALL, "ternary")) == pytest.approx(0.04)
     assert seen.drop(Recipe(SMALL, "w4")) == pytest.approx(0.01 + 0.002)
-    # a short training's 2 points, half of which the whole one wins back, and the 3 that ternary cost before
-    assert seen.drop(Recipe(LARGE, "ternary")) == pytest.approx(0.01 + 0.03)
+    # of a short training's 12 % of errors the whole one leaves 85 %, and ternary cost 3 points before
+    assert seen.drop(Recipe(LARGE, "ternary")) == pytest.approx(0.12 * 0.85 - 0.1 + 0.03)
     assert seen.drop(Recipe(Architecture(), "w4")) == pytest.approx(0.002)
 
 
-def test_what_a_whole_training_wins_back_is_learned():
+def test_what_errors_a_whole_training_leaves_is_learned():
     seen = known(
         candidate(SMALL, "fp32", 400, 10, counted(10)), short={SMALL: counted(40), LARGE: counted(20)}
     )
-    assert seen.drop(Recipe(LARGE, "fp32")) == pytest.approx(0.02 * 0.25)
+    assert seen.drop(Recipe(LARGE, "fp32")) == pytest.approx(0.12 * 0.11 / 0.14 - 0.1)
+
+
+def test_that_one_student_beats_its_teacher_says_little_of_a_smaller_one():
+    better = counted(0, wins=15)
+    seen = known(candidate(LARGE, "fp32", 400, 10, better), short={LARGE: counted(10), SMALL: counted(50)})
+    assert drop_of(better) == pytest.approx(-0.015)
+    assert seen.drop(Recipe(SMALL, "fp32")) == pytest.approx(0.15 * 0.085 / 0.11 - 0.1)  # 1.6 points
 
 
 def test_where_accuracy_is_the_aim_the_least_drop_comes_first():
@@ -126,7 +133,7 @@ def test_where_accuracy_is_the_aim_the_least_drop_comes_first():
 def test_where_bytes_are_the_aim_the_smallest_that_should_pass_comes_first():
     tier = Tier(aim="bytes", max_drop=0.02)
     waiting = [prospect(SMALL, "binary"), prospect(SMALL, "w4"), prospect(LARGE, "w4", 20_000)]
-    seen = known(short={SMALL: counted(10), LARGE: counted(10)})
+    seen = known(short={SMALL: counted(20), LARGE: counted(20)})
     assert next_of(waiting, seen, tier, GATE, CONFIG) is waiting[1]
 
 

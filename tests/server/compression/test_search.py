@@ -287,8 +287,12 @@ def test_an_empty_gate_set_lets_nothing_out(teacher, digits):
 @pytest.mark.slow
 def test_the_smallest_that_should_pass_is_found_among_weights_of_few_bits(teacher, digits):
     stages = {"forms": ["fp32", "int8", "w4", "ternary"], "distil": {"epochs": 30}, "prune": {"ratios": []}}
-    config = configured(stages, tiny={"aim": "bytes", "max_drop": 0.12})
-    (outcome,) = searched(teacher, digits, config)
+    config, lines = configured(stages, tiny={"aim": "bytes", "max_drop": 0.12}), []
+    (outcome,) = searched(teacher, digits, config, say=lines.append)
+    built = [line.split(":")[1].strip() for line in lines if " bytes, " in line]
+    assert built.index("student-s") < min(
+        built.index(name) for name in built if name in ("student-s+ternary", "student-s+w4")
+    )
     assert outcome.variant.recipe in ("student-s+ternary", "student-s+w4")
     smaller = [t for t in outcome.tried if t.wire_bytes and t.wire_bytes < len(outcome.variant.wire)]
     assert all(t.gate is not None or t.accuracy < outcome.variant.accuracy for t in smaller)
