@@ -5,7 +5,8 @@ rounds bring no gain; training the same network on the clients' data put togethe
 search may take 270 s; its gate allows a drop of one point, and the tier a tenth of the teacher's time.
 Sizes are bytes on the wire, times those of onnxruntime for one example on one thread. Data are your own copy
 (`--data-dir DIR` with `fashion_mnist.npz`), all 70,000 images: 21,000 held out (17,850 of them for the gate),
-19,600 the server's own, 29,400 with the clients. A teacher takes ten minutes; it is kept in `--cache DIR`.
+19,600 the server's own, 29,400 with the clients. A teacher takes a quarter of an hour; it is kept in
+`--cache DIR`.
 
 Parts: autopilot; lean, the same with a teacher whose dense layer holds less than a tenth of the parameters;
 federated, where clients teach.
@@ -67,7 +68,7 @@ def whole(data: Path, folder: Path) -> Path:
     return path
 
 
-def config_of(data: Path, seed: int, model: str, *, quick: bool, workers: int = 0) -> Config:
+def config_of(data: Path, seed: int, model: str, *, quick: bool) -> Config:
     """The federation and the search."""
     return Config.from_mapping(
         {
@@ -85,7 +86,6 @@ def config_of(data: Path, seed: int, model: str, *, quick: bool, workers: int = 
                 "gate_fraction": 0.85,
                 "proxy_fraction": 0.4,
             },
-            "simulation": {"workers": workers},
             "compress": {
                 "max_seconds": SECONDS,
                 "distil": {"epochs": 24, "augment": ["flip", "shift:1"], "batch_size": 128, "views": 4},

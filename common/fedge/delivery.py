@@ -14,10 +14,10 @@ files, no TUF library.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, Self
 
+from fedge.canonical import canonical
 from fedge.errors import FormatError
 from fedge.files import sha256
 from fedge.manifest import MAX_VERSION, TIER_NAME, Lineage
@@ -80,7 +80,7 @@ def target_path(tier: str, version: int, kind: Kind) -> str:
 
 def lineage_digest(lineage: Lineage) -> str:
     """SHA-256 of a release's lineage in canonical JSON: the same for all tiers of a release."""
-    return sha256(_canonical(asdict(lineage)))
+    return sha256(canonical(asdict(lineage), "lineage"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class TierMark:
 
     def to_bytes(self) -> bytes:
         """The content of the target."""
-        return _canonical(self.to_json())
+        return canonical(self.to_json(), "tier")
 
     @classmethod
     def from_json(cls, value: object) -> Self:
@@ -160,7 +160,3 @@ def _check_version(name: str, value: object, low: int) -> None:
         raise FormatError(
             f"target: {name} = {repr(value)[:60]}; it must be an integer from {low} to {MAX_VERSION}"
         )
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import Any, Final, TypeVar
 
 from fedge.artefact import MAX_INSTALLED_BYTES
+from fedge.canonical import canonical
 from fedge.errors import FormatError, TrustError
 from fedge.spec import Spec
 
@@ -77,7 +78,7 @@ class VariantEntry:
                 f"manifest: evidence of tier {self.tier!r} must be a mapping of plain JSON values"
             )
         _check_plain("evidence", self.evidence, depth=8)
-        if (length := len(_canonical(self.evidence))) > MAX_EVIDENCE_BYTES:
+        if (length := len(canonical(self.evidence, "manifest"))) > MAX_EVIDENCE_BYTES:
             raise FormatError(
                 f"manifest: evidence of tier {self.tier!r} takes {length} bytes, over {MAX_EVIDENCE_BYTES}; "
                 "leave the details to the report"
@@ -136,7 +137,7 @@ class Release:
         Raises:
             FormatError: they would be longer than a device reads.
         """
-        data = _canonical(self.to_json())
+        data = canonical(self.to_json(), "manifest")
         if len(data) > MAX_BYTES:
             raise FormatError(
                 f"manifest: takes {len(data)} bytes, over {MAX_BYTES}; shorten labels or evidence"
@@ -196,14 +197,6 @@ def _build(kind: type[_Part], where: str, value: Any) -> _Part:
         return kind(**value)
     except FormatError as error:
         raise FormatError(f"{error} (in {where})") from error
-
-
-def _canonical(value: Any) -> bytes:
-    try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        return text.encode("utf-8")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise FormatError(f"manifest: holds what JSON cannot ({str(error)[:120]})") from error
 
 
 def _check_names(where: str, value: Any, names: set[str]) -> None:

@@ -8,13 +8,13 @@ of an entry, kept where whoever can write the database cannot.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import sqlalchemy as sa
 
+from fedge.canonical import canonical
 from fedge.errors import UserError
 from fedge.files import sha256
 from fedge_server.registry import schema
@@ -43,7 +43,7 @@ class Entry:
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON."""
-        return sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode())
+        return sha256(canonical(asdict(self), "audit"))
 
 
 @dataclass(frozen=True, slots=True)

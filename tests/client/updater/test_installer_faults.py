@@ -50,7 +50,7 @@ def whole(home):
 
 
 def run(script: str, *arguments: object, timeout: float = 100) -> str:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'common'}:{ROOT / 'client'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'common'}:{ROOT / 'client'}:{Path(__file__).parent}"}
     done = subprocess.run(
         [sys.executable, "-c", SOURCE + script, *map(str, arguments)],
         env=environment, capture_output=True, text=True, timeout=timeout, check=False,
@@ -95,42 +95,18 @@ def test_forty_kills_at_random_moments_leave_a_whole_version_each_time(tmp_path:
 
 
 STEP_BY_STEP = """
+from steps import killed_at_each
 home, copies = Path(sys.argv[1]), Path(sys.argv[2])
 for version in (1, 2):
     installer(home).install(artefact(version))
-
-def killed_at(step, place):
-    count = 0
-    def wrapped(function):
-        def call(*arguments, **options):
-            nonlocal count
-            count += 1
-            if count == step:
-                os._exit(9)
-            return function(*arguments, **options)
-        return call
-    for module, name in ((os, "fsync"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (os, "fdopen"),
-                         (os, "rmdir"), (os, "chmod"), (tempfile, "mkstemp")):
-        setattr(module, name, wrapped(getattr(module, name)))
-    installer(place).install(artefact(3))
-    os._exit(0)
-
-step, seen = 0, set()
-while True:
-    step += 1
-    place = copies / str(step)
-    shutil.copytree(home, place)
-    child = os.fork()
-    if child == 0:
-        killed_at(step, place)
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+steps, seen = 0, set()
+for place in killed_at_each(home, copies, lambda place: installer(place).install(artefact(3))):
+    steps += 1
     seen.add(whole(place))
     installer(place).install(artefact(3))
     assert whole(place) == 3 and not list(place.rglob(".current.*")) and not list((place / "parts").iterdir())
     shutil.rmtree(place)
-    if ended:
-        break
-print(json.dumps({"steps": step, "seen": sorted(seen)}))
+print(json.dumps({"steps": steps, "seen": sorted(seen)}))
 """
 
 

@@ -453,44 +453,22 @@ Updater.of(Device.open(home), folder_fetch(published)).install()
 LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n" + INSTALL
 
 STEP_BY_STEP = """
-import os, shutil, sys, tempfile
+import sys
 from pathlib import Path
 from fedge_client.updater import Device, Updater, folder_fetch
+from steps import killed_at_each
 home, published, copies = map(Path, sys.argv[1:])
 
-def killed_at(step, place):
-    count = 0
-    def wrapped(function):
-        def call(*arguments, **options):
-            nonlocal count
-            count += 1
-            if count == step:
-                os._exit(9)
-            return function(*arguments, **options)
-        return call
-    for module, name in ((os, "fsync"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (os, "chmod"),
-                         (os, "fdopen"), (os, "rmdir"), (tempfile, "mkstemp")):
-        setattr(module, name, wrapped(getattr(module, name)))
+def install(place):
     Updater.of(Device.open(place), folder_fetch(published)).install()
-    os._exit(0)
 
-step = 0
-while True:
-    step += 1
-    place = copies / str(step)
-    shutil.copytree(home, place)
-    child = os.fork()
-    if child == 0:
-        killed_at(step, place)
-    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
-        break
-print(step)
+print(sum(1 for _ in killed_at_each(home, copies, install)))
 """
 
 
 def run(script: str, *arguments: Path) -> subprocess.Popen[str]:
     root = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": f"{root / 'common'}:{root / 'client'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'common'}:{root / 'client'}:{Path(__file__).parent}"}
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -15,10 +15,11 @@ from fedge_client.updater import Trust, folder
 
 ROOT = Path(__file__).parents[3]
 STEP_BY_STEP = """
-import json, os, shutil, sys, tempfile
+import json, sys
 from datetime import UTC, datetime
 from pathlib import Path
 from fedge_client.updater import Trust, folder
+from steps import killed_at_each
 before, after, home, copies = map(Path, sys.argv[1:])
 now = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -26,39 +27,15 @@ def poll(place, published):
     root = (before / "1.root.json").read_bytes()
     return Trust(place, root, folder(published), clock=lambda: now).refresh().versions()
 
-def killed_at(step, place):
-    count = 0
-    def wrapped(function):
-        def call(*arguments, **options):
-            nonlocal count
-            count += 1
-            if count == step:
-                os._exit(9)
-            return function(*arguments, **options)
-        return call
-    for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "fdopen"), (os, "symlink"),
-                         (os, "chmod"), (tempfile, "mkstemp")):
-        setattr(module, name, wrapped(getattr(module, name)))
-    poll(place, after)
-    os._exit(0)
-
 poll(home, before)
 steps = 0
-while True:
+for place in killed_at_each(home, copies, lambda place: poll(place, after)):
     steps += 1
-    place = copies / str(steps)
-    shutil.copytree(home, place, symlinks=True)
-    child = os.fork()
-    if child == 0:
-        killed_at(steps, place)
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     json.loads((place / "timestamp.json").read_bytes())  # whole, old or new
     found = poll(place, after)
     assert found == {"root": 2, "timestamp": 2, "snapshot": 2, "targets": 2}, found
     left = [str(path) for path in place.rglob(".*") if path.name != ".lock"]
     assert not left, left
-    if ended:
-        break
 print(json.dumps(steps))
 """
 
@@ -77,7 +54,7 @@ def test_a_poll_that_is_killed_at_any_step_is_made_good_by_the_next(tmp_path: Pa
     repository.write(after)
     done = subprocess.run(
         [sys.executable, "-c", STEP_BY_STEP, *map(str, (before, after, tmp_path / "home", copies))],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'common'}:{ROOT / 'client'}"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'common'}:{ROOT / 'client'}:{Path(__file__).parent}"},
         capture_output=True, text=True, check=False, timeout=100,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
