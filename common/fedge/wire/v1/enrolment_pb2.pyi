@@ -31,7 +31,7 @@ class RenewRequest(_message.Message):
     def __init__(self, wire_version: _Optional[int] = ..., csr: _Optional[bytes] = ..., time: _Optional[float] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class EnrolReply(_message.Message):
-    __slots__ = ("certificate", "ca_bundle", "device_id", "tier", "link_address", "enrolment_address", "server_time", "node_id")
+    __slots__ = ("certificate", "ca_bundle", "device_id", "tier", "link_address", "enrolment_address", "server_time", "node_id", "trusted_root", "floor")
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     CA_BUNDLE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,8 @@ class EnrolReply(_message.Message):
     ENROLMENT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     SERVER_TIME_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    TRUSTED_ROOT_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_FIELD_NUMBER: _ClassVar[int]
     certificate: bytes
     ca_bundle: bytes
     device_id: str
@@ -48,4 +50,6 @@ class EnrolReply(_message.Message):
     enrolment_address: str
     server_time: float
     node_id: int
-    def __init__(self, certificate: _Optional[bytes] = ..., ca_bundle: _Optional[bytes] = ..., device_id: _Optional[str] = ..., tier: _Optional[str] = ..., link_address: _Optional[str] = ..., enrolment_address: _Optional[str] = ..., server_time: _Optional[float] = ..., node_id: _Optional[int] = ...) -> None: ...
+    trusted_root: bytes
+    floor: int
+    def __init__(self, certificate: _Optional[bytes] = ..., ca_bundle: _Optional[bytes] = ..., device_id: _Optional[str] = ..., tier: _Optional[str] = ..., link_address: _Optional[str] = ..., enrolment_address: _Optional[str] = ..., server_time: _Optional[float] = ..., node_id: _Optional[int] = ..., trusted_root: _Optional[bytes] = ..., floor: _Optional[int] = ...) -> None: ...
