@@ -18,6 +18,7 @@ FedgeError                  the work failed                        exit code 1
     ├── FormatError         malformed, truncated or larger than it may be
     ├── SignatureError      not signed by a trusted key
     ├── DigestError         the bytes are not the ones that were signed
+    ├── SealError           what was sealed does not open here: another key, or changed
     ├── IdentityError       a certificate, token or pin does not say who it must
     │   └── RevokedError    it did, until its device was revoked
     ├── DowngradeError      older than what the device may run
@@ -109,6 +110,10 @@ class SignatureError(TrustError):
 
 class DigestError(TrustError):
     """The bytes are not the bytes that were signed."""
+
+
+class SealError(TrustError):
+    """What was sealed does not open: with another key, for another tier, version or device, or changed."""
 
 
 class IdentityError(TrustError):
