@@ -116,24 +116,39 @@ class TierMark:
 
 
 @dataclass(frozen=True, slots=True)
+class Sealing:
+    """How the model of a release is sealed, see `fedge.sealing`."""
+
+    format: int  # >= 1
+    key: str  # name of the content key, which tells nothing of it
+
+    def __post_init__(self) -> None:
+        """Refuse nonsense on construction."""
+        _check_version("sealing.format", self.format, 1)
+        _check_digest("sealing.key", self.key)
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseNote:
     """Which release a target belongs to."""
 
     version: int
     manifest: str  # SHA-256 of the manifest
     lineage: str  # SHA-256 of the lineage, see `lineage_digest`
+    sealing: Sealing | None = None  # None: the model travels as the manifest describes it
 
     def __post_init__(self) -> None:
         """Refuse nonsense on construction."""
         _check_version("version", self.version, 1)
-        for name in ("manifest", "lineage"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or len(value) != 64 or not _DIGITS.issuperset(value):
-                raise FormatError(f"target: {name} = {repr(value)[:60]}; it must be a SHA-256 in hexadecimal")
+        _check_digest("manifest", self.manifest)
+        _check_digest("lineage", self.lineage)
 
     def to_json(self) -> dict[str, Any]:
-        """The `custom` value."""
-        return {"schema": SCHEMA, **asdict(self)}
+        """The `custom` value; without a field for what is not sealed."""
+        value = {"schema": SCHEMA, **asdict(self)}
+        if self.sealing is None:
+            del value["sealing"]
+        return value
 
     @classmethod
     def from_json(cls, value: object) -> Self:
@@ -142,17 +157,32 @@ class ReleaseNote:
         Raises:
             FormatError: another schema, or a field that is missing, unknown or out of range.
         """
-        return cls(**_fields(cls, value))
+        found = _fields(cls, value, optional="sealing")
+        if (sealing := found.pop("sealing", None)) is not None:
+            sealing = Sealing(**_named(Sealing, sealing))
+        return cls(**found, sealing=sealing)
 
 
-def _fields(kind: type[Any], value: object) -> dict[str, Any]:
+def _fields(kind: type[Any], value: object, optional: str = "") -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("schema") != SCHEMA or value["schema"] is True:
         raise FormatError(f"target: custom {repr(value)[:80]} is none that this fedge reads; update it")
+    return _named(kind, {name: found for name, found in value.items() if name != "schema"}, optional)
+
+
+def _named(kind: type[Any], value: object, optional: str = "") -> dict[str, Any]:
+    """The fields of a mapping, none missing and none unknown."""
+    if not isinstance(value, dict):
+        raise FormatError(f"target: custom {repr(value)[:80]} must be a mapping")
     names = {item.name for item in fields(kind)}
-    if wrong := sorted(names.symmetric_difference(set(value) - {"schema"}), key=str):
+    if wrong := sorted(names.symmetric_difference(value) - {optional} | (value.keys() - names), key=str):
         what = "is missing" if wrong[0] in names else "is unknown"
         raise FormatError(f"target: custom field {repr(wrong[0])[:60]} {what}")
-    return {name: value[name] for name in names}
+    return dict(value)
+
+
+def _check_digest(name: str, value: object) -> None:
+    if not isinstance(value, str) or len(value) != 64 or not _DIGITS.issuperset(value):
+        raise FormatError(f"target: {name} = {repr(value)[:60]}; it must be a SHA-256 in hexadecimal")
 
 
 def _check_version(name: str, value: object, low: int) -> None:

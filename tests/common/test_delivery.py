@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedge.delivery import ReleaseNote, TierMark, mark_path, role_of, target_path, tier_of
+from fedge.delivery import ReleaseNote, Sealing, TierMark, mark_path, role_of, target_path, tier_of
 from fedge.errors import FormatError
 from fedge.manifest import MAX_VERSION
 
@@ -29,9 +29,14 @@ def test_a_mark_is_read_as_it_was_written(tier: str, floor: int, newest: int) ->
     assert tier_of(role_of(tier)) == tier
 
 
-@given(st.integers(1, MAX_VERSION), DIGESTS, DIGESTS)
-def test_a_note_is_read_as_it_was_written(version: int, manifest: str, lineage: str) -> None:
-    note = ReleaseNote(version, manifest, lineage)
+@given(
+    st.integers(1, MAX_VERSION), DIGESTS, DIGESTS, st.none() | st.builds(Sealing, st.integers(1, 9), DIGESTS)
+)
+def test_a_note_is_read_as_it_was_written(
+    version: int, manifest: str, lineage: str, sealing: Sealing | None
+) -> None:
+    note = ReleaseNote(version, manifest, lineage, sealing)
+    assert ("sealing" in note.to_json()) == (sealing is not None)
     assert ReleaseNote.from_json(note.to_json()) == note
 
 
@@ -60,6 +65,12 @@ NOTE = ReleaseNote(1, "a" * 64, "b" * 64).to_json()
         (ReleaseNote, {**NOTE, "version": 0}, "must be an integer from 1"),
         (ReleaseNote, {**NOTE, "manifest": "A" * 64}, "must be a SHA-256"),
         (ReleaseNote, {**NOTE, "lineage": 7}, "must be a SHA-256"),
+        (ReleaseNote, {**NOTE, "more": 7}, "'more' is unknown"),
+        (ReleaseNote, {**NOTE, "sealing": 7}, "must be a mapping"),
+        (ReleaseNote, {**NOTE, "sealing": {"format": 1}}, "'key' is missing"),
+        (ReleaseNote, {**NOTE, "sealing": {"format": 1, "key": "a"}}, "must be a SHA-256"),
+        (ReleaseNote, {**NOTE, "sealing": {"format": 0, "key": "a" * 64}}, "must be an integer from 1"),
+        (ReleaseNote, {**NOTE, "sealing": {"format": 1, "key": "a" * 64, "more": 1}}, "'more' is unknown"),
     ],
 )
 def test_what_is_wrong_is_named(kind: Any, value: dict[str, Any], why: str) -> None:

@@ -1,5 +1,6 @@
 """A TUF repository of model releases: its keys, its rules, and a publisher that a kill cannot hurt."""
 
+from fedge_server.repository.content_keys import ContentKeys
 from fedge_server.repository.edits import TopRole
 from fedge_server.repository.keys import (
     FileSigning,
@@ -12,9 +13,10 @@ from fedge_server.repository.keys import (
 from fedge_server.repository.lifetimes import Lifetimes
 from fedge_server.repository.policy import Policy, reasons_against
 from fedge_server.repository.repository import Repository, RoleStatus
-from fedge_server.repository.signing import Evidence, Request, RoleKeys, Signing
+from fedge_server.repository.signing import Evidence, Request, RoleKeys, Sealed, Signing
 
 __all__ = [
+    "ContentKeys",
     "Evidence",
     "FileSigning",
     "Lifetimes",
@@ -23,6 +25,7 @@ __all__ = [
     "Request",
     "RoleKeys",
     "RoleStatus",
+    "Sealed",
     "Signing",
     "TopRole",
     "create_key",

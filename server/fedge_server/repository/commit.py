@@ -21,12 +21,13 @@ from typing import Any
 from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, Targets, Timestamp
 
 from fedge.delivery import role_of, target_path
-from fedge.errors import FedgeError, FormatError, RefusedError
+from fedge.errors import AbsentError, FedgeError, FormatError, RefusedError
 from fedge_server.repository.content import TierContent
+from fedge_server.repository.content_keys import ContentKeys
 from fedge_server.repository.folder import Folder, Used, limit_of
 from fedge_server.repository.lifetimes import Lifetimes
 from fedge_server.repository.policy import Policy
-from fedge_server.repository.signing import Evidence, Request, Signing, sign
+from fedge_server.repository.signing import Evidence, Request, Sealed, Signing, sign
 from fedge_server.repository.state import State
 
 
@@ -50,6 +51,7 @@ class Terms:
     lifetimes: Lifetimes
     policy: Policy
     now: datetime
+    keys: ContentKeys | None = None  # of what is sealed
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +203,20 @@ class _Work:
             path = target_path(tier, version, kind)
             data = self.change.files.get(path)
             found[kind] = self.folder.read_target(path, files[kind]) if data is None else data
-        return Evidence(found["manifest"], found["report"])
+        return Evidence(found["manifest"], found["report"], self._sealed(tier, version, content))
+
+    def _sealed(self, tier: str, version: int, content: TierContent) -> Sealed | None:
+        """A sealed model and its key; a version that was signed before needs no longer be opened."""
+        offered = content.releases[version]
+        if offered.note.sealing is None or self.terms.keys is None:
+            return None
+        path = target_path(tier, version, "model")
+        data = self.change.files.get(path)
+        try:
+            key = self.terms.keys.key(tier, version)
+        except AbsentError:
+            return None
+        return Sealed(key, self.folder.read_target(path, offered.files["model"]) if data is None else data)
 
     def _signed(
         self,

@@ -6,6 +6,7 @@ remembers itself as `previous`. Whatever cannot be read, or raises, is a reason 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from tuf.api.serialization.json import CanonicalJSONSerializer
 from fedge.delivery import MAX_TARGETS_BYTES, lineage_digest, tier_of
 from fedge.errors import FedgeError, FormatError, TrustError
 from fedge.manifest import Release
+from fedge.sealing import FORMAT, Place, key_id, opened, sealed_bytes
 from fedge_server.repository.content import MAX_KEPT, FileEntry, Offered, TierContent
 from fedge_server.repository.signing import Evidence, Request
 
@@ -30,6 +32,7 @@ def reasons_against(request: Request) -> tuple[str, ...]:
     The role's version rises. The floor and the newest version are never lowered, and the floor is not above
     the newest. What was offered stays as it was or goes; what is new has a version above all before. Each
     release has a manifest of its version and tier, a gate that let it out within its limits, and its lineage.
+    A new sealed model opens to the manifest's.
     """
     try:
         tier = tier_of(request.role)
@@ -41,7 +44,7 @@ def reasons_against(request: Request) -> tuple[str, ...]:
             return (f"version {after.version} of the role is not above {before.version}",)
         old = TierContent.empty(tier) if before is None else TierContent.from_targets(tier, before)
         new = TierContent.from_targets(tier, after)
-        return (*_marks(old, new), *_changes(old, new), *_evidence(tier, new, request))
+        return (*_marks(old, new), *_changes(old, new), *_evidence(tier, old, new, request))
     except FedgeError as error:
         return (str(error),)
     except Exception as error:  # noqa: BLE001 - closed: a rule that could not be applied has not been kept
@@ -84,7 +87,7 @@ def _changes(old: TierContent, new: TierContent) -> Iterator[str]:
             yield f"version {version} is not above {old.mark.newest}, the last that was signed"
 
 
-def _evidence(tier: str, new: TierContent, request: Request) -> Iterator[str]:
+def _evidence(tier: str, old: TierContent, new: TierContent, request: Request) -> Iterator[str]:
     for version, offered in new.releases.items():
         evidence = request.evidence.get(version)
         if evidence is None:
@@ -92,6 +95,9 @@ def _evidence(tier: str, new: TierContent, request: Request) -> Iterator[str]:
             continue
         try:
             yield from (f"version {version}: {why}" for why in _release(tier, version, offered, evidence))
+            if offered.note.sealing is not None and version not in old.releases:
+                opens = _opens(Place(tier, version), offered, evidence)
+                yield from (f"version {version}: {why}" for why in opens)
         except TrustError as error:
             yield f"version {version}: {error}"
 
@@ -108,13 +114,35 @@ def _release(tier: str, version: int, offered: Offered, evidence: Evidence) -> I
     if lineage_digest(release.lineage) != note.lineage:
         yield "its lineage is not the manifest's"
     entry = release.variant(tier)
-    if files["model"] != FileEntry(entry.wire_bytes, entry.wire_sha256):
-        yield "its model is not the manifest's variant of this tier"
+    if note.sealing is None:
+        if files["model"] != FileEntry(entry.wire_bytes, entry.wire_sha256):
+            yield "its model is not the manifest's variant of this tier"
+    elif note.sealing.format != FORMAT or files["model"].length != sealed_bytes(entry.wire_bytes):
+        yield "its sealed model has not the format, or the length, of the manifest's variant of this tier"
     report = FileEntry.of(evidence.report)
     if report != files["report"] or report.sha256 != entry.evidence_sha256:
         yield "the gate's report is not the one that the manifest names"
         return
     yield from _gate(evidence.report)
+
+
+def _opens(place: Place, offered: Offered, evidence: Evidence) -> Iterator[str]:
+    """A ciphertext hides what is signed: it must open, with the key that is named, to what passed the gate."""
+    sealed, sealing = evidence.sealed, offered.note.sealing
+    if sealed is None or sealing is None:
+        yield "its model is sealed, and its ciphertext and content key were not shown"
+        return
+    if FileEntry.of(sealed.ciphertext) != offered.files["model"]:
+        yield "the ciphertext that was shown is not the one that is offered"
+        return
+    if key_id(sealed.key) != sealing.key:
+        yield "the content key that was shown is not the one that is named"
+        return
+    digest = hashlib.sha256()
+    for plain in opened([sealed.ciphertext], sealed.key, place):
+        digest.update(plain)
+    if digest.hexdigest() != Release.from_bytes(evidence.manifest).variant(place.tier).wire_sha256:
+        yield "its sealed model is not the manifest's variant of this tier"
 
 
 def _gate(report: bytes) -> Iterator[str]:

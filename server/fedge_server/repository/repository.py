@@ -24,6 +24,7 @@ from fedge.manifest import Release, VariantEntry
 from fedge_server.repository import edits
 from fedge_server.repository.commit import Change, Terms, commit
 from fedge_server.repository.content import MAX_KEPT, FileEntry, Offered, TierContent
+from fedge_server.repository.content_keys import ContentKeys
 from fedge_server.repository.edits import TopRole
 from fedge_server.repository.folder import Folder
 from fedge_server.repository.lifetimes import Clock, Lifetimes, utc_now
@@ -59,6 +60,7 @@ class Repository:
         lifetimes: Lifetimes = Lifetimes(),  # noqa: B008 - it is frozen
         policy: Policy = reasons_against,
         keep: int = 4,
+        content_keys: ContentKeys | None = None,
         clock: Clock = utc_now,
         patience_s: float = 30.0,
     ) -> None:
@@ -69,6 +71,7 @@ class Repository:
             lifetimes: of what is signed from now on.
             policy: what is asked before anything is signed for a tier.
             keep: releases that a tier offers at a time, 1 to 16.
+            content_keys: models are sealed from now on, and their keys kept there; None: they are not.
             clock: the time in UTC.
             patience_s: how long to wait for another publisher.
 
@@ -80,6 +83,7 @@ class Repository:
         self._folder = Folder(path)
         self._lifetimes, self._policy, self._keep = lifetimes, policy, keep
         self._clock, self._patience_s = clock, patience_s
+        self._content_keys = content_keys
 
     def create(self, keys: Mapping[TopRole, RoleKeys], signing: Sequence[Signing]) -> bytes:
         """Begin a repository without tiers.
@@ -271,7 +275,7 @@ class Repository:
     ) -> None:
         """A release as a further one of a tier."""
         content, tier = state.content(entry.tier), entry.tier
-        wire = self._object(content, entry.wire_sha256, offered)
+        wire = self._wire(content, entry, offered)
         if sha256(unpack(wire, entry.installed_bytes)) != entry.installed_sha256:
             raise FormatError(f"publish: tier {tier!r} does not unpack to its installed_sha256")
         report = self._object(content, entry.evidence_sha256, offered)
@@ -280,10 +284,28 @@ class Repository:
                 f"publish: tier {tier!r} has a report of {len(report)} bytes, over {MAX_REPORT_BYTES}"
             )
         data: dict[Kind, bytes] = {"manifest": release.to_bytes(), "model": wire, "report": report}
-        note = ReleaseNote(release.version, sha256(data["manifest"]), lineage_digest(release.lineage))
+        sealing = None
+        if self._content_keys is not None:
+            sealing, data["model"] = self._content_keys.sealed(wire, tier, release.version)
+        digests = sha256(data["manifest"]), lineage_digest(release.lineage)
+        note = ReleaseNote(release.version, *digests, sealing)
         change.files.update({target_path(tier, release.version, kind): data[kind] for kind in KINDS})
         files = {kind: FileEntry.of(data[kind]) for kind in KINDS}
         self._set(change, content.with_release(Offered(note, files), floor=floor, keep=self._keep))
+
+    def _wire(self, content: TierContent, entry: VariantEntry, offered: Mapping[str, bytes]) -> bytes:
+        """The variant as it travels unsealed: handed in, or of a release that the tier offers."""
+        tier = content.mark.tier
+        for version, release in content.releases.items() if entry.wire_sha256 not in offered else ():
+            if release.note.sealing is None or self._content_keys is None:
+                continue
+            files = {
+                kind: self._folder.read_target(target_path(tier, version, kind), release.files[kind])
+                for kind in ("manifest", "model")
+            }
+            if Release.from_bytes(files["manifest"]).variant(tier).wire_sha256 == entry.wire_sha256:
+                return self._content_keys.opened(files["model"], tier, version)
+        return self._object(content, entry.wire_sha256, offered)
 
     def _object(self, content: TierContent, digest: str, offered: Mapping[str, bytes]) -> bytes:
         """Bytes by their digest: handed in, or of a release that the tier offers."""
@@ -334,8 +356,11 @@ class Repository:
         targets = change.targets if change.targets is not None or state is None else state.targets.signed
         if root is not None:
             edits.check_separation(root, targets)
-        terms = Terms(self._lifetimes, self._policy, self._clock().astimezone(UTC).replace(microsecond=0))
-        commit(self._folder, state, change, signing, terms)
+        now = self._clock().astimezone(UTC).replace(microsecond=0)
+        keys = self._content_keys
+        commit(self._folder, state, change, signing, Terms(self._lifetimes, self._policy, now, keys))
+        for tier, content in change.tiers.items() if keys is not None else ():
+            keys.keep_only(tier, content.releases)
 
     @contextmanager
     def _open(self) -> Iterator[State]:

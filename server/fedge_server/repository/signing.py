@@ -21,11 +21,20 @@ MAX_KEYS: Final = 16  # of one role; bounds the work of a device
 
 
 @dataclass(frozen=True, slots=True)
+class Sealed:
+    """A sealed model and what opens it: a signer that could not read it would sign blindly."""
+
+    key: bytes = field(repr=False)  # the content key
+    ciphertext: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """Why a release may be signed for a tier: what its signer checks again, as bytes."""
 
     manifest: bytes
     report: bytes  # of the gate
+    sealed: Sealed | None = None  # None: its model is not sealed, or its key has been lost since
 
 
 @dataclass(frozen=True, slots=True)
