@@ -127,7 +127,7 @@ def _release(tier: str, version: int, offered: Offered, evidence: Evidence) -> I
 
 
 def _opens(place: Place, offered: Offered, evidence: Evidence) -> Iterator[str]:
-    """A ciphertext hides what is signed: it must open, with the key that is named, to what passed the gate."""
+    """A ciphertext hides what is signed: with the key that is named it must open to what passed the gate."""
     sealed, sealing = evidence.sealed, offered.note.sealing
     if sealed is None or sealing is None:
         yield "its model is sealed, and its ciphertext and content key were not shown"

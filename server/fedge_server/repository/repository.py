@@ -359,8 +359,9 @@ class Repository:
         now = self._clock().astimezone(UTC).replace(microsecond=0)
         keys = self._content_keys
         commit(self._folder, state, change, signing, Terms(self._lifetimes, self._policy, now, keys))
-        for tier, content in change.tiers.items() if keys is not None else ():
-            keys.keep_only(tier, content.releases)
+        if keys is not None:
+            for tier, content in change.tiers.items():
+                keys.keep_only(tier, content.releases)
 
     @contextmanager
     def _open(self) -> Iterator[State]:
