@@ -27,6 +27,7 @@ KINDS: Final[tuple[Kind, ...]] = ("manifest", "model", "report")
 
 SCHEMA: Final = 1
 MARK: Final = "tier.json"
+KEYS: Final = "keys"  # beside metadata/ and targets/: wrapped content keys, which nobody signs
 MAX_MARK_BYTES: Final = 512
 # Of metadata files. A publisher writes no longer ones, and a device reads no longer ones.
 MAX_ROOT_BYTES: Final = 64 * 1024
@@ -76,6 +77,14 @@ def target_path(tier: str, version: int, kind: Kind) -> str:
     """The target of one file of a release."""
     _check_version("version", version, 1)
     return f"{check_tier(tier)}/{version}.{kind}"
+
+
+def key_path(tier: str, version: int, device_id: str) -> str:
+    """Where the content key of a sealed version lies, or is asked for, that is wrapped for one device."""
+    _check_version("version", version, 1)
+    if len(device_id) != 64 or not _DIGITS.issuperset(device_id):
+        raise FormatError(f"device {device_id[:60]!r}: must be 64 hexadecimal digits")
+    return f"{KEYS}/{check_tier(tier)}/{version}/{device_id}"
 
 
 def lineage_digest(lineage: Lineage) -> str:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedge.delivery import ReleaseNote, Sealing, TierMark, mark_path, role_of, target_path, tier_of
+from fedge.delivery import ReleaseNote, Sealing, TierMark, key_path, mark_path, role_of, target_path, tier_of
 from fedge.errors import FormatError
 from fedge.manifest import MAX_VERSION
 
@@ -81,9 +81,13 @@ def test_what_is_wrong_is_named(kind: Any, value: dict[str, Any], why: str) -> N
 def test_paths_have_two_parts_as_a_tiers_delegation_wants_them() -> None:
     assert mark_path("micro") == "micro/tier.json"
     assert target_path("micro", 8, "model") == "micro/8.model"
+    assert key_path("micro", 8, "ab" * 32) == "keys/micro/8/" + "ab" * 32
     assert role_of("micro") == "tier-micro"
     assert [tier_of(role) for role in ("targets", "tier-", "tier-A", "micro")] == [None] * 4
     with pytest.raises(FormatError):
         target_path("micro", 0, "model")
     with pytest.raises(FormatError):
         mark_path("a/b")
+    for device in ("ab", "../" + "ab" * 30 + "a", "AB" * 32):
+        with pytest.raises(FormatError, match="hexadecimal"):
+            key_path("micro", 8, device)

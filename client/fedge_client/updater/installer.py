@@ -66,6 +66,11 @@ class Artefact:
     installed_sha256: str | None = None
     notes: bytes = b""  # verified, to be kept beside it: its manifest, so that it can be opened
 
+    @property
+    def content(self) -> str:
+        """What a trial is a trial of: SHA-256 of the installed bytes, whatever form they travel in."""
+        return self.installed_sha256 or self.sha256
+
     def __post_init__(self) -> None:
         """Refuse nonsense on construction."""
         if not 1 <= self.version <= MAX_VERSION or not 0 <= self.floor <= self.version:
@@ -108,7 +113,7 @@ def decide(state: State, offered: Artefact, *, whole: bool, again: bool = False)
             f"version {offered.version} is older than the installed {current.version}; "
             "to go back a fleet, publish the old content under a higher version"
         )
-    refuse_quarantined(state, offered.sha256, offered.version)
+    refuse_quarantined(state, offered.content, offered.version)
     if current is None:
         return True
     if offered.version == current.version:
@@ -222,7 +227,7 @@ class Installer:
         with self.store.locked():
             state = self.store.state()
             if state.current is not None:
-                state = state.with_quarantined(state.current.digest)
+                state = state.with_quarantined(state.current.installed_sha256)
                 self.store.commit(state)
             back, state = state.returned()
             self.store.read(back)
@@ -341,10 +346,10 @@ class Installer:
 
     def _tried(self, state: State, offered: Artefact, data: bytes) -> State:
         """The state after a trial that was passed; one that kills the device each time counts as failed."""
-        state = state.with_trial(offered.sha256)
+        state = state.with_trial(offered.content)
         if state.trials > MAX_TRIALS:
             self._quarantine(state, offered)
-            refuse_quarantined(self.store.state(), offered.sha256, offered.version)
+            refuse_quarantined(self.store.state(), offered.content, offered.version)
         self.store.commit(state)
         try:
             self._check(data)
@@ -363,7 +368,7 @@ class Installer:
         return state
 
     def _quarantine(self, state: State, offered: Artefact) -> None:
-        self.store.commit(state.with_quarantined(offered.sha256))
+        self.store.commit(state.with_quarantined(offered.content))
         self._part(offered).unlink(missing_ok=True)
 
 

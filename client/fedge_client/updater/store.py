@@ -43,8 +43,8 @@ class Record:
 
     slot: Slot
     version: int  # >= 1
-    digest: str  # SHA-256 of the artefact as it was signed, which quarantine knows it by
-    installed_sha256: str  # of the file in the slot
+    digest: str  # SHA-256 of the artefact as it was signed
+    installed_sha256: str  # of the file in the slot, which quarantine knows it by
     installed_bytes: int
     notes_sha256: str  # of what is kept beside it
     notes_bytes: int
@@ -72,8 +72,8 @@ class State:
     floor: int = 0  # by signed metadata; what runs is never below it
     announced: int = 0  # a floor that signed metadata asks for, above what runs: reached by the next commit
     left: int = 0  # a local return left this version: it is not offered again; 0: none
-    quarantined: tuple[str, ...] = ()  # artefacts that failed their trial here, by digest, oldest first
-    trial: str = ""  # artefact whose trial has begun and not ended; empty: none
+    quarantined: tuple[str, ...] = ()  # contents that failed their trial here, by digest, oldest first
+    trial: str = ""  # content whose trial has begun and not ended; empty: none
     trials: int = 0  # how often it has begun
 
     def __post_init__(self) -> None:
