@@ -106,6 +106,57 @@ def test_one_client_with_an_absurd_but_well_formed_update_does_not_end_the_run(s
     assert [record.round for record in learned.records] == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["fedavgm", "fedadagrad", "fedadam", "fedyogi"])
+def test_a_server_steps_parameters_and_takes_the_mean_of_running_statistics(name, small, learn, tmp_path):
+    """Momentum carries a running variance below 0, and the model answers with NaN from then on."""
+    sent: list[dict[str, np.ndarray]] = []
+
+    def look(_, reply):
+        sent.append({n: a.numpy().copy() for n, a in reply.content.array_records["arrays"].items()})
+        return reply
+
+    alone = {"engine": "sequential"}
+    config = small(
+        strategy={"name": name, **OPTIONS.get(name, {})},
+        model={"name": "mlp-bn"},
+        rounds={"count": 2},
+        clients={"count": 3, "partition": "iid"},
+        simulation=alone,
+    )
+    learned = learn(config, tmp_path, tamper=dict.fromkeys(range(1, 4), look))
+    assert [record.clients for record in learned.records] == [3, 3]
+    after, last = arrays_of(learned.model.network), sent[-3:]
+    lowest = {name: np.min([each[name] for each in last], axis=0) - 1e-6 for name in after}
+    highest = {name: np.max([each[name] for each in last], axis=0) + 1e-6 for name in after}
+    between = {
+        name: ((lowest[name] <= value) & (value <= highest[name])).all() for name, value in after.items()
+    }
+    assert all(found for name, found in between.items() if "running" in name)
+    assert not any(found for name, found in between.items() if name.startswith("0.weight"))  # its own step
+
+
+@pytest.mark.parametrize("name", ["fedavgm", "fedadam"])
+def test_a_round_whose_model_answers_nonsense_leaves_nothing_in_the_servers_moments(
+    name, small, learn, tmp_path
+):
+    """The variance of one client is finite and absurd: the mean has no root, and the round does not count."""
+    asked: list[int] = []
+
+    def absurd(_, reply):
+        asked.append(len(asked) + 1)
+        arrays = {n: a.numpy() for n, a in reply.content.array_records["arrays"].items()}
+        if asked[-1] == 2:
+            arrays |= {n: np.full_like(v, -1e6) for n, v in arrays.items() if "running_var" in n}
+            arrays |= {n: v + 10 for n, v in arrays.items() if "running" not in n}
+        reply.content["arrays"] = ArrayRecord({n: Array(v) for n, v in arrays.items()})
+        return reply
+
+    section = {**named(name), "model": {"name": "mlp-bn"}}
+    learned = learn(small(**section, rounds={"count": 4}), tmp_path, tamper={2: absurd})
+    assert [record.counted for record in learned.records] == [True, False, True, True]
+    assert learned.records[2].metrics["loss"] < 2 * learned.records[0].metrics["loss"]
+
+
 def test_every_strategy_of_flower_but_trees_and_wrappers_has_a_name():
     from flwr.serverapp import strategy as flower
 

@@ -60,7 +60,7 @@ from fedge_server.rounds.traffic import Traffic
 from fedge_server.rounds.validation import Rules
 from fedge_server.rounds.work import Look, most_passes, passes
 from fedge_server.strategies.asynchronous import Asynchronous
-from fedge_server.strategies.state import capture
+from fedge_server.strategies.state import Remembered, capture
 
 
 @dataclass(slots=True)
@@ -296,10 +296,11 @@ class Run:
     ) -> tuple[MetricRecord | None, bool]:
         """Let the strategy turn the updates into the next global state; False: it declined, or spoilt it.
 
-        The state stays as it was unless the new one is finite and answers in finite numbers: one client's
-        absurd but well-formed update must not end the run.
+        State and strategy stay as they were unless the new state is finite and answers in finite numbers: one
+        client's absurd but well-formed update must not end the run, nor live on in the strategy's moments.
         """
         before, answered, downlink = self.arrays, self.answers, self.downlink
+        remembered = Remembered(self.chosen.strategy)
         try:
             found, metrics = self.combine(number, updates, collected)
             if found is None:
@@ -320,6 +321,7 @@ class Run:
             ) from error
         if not self.is_sound(before):
             self.arrays, self.answers, self.downlink = before, answered, downlink
+            remembered.put_back()
             return None, False
         return metrics, True
 

@@ -223,6 +223,8 @@ def _plain(config: Config, chosen: StrategyConfig, given: Mapping[str, Any]) -> 
             name=chosen.name, options={"client_learning_rate": config.train.learning_rate, **chosen.options}
         )
     made: FedAvg = _construct(found, chosen, ours)
+    if isinstance(made, fedavg.Stepped):
+        made.parameter_names = given["parameter_names"]
     return made
 
 

@@ -7,6 +7,7 @@ settings objects are rebuilt from the configuration.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from typing import Any, Final
@@ -18,6 +19,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedge import tensors
 from fedge.errors import FormatError, RoundError
+from fedge.wire.arrays import put
 
 _BESIDE: Final = "|beside|"  # no attribute has such a name
 _NOTHING: Final[Mapping[str, npt.NDArray[Any]]] = {}
@@ -56,6 +58,35 @@ def restore(strategy: Strategy, data: bytes) -> None:
         _rebuild(strategy, json.loads(metadata["strategy"]), "", arrays)
     except (KeyError, ValueError, TypeError) as error:
         raise FormatError(f"strategy state: malformed ({type(error).__name__}: {error})") from error
+
+
+class Remembered:
+    """What a strategy remembers at a moment, to be put back when its round is given up.
+
+    Arrays are not copied: strategies put new ones in the place of old ones.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+        self._values = {key: _held(value) for key, value in vars(strategy).items()}
+        nested = (value for value in self._values.values() if isinstance(value, Strategy))
+        self._nested = [Remembered(each) for each in nested]
+
+    def put_back(self) -> None:
+        """Let the strategy be as it was."""
+        vars(self._strategy).clear()
+        vars(self._strategy).update(self._values)
+        for each in self._nested:
+            each.put_back()
+
+
+def _held(value: Any) -> Any:
+    """The value itself, or a copy of a collection, which strategies do change in place."""
+    if isinstance(value, ArrayRecord):
+        record = ArrayRecord()
+        put(record, dict(value))
+        return record
+    return copy.copy(value) if isinstance(value, (dict, list)) else value
 
 
 def _describe(strategy: Strategy, prefix: str, arrays: dict[str, Any]) -> dict[str, Any]:
