@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Final
@@ -23,12 +23,13 @@ import numpy.typing as npt
 
 from fedge.entropy import MAX_ALPHABET, Decoder, Symbols, encode
 from fedge.errors import FormatError
+from fedge.grids import MAX_LEVELS, grid, views
 from fedge.onnx_layout import FLOAT32, Stored, stored_tensors
 from fedge.onnx_words import WORDS
+from fedge.varints import Reader, number
 
 MAGIC: Final = b"FPK\x01"  # the last byte is the version
 MAX_TENSORS: Final = 4096  # that are not literal
-MAX_LEVELS: Final = 127  # the largest code
 
 _HEADER: Final = struct.Struct(
     "<4sII"
@@ -36,7 +37,6 @@ _HEADER: Final = struct.Struct(
 _GRID, _PLANES = 0, 1
 _LEAST_GRID, _LEAST_PLANES = 8, 1024  # elements on a grid, bytes in planes, from which it pays
 _SURE_PLANES = 1024**2  # bytes in planes from which doing without is not even tried
-_LEAST_CHANNEL = 4  # values that share a scale, from which it pays
 _SLACK = 4096  # the skeleton may be so much longer than the file, for its table
 _LOW = 7  # low bits of a float16 scale, which are 0 where it takes one byte
 _FINE = (1 << _LOW) - 1  # these bits
@@ -138,7 +138,9 @@ def unpack(wire: bytes, installed_bytes: int) -> bytes:
     if length > len(wire) - _HEADER.size:
         raise FormatError(f"packed: a skeleton of {length} bytes is truncated")
     stream = wire[_HEADER.size + length :]
-    skeleton = _Reader(_inflated(wire[_HEADER.size : _HEADER.size + length], installed_bytes))
+    skeleton = Reader(
+        _inflated(wire[_HEADER.size : _HEADER.size + length], installed_bytes), "packed: the skeleton"
+    )
     table = _table(skeleton, installed_bytes)
     whole = skeleton.left + sum(how.length for _, how in table)
     if whole != installed_bytes:
@@ -164,16 +166,16 @@ def unpack(wire: bytes, installed_bytes: int) -> bytes:
 
 def _stored(installed: bytes, pieces: Sequence[_Piece]) -> bytes:
     """Header, skeleton (table and literal bytes, deflated) and stream of scales and codes."""
-    table, literal, at = [_number(len(pieces))], [], 0
+    table, literal, at = [number(len(pieces))], [], 0
     for piece in pieces:
-        table.append(_number(piece.offset - at))
+        table.append(number(piece.offset - at))
         literal.append(installed[at : piece.offset])
         at = piece.offset + piece.how.length
         if isinstance(piece.how, _Grid):
-            sizes = b"".join(_number(size) for size in piece.how.shape)
+            sizes = b"".join(number(size) for size in piece.how.shape)
             table.append(bytes([_GRID]) + sizes + bytes([piece.how.levels, piece.how.scale_bytes]))
         else:
-            table.append(bytes([_PLANES, piece.how.width]) + _number(piece.how.elements))
+            table.append(bytes([_PLANES, piece.how.width]) + number(piece.how.elements))
     skeleton = b"".join((*table, *literal, installed[at:]))
     short = _deflated(skeleton)
     stream = encode([*_scale_parts(pieces), *(part for piece in pieces for part in piece.parts)])
@@ -199,45 +201,7 @@ def _inflated(short: bytes, installed_bytes: int) -> bytes:
     return skeleton
 
 
-class _Reader:
-    """The skeleton, from its start to its end."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = memoryview(data), 0
-
-    def take(self, length: int) -> bytes:
-        """The next bytes."""
-        part = self._data[self._at : self._at + length]
-        if len(part) < length:
-            raise FormatError("packed: the skeleton ends too soon")
-        self._at += length
-        return bytes(part)
-
-    @property
-    def left(self) -> int:
-        """How many bytes follow."""
-        return len(self._data) - self._at
-
-    def number(self) -> int:
-        """A number below 2^35 in groups of seven bits, least first."""
-        value = 0
-        for place in range(5):
-            (byte,) = self.take(1)
-            value |= (byte & 0x7F) << 7 * place
-            if byte < 0x80:
-                return value
-        raise FormatError("packed: a number in the table is too long")
-
-
-def _number(value: int) -> bytes:
-    groups = bytearray()
-    while value >= 0x80:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*groups, value])
-
-
-def _table(skeleton: _Reader, installed_bytes: int) -> list[tuple[int, _Grid | _Planes]]:
+def _table(skeleton: Reader, installed_bytes: int) -> list[tuple[int, _Grid | _Planes]]:
     """Each tensor with the number of literal bytes before it; all of them fit into the file.
 
     Raises:
@@ -256,7 +220,7 @@ def _table(skeleton: _Reader, installed_bytes: int) -> list[tuple[int, _Grid | _
     return table
 
 
-def _entry(skeleton: _Reader) -> _Grid | _Planes:
+def _entry(skeleton: Reader) -> _Grid | _Planes:
     (kind,) = skeleton.take(1)
     if kind == _GRID:
         shape = (skeleton.number(), skeleton.number(), skeleton.number())
@@ -284,14 +248,14 @@ def _scale_parts(pieces: Sequence[_Piece]) -> list[tuple[Symbols, int]]:
 
 def _scales(grids: Sequence[_Grid], decoder: Decoder) -> list[npt.NDArray[np.float32]]:
     """The scales (C,) of each grid, which the stream begins with: they are read before anything else is."""
-    high = decoder.take(sum(grid.shape[1] for grid in grids), MAX_ALPHABET).astype(np.uint16) << _LOW
-    low = decoder.take(sum(grid.shape[1] for grid in grids if grid.scale_bytes == 2), _FINE + 1)
+    high = decoder.take(sum(each.shape[1] for each in grids), MAX_ALPHABET).astype(np.uint16) << _LOW
+    low = decoder.take(sum(each.shape[1] for each in grids if each.scale_bytes == 2), _FINE + 1)
     scales, at, fine_at = [], 0, 0
-    for grid in grids:
-        channels = grid.shape[1]
+    for each in grids:
+        channels = each.shape[1]
         bits = high[at : at + channels]
         at += channels
-        if grid.scale_bytes == 2:
+        if each.scale_bytes == 2:
             bits = bits | low[fine_at : fine_at + channels]
             fine_at += channels
         scales.append(bits.view(np.float16).astype("<f4"))
@@ -327,13 +291,13 @@ def _on_grid(stored: Stored, raw: bytes) -> _Piece | None:
     if stored.data_type != FLOAT32 or prod(stored.shape) < _LEAST_GRID:
         return None
     values = np.frombuffer(raw, "<f4")
-    pieces = [_by_axis(values.reshape(shape), stored.offset) for shape in _views(stored.shape)]
+    pieces = [_by_axis(values.reshape(shape), stored.offset) for shape in views(stored.shape)]
     return min((piece for piece in pieces if piece is not None), key=_estimate, default=None)
 
 
 def _by_axis(values: npt.NDArray[np.float32], offset: int) -> _Piece | None:
     """The values (O, C, I) with one scale for each of C."""
-    found = _grid(values)
+    found = grid(values)
     if found is None:
         return None
     codes, scales = found
@@ -359,42 +323,3 @@ def _run_bits(symbols: Symbols, size: int) -> float:
     entropy = -float((counts * np.log2(counts / len(symbols))).sum())
     learning = (len(counts) - 1) / 2 * float(np.log2(len(symbols)))
     return min(entropy + learning, len(symbols) * float(np.log2(size)))
-
-
-def _views(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """As (O, C, I) with one scale for all, then with one for each place along an axis."""
-    yield 1, 1, prod(shape)
-    for axis, size in enumerate(shape):
-        if 1 < size <= prod(shape) // _LEAST_CHANNEL:
-            yield prod(shape[:axis]), size, prod(shape[axis + 1 :])
-
-
-def _grid(values: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float16]] | None:
-    """Codes (O, C, I) and scales (C,) whose products these values are; None where there are none.
-
-    In each channel the scale is the largest |value| over the smallest k up to `MAX_LEVELS` that makes it a
-    float16 and every value a multiple of it.
-    """
-    top = np.abs(values).max(axis=(0, 2)).astype(np.float64)  # (C,)
-    if not np.isfinite(top).all():
-        return None
-    ratios = top / np.arange(1, MAX_LEVELS + 1)[:, None]  # (k, C)
-    with np.errstate(over="ignore"):
-        halves = ratios.astype(np.float16)
-    exact = (halves == ratios) & ((halves > 0) | (top == 0))
-    if not exact.any(axis=0).all():
-        return None
-    scales = np.zeros(len(top), np.float16)
-    codes = np.zeros(values.shape, np.int16)
-    open_ = top > 0  # channels without a scale so far
-    for k in range(MAX_LEVELS):
-        (chosen,) = np.nonzero(open_ & exact[k])
-        if len(chosen) == 0:
-            continue
-        trial = values[:, chosen].astype(np.float64) / halves[k, chosen, None].astype(np.float64)
-        whole = trial == np.rint(trial)
-        good = whole.all(axis=(0, 2))
-        codes[:, chosen[good]] = trial[:, good].astype(np.int16)
-        scales[chosen[good]] = halves[k, chosen[good]]
-        open_[chosen[good]] = False
-    return None if open_.any() else (codes, scales)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
 
-from fedge import packed
+from fedge import grids, packed, varints
 from fedge.errors import FormatError
 from fedge.files import sha256
 from fedge.onnx_layout import stored_tensors
@@ -94,7 +94,7 @@ def test_a_tensor_on_a_grid_is_found_whatever_the_axis(levels, shape, axis, seed
     installed = model(values)
     (stored,) = stored_tensors(installed)
     piece = packed._on_grid(stored, values.tobytes())
-    if values.size >= packed._LEAST_GRID and values.size // shape[axis] >= packed._LEAST_CHANNEL:
+    if values.size >= packed._LEAST_GRID and values.size // shape[axis] >= grids._LEAST_CHANNEL:
         assert piece is not None
     if piece is not None:
         assert piece.how.levels <= levels
@@ -125,7 +125,7 @@ def test_scales_that_one_scale_divides_are_kept_apart_where_that_is_smaller() ->
 
 def test_the_scale_is_the_largest_that_does() -> None:
     # 0.75 = 3 * 0.25 and 0.5 = 2 * 0.25; 0.75 / 1 and 0.75 / 2 make 0.5 no whole number.
-    codes, scales = packed._grid(np.array([[[0.75], [-0.5]], [[0.5], [-0.5]]], np.float32))
+    codes, scales = grids.grid(np.array([[[0.75], [-0.5]], [[0.5], [-0.5]]], np.float32))
     assert scales.tolist() == [0.25, 0.5]
     assert codes.tolist() == [[[3], [-1]], [[2], [-1]]]
 
@@ -203,9 +203,9 @@ def test_the_dictionary_is_the_one_of_this_version() -> None:
     assert sha256(WORDS) == "86222bd6f1f7f25c0fdea304f050b5fb53dbbb6c69b4c087297a32fe11c25ec1"
 
 
-BIG = packed._number(2**31)
+BIG = varints.number(2**31)
 TABLES = {
-    "more tensors than a table may have": packed._number(packed.MAX_TENSORS + 1),
+    "more tensors than a table may have": varints.number(packed.MAX_TENSORS + 1),
     "a count without an end": b"\xff" * 9,
     "a shape larger than the file": b"\x01\x00\x00" + BIG + b"\x01\x01" + b"\x01\x02",
     "a shape whose product is huge": b"\x01\x00\x00" + BIG + BIG + BIG + b"\x01\x02",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +16,11 @@ import grpc.aio
 from fedge.errors import FormatError
 from fedge.wire import BULK_BYTES, MAX_MESSAGE_BYTES, PART_BYTES, TURN_S
 from fedge.wire.v1 import link_pb2 as pb
+from fedge.wire.v1.distribution_pb2_grpc import DistributionStub
 from fedge.wire.v1.link_pb2_grpc import LinkStub
 from fedge.wire.v1.records_pb2 import Object
 from fedge_client.agent.identity import Identity
+from fedge_client.delivery import CALL_S, GRACE_S, Refusal, Report, Standing, Told, note_request, refusals
 
 WELCOME_TIMEOUT_S: Final = 20.0
 OLDEST_HUB: Final = 2  # wire version; it knows turns
@@ -63,6 +65,7 @@ class Link:
         self._identity = identity
         self._channel = _channel(identity())
         self._stub: Any = LinkStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+        self._delivery: Any = DistributionStub(self._channel)  # type: ignore[no-untyped-call]  # generated
         self._stream: Any = None
         self.wire_version = 0  # that both sides speak; 0 before Welcome
 
@@ -125,6 +128,16 @@ class Link:
                 yield message
             if await self._stream.code() is not grpc.StatusCode.OK:
                 raise await self._ended()
+
+    async def poll(self, standing: Standing, wait_s: float) -> Told:
+        """Which version is for this device; waits for so long at most where there is nothing new."""
+        with _closed_is_broken():
+            return Told.of(await self._delivery.Poll(standing.request(wait_s), timeout=wait_s + GRACE_S))
+
+    async def note(self, reports: Sequence[Report]) -> list[Refusal]:
+        """Send reports of versions; those that the server will never take."""
+        with _closed_is_broken():
+            return refusals(reports, await self._delivery.Note(note_request(reports), timeout=CALL_S))
 
     async def fetch(self, message_id: str, wanted: Object, offset: int) -> AsyncGenerator[bytes, None]:
         """The bytes of a message's object from an offset on.

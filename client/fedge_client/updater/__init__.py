@@ -2,6 +2,7 @@
 
 trust       which files are to be trusted: metadata of The Update Framework, over any transport
 installer   an artefact that verified metadata names, into the slot that does not run, and its trial
+patching    the installed bytes out of those that run, where that is shorter
 store       what is committed, and how it is opened
 health      the trial of a model
 streams     reading from any transport: bounded, held to a pace
@@ -9,7 +10,7 @@ manifest    releases in a published folder with a signed manifest, until all dev
 """
 
 from fedge_client.updater.health import Check, Golden, anything, model_check
-from fedge_client.updater.installer import Artefact, Expand, Installer
+from fedge_client.updater.installer import Artefact, Expand, Installer, Patch
 from fedge_client.updater.manifest import (
     Device,
     Fetch,
@@ -20,6 +21,7 @@ from fedge_client.updater.manifest import (
     floor_after,
     folder_fetch,
 )
+from fedge_client.updater.patching import patching
 from fedge_client.updater.releases import Offered, mark_of, offer, unpacked
 from fedge_client.updater.store import Opened, Record, State, Store
 from fedge_client.updater.streams import Fetcher, Pace, chunks_of, folder, whole, within
@@ -41,6 +43,7 @@ __all__ = [
     "Offered",
     "Opened",
     "Pace",
+    "Patch",
     "Record",
     "State",
     "Store",
@@ -57,6 +60,7 @@ __all__ = [
     "mark_of",
     "model_check",
     "offer",
+    "patching",
     "unpacked",
     "whole",
     "within",

@@ -6,7 +6,6 @@ broke off), digest of the whole, the slot that does not run, its trial, and then
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -35,20 +34,25 @@ from fedge_client.updater.store import (
     MAX_NOTES_BYTES,
     MAX_TRIALS,
     NOTES,
+    Opened,
     Record,
     Slot,
     State,
     Store,
+    digest_of,
     is_digest,
     refuse_quarantined,
+    sync,
 )
 from fedge_client.updater.streams import DEFAULT_PACE, Fetcher, Pace, Seconds, chunks_of
 
 Expand = Callable[[bytes, "Artefact"], bytes]
 """Make the installed bytes from those that travelled: unpack or open them."""
 
+Patch = Callable[[Opened, "Artefact"], bytes | None]
+"""Make the installed bytes from what runs, by a way that is shorter than the whole; None: there is none."""
+
 _SPARE_BYTES: Final = 256 * 1024  # file system overhead of an installation
-_BLOCK: Final = 1024 * 1024
 _FRUITLESS: Final = 4  # attempts in a row that bring no byte
 _BYTES_PER_ATTEMPT: Final = 64 * 1024  # who sends less each time is not waited for forever
 
@@ -135,6 +139,7 @@ class Installer:
         check: Check,
         *,
         expand: Expand | None = None,
+        patch: Patch | None = None,
         pace: Pace = DEFAULT_PACE,
         seconds: Seconds = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
@@ -146,12 +151,14 @@ class Installer:
             fetch: the transport; it must take up from an offset.
             check: the trial of a version before it is committed.
             expand: makes what is installed from what travels; None: they are the same.
+            patch: a shorter way to what is installed, tried before the whole is fetched; only with `expand`.
             pace: how slow a stream may be.
             seconds: the clock of the pace.
             pause: waits so many seconds between attempts that bring nothing.
         """
         self.store = Store(home)
-        self._fetch, self._check, self._expand = fetch, check, expand
+        self._fetch, self._check = fetch, check
+        self._expand, self._patch = expand, patch
         self._pace, self._seconds, self._pause = pace, seconds, pause
 
     def raise_floor(self, floor: int) -> State:
@@ -192,7 +199,9 @@ class Installer:
             slot = state.free_slot if damaged is None else damaged.slot  # what is whole is not touched
             self._drop_other_parts(offered)
             self._make_room(slot, offered)
-            data = self._expanded(offered, self._downloaded(offered))
+            data = self._patched(state, offered) if whole else None
+            if data is None:
+                data = self._expanded(offered, self._downloaded(offered))
             state = self._tried(state, offered, data)
             self._fill(slot, offered, data)
             record = _record(slot, offered, data)
@@ -261,20 +270,29 @@ class Installer:
             )
         self.store.clear(slot)
 
+    def _patched(self, state: State, offered: Artefact) -> bytes | None:
+        """The installed bytes by the shorter way, with the digest that was signed; None: fetch the whole."""
+        if self._patch is None or state.current is None or offered.installed_sha256 is None:
+            return None
+        if self._part(offered).exists():  # a download that has begun goes on
+            return None
+        data = self._patch(Opened(state.current, *self.store.read(state.current), returned=False), offered)
+        return data if data is not None and sha256(data) == offered.installed_sha256 else None
+
     def _downloaded(self, offered: Artefact) -> Path:
         """The whole part, with the digest that was signed, durable."""
         part = self._part(offered)
         part.parent.mkdir(exist_ok=True)
         resumed = part.exists()
         self._complete(offered, part)
-        if _digest_of(part) == offered.sha256:
-            _sync(part)
+        if digest_of(part) == offered.sha256:
+            sync(part)
             return part
         part.unlink()
         if resumed:  # the disk or an earlier source may be at fault: once more, from the start
             self._complete(offered, part)
-            if _digest_of(part) == offered.sha256:
-                _sync(part)
+            if digest_of(part) == offered.sha256:
+                sync(part)
                 return part
             part.unlink()
         raise DigestError(
@@ -375,16 +393,3 @@ class Installer:
 def _record(slot: Slot, offered: Artefact, data: bytes) -> Record:
     notes = offered.notes
     return Record(slot, offered.version, offered.sha256, sha256(data), len(data), sha256(notes), len(notes))
-
-
-def _digest_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -10,7 +10,9 @@ installed nothing is written, so a full disk does not matter.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -34,6 +36,7 @@ MAX_TRIALS: Final = (
     5  # begun and never ended, of one artefact: the process or the device died of it each time
 )
 _MAX_STATE_BYTES: Final = 64 * 1024
+_BLOCK: Final = 1024 * 1024
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -283,3 +286,18 @@ def refuse_quarantined(state: State, digest: str, version: int) -> None:
 def is_digest(value: object) -> bool:
     """Whether a value is a SHA-256 in lower-case hexadecimal digits."""
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file that may be large."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make a file survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -48,6 +48,15 @@ _THREADS: Final = 2
 _log = logging.getLogger(__name__)
 
 
+Trust = Callable[[str], tuple[bytes, int]]
+"""What a device of a tier begins with: the repository's newest root (empty: there is none), and its floor."""
+
+
+def no_trust(tier: str) -> tuple[bytes, int]:
+    """Where there is no repository of releases."""
+    return b"", 0
+
+
 @dataclass(frozen=True, slots=True)
 class EnrolmentSettings:
     """What devices are told, and for how long."""
@@ -68,11 +77,12 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
         *,
         clock: Clock = time.time,
         limiter: RateLimiter | None = None,
+        trust: Trust = no_trust,
     ) -> None:
         self._authority = authority
         self._devices = devices
         self._settings = settings
-        self._clock = clock
+        self._clock, self._trust = clock, trust
         self._limiter = limiter or RateLimiter()
         # Threads of its own: strangers who ask too much must not hold up the hub's work for devices.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="enrolment")
@@ -170,6 +180,7 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
         return self._reply(certificate, bundle, row, now)
 
     def _reply(self, certificate: bytes, bundle: bytes, row: DeviceRow, now: float) -> pb.EnrolReply:
+        root, floor = self._trust(row.tier)
         return pb.EnrolReply(
             certificate=certificate,
             ca_bundle=bundle,
@@ -179,6 +190,8 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
             enrolment_address=self._settings.enrolment_address,
             server_time=now,
             node_id=row.node_id,
+            trusted_root=root,
+            floor=floor,
         )
 
 

@@ -55,6 +55,11 @@ class Gate:
         """
         check(peer, self._rows.get(peer.device_id), self._clock())
 
+    def is_gone(self, device_id: str) -> bool:
+        """Whether a device that was admitted has been revoked meanwhile, as `refresh` saw."""
+        row = self._rows.get(device_id)
+        return row is None or row.status != ACTIVE
+
     async def refresh(self) -> None:
         """Read all rows again."""
         for row in await asyncio.to_thread(self._devices.all):

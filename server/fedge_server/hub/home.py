@@ -72,6 +72,21 @@ class Home:
         """The content store: models and strategy states of rounds."""
         return self.root / "store"
 
+    @property
+    def repository(self) -> Path:
+        """The signed repository of releases, which devices read."""
+        return self.root / "repository"
+
+    @property
+    def deltas(self) -> Path:
+        """Deltas between releases, made when devices ask for them; may be removed."""
+        return self.root / "deltas"
+
+    @property
+    def keys(self) -> Path:
+        """Keys of the repository that are kept here."""
+        return self.root / "keys"
+
     def objects(self, run_id: str) -> Path:
         """Tensors of a run going down to devices, by SHA-256; written by the run's worker."""
         return self.root / "objects" / run_id

@@ -16,64 +16,47 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from fedge.errors import FedgeError, UserError
 from fedge.files import sole_holder, write_atomically
 from fedge.identity import address
-from fedge.wire import MAX_MESSAGE_BYTES
-from fedge.wire.v1 import admin_pb2_grpc, enrolment_pb2, enrolment_pb2_grpc, link_pb2, link_pb2_grpc
+from fedge.wire.v1 import (
+    admin_pb2_grpc,
+    distribution_pb2,
+    distribution_pb2_grpc,
+    enrolment_pb2,
+    enrolment_pb2_grpc,
+    link_pb2,
+    link_pb2_grpc,
+)
+from fedge_server.delivery import Distribution, Shelf
+from fedge_server.delivery.deltas import Deltas
+from fedge_server.delivery.sealing import Sealing
 from fedge_server.hub import enrolment
 from fedge_server.hub.exchange import Exchange
 from fedge_server.hub.fleet import Fleet
 from fedge_server.hub.gate import Gate
 from fedge_server.hub.home import Home
 from fedge_server.hub.link import LinkServicer
+from fedge_server.hub.listening import DEVICE_OPTIONS, LINK_OPTIONS, LOCAL_OPTIONS, age, bind, describe
 from fedge_server.hub.roster import Roster
 from fedge_server.hub.runs import AdminServicer, RunsServicer
 from fedge_server.hub.settings import Settings
 from fedge_server.hub.supervisor import Argv, Supervisor, worker_argv
-from fedge_server.identity.authority import Authority, ServerCertificate
+from fedge_server.identity.authority import Authority
 from fedge_server.registry.database import Registry
+from fedge_server.repository.content_keys import ContentKeys
+from fedge_server.rollout.service import Rollouts
 
 _log = logging.getLogger("fedge.hub")
 
 HOUSEKEEPING_S: Final = 60.0
 STOP_S: Final = 2.0  # that calls have to end when the hub stops
+_ENROLMENT_AGE_S: Final = 60  # of a connection of somebody who has proved nothing yet
+_ENROLMENT_GRACE_S: Final = 30
 _M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3  # of malloc.h
 MAX_FILES: Final = 65_536
 MAX_SOCKET_PATH: Final = 100  # bytes; the kernel's limit is 107
-_TRANSFER_GRACE_S: Final = 3600  # that a transfer may go on after its connection's age
-_ENROLMENT_AGE_S: Final = 60  # of a connection of somebody who has proved nothing yet
-_ENROLMENT_GRACE_S: Final = 30
-
-# A connection keeps little memory: windows stay small (a device sends to the spool's pace), and pings are
-# rare. A peer that is dead is noticed within a minute.
-_DEVICE_OPTIONS: Final = (
-    ("grpc.keepalive_time_ms", 40_000),
-    ("grpc.keepalive_timeout_ms", 15_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.server_handshake_timeout_ms", 20_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 16 * 1024),  # kept for each stream that waits; one that is read gets more
-    ("grpc.experimental.tcp_read_chunk_size", 4 * 1024),  # a connection keeps a buffer of the size that it
-    ("grpc.experimental.tcp_min_read_chunk_size", 1024),  # read last: up to 4 MiB, if it may
-    ("grpc.experimental.tcp_max_read_chunk_size", 16 * 1024),
-    ("grpc.max_concurrent_streams", 16),
-    ("grpc.so_reuseport", 0),  # a port that is taken is an error, not half of the connections
-)
-_LINK_OPTIONS: Final = (
-    *_DEVICE_OPTIONS,
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_metadata_size", 8 * 1024),
-)
-_LOCAL_OPTIONS: Final = (  # a worker pushes the contents of a round at once
-    ("grpc.max_receive_message_length", 64 * MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", 4 * MAX_MESSAGE_BYTES),
-)
 
 
 class Hub:
@@ -96,6 +79,8 @@ class Hub:
         self._fleet = Fleet()
         self._gate = Gate(self._authority, registry.devices)
         self.exchange = Exchange(registry.queue, self._fleet, grace_s=limits.offline_grace_s)
+        self._rollouts, self._shelf = Rollouts(registry), Shelf(home.repository)
+        self._distribution: Distribution | None = None
         self._roster = Roster(self._gate, self._authority, registry.devices, self._fleet, self.exchange)
         self._supervisor = Supervisor(
             home,
@@ -121,13 +106,13 @@ class Hub:
         await self._gate.refresh()
         await self.exchange.start()
         limits = self._settings.limits
-        link = self._device_server(_LINK_OPTIONS + _age(limits.max_connection_age_s))
+        link = self._device_server(LINK_OPTIONS + age(limits.max_connection_age_s))
         listen = self._settings.listen
-        self.link_port = self._bind(link, listen.host, listen.link_port, mutual=True)
+        self.link_port = self._bind(link, listen.link_port, mutual=True)
         enrol = self._device_server(
-            _DEVICE_OPTIONS + enrolment.SERVER_OPTIONS + _age(_ENROLMENT_AGE_S, _ENROLMENT_GRACE_S)
+            DEVICE_OPTIONS + enrolment.SERVER_OPTIONS + age(_ENROLMENT_AGE_S, _ENROLMENT_GRACE_S)
         )
-        self.enrolment_port = self._bind(enrol, listen.host, listen.enrolment_port, mutual=False)
+        self.enrolment_port = self._bind(enrol, listen.enrolment_port, mutual=False)
         link_pb2_grpc.add_LinkServicer_to_server(  # type: ignore[no-untyped-call]  # generated
             LinkServicer(
                 self.home,
@@ -140,11 +125,16 @@ class Hub:
             ),
             link,
         )
+        self._distribution = self._distributes()
+        distribution_pb2_grpc.add_DistributionServicer_to_server(  # type: ignore[no-untyped-call]
+            self._distribution, link
+        )
+        await self._distribution.start()
         enrolment_pb2_grpc.add_EnrolmentServicer_to_server(  # type: ignore[no-untyped-call]
             self._enrolment(), enrol
         )
-        _describe(link, link_pb2)
-        _describe(enrol, enrolment_pb2)
+        describe(link, link_pb2, distribution_pb2)
+        describe(enrol, enrolment_pb2)
         self._servers = [link, enrol, self._local_server()]
         for server in self._servers:
             await server.start()
@@ -178,6 +168,8 @@ class Hub:
             _log.info("stopping %d workers (%s); their runs go on at the next start", len(running), names)
         await self._supervisor.stop()
         self._roster.end_all(FedgeError("the hub is stopping"))
+        if self._distribution is not None:
+            await self._distribution.stop()
         await asyncio.gather(*(server.stop(STOP_S) for server in self._servers))
         await self.exchange.stop()
         await self._roster.save_seen()
@@ -194,6 +186,9 @@ class Hub:
             _log.info("the certificate authority has changed: %d CAs", len(self._authority.certificates))
             self._roster.announce_bundle()
         await self._roster.refresh()
+        if self._distribution is not None:
+            self._distribution.recheck()
+            await self._distribution.look()
         await self._supervisor.look()
 
     def _renew(self) -> None:
@@ -214,7 +209,7 @@ class Hub:
         return grpc.aio.server(options=list(options))
 
     def _local_server(self) -> Any:
-        server = grpc.aio.server(options=list(_LOCAL_OPTIONS))
+        server = grpc.aio.server(options=list(LOCAL_OPTIONS))
         admin_pb2_grpc.add_RunsServicer_to_server(  # type: ignore[no-untyped-call]
             RunsServicer(
                 self.home,
@@ -242,6 +237,9 @@ class Hub:
             os.umask(before)
         return server
 
+    def _bind(self, server: Any, port: int, *, mutual: bool) -> int:
+        return bind(server, self.home, self._authority, (self._settings.listen.host, port), mutual=mutual)
+
     def _enrolment(self) -> enrolment.EnrolmentServicer:
         host = self._settings.public.names[0]
         settings = enrolment.EnrolmentSettings(
@@ -249,61 +247,23 @@ class Hub:
             address(host, self.enrolment_port),
             self._settings.certificates.device_hours,
         )
-        return enrolment.EnrolmentServicer(self._authority, self._registry.devices, settings)
-
-    def _bind(self, server: Any, host: str, port: int, *, mutual: bool) -> int:
-        credentials = _credentials(self.home, self._authority, mutual=mutual)
-        try:
-            bound = int(server.add_secure_port(address(host, port), credentials))
-        except RuntimeError as error:
-            bound, why = 0, str(error).splitlines()[0][:200]
-        else:
-            why = "refused"
-        if not bound:
-            raise FedgeError(f"cannot listen on {address(host, port)} ({why}); is the port taken?")
-        return bound
-
-
-def _age(seconds: float, grace_s: int = _TRANSFER_GRACE_S) -> tuple[tuple[str, int], ...]:
-    """After this age a connection takes no new calls; the device's stream is ended by the Link service."""
-    return (
-        ("grpc.max_connection_age_ms", max(int(seconds * 1000), 1)),
-        ("grpc.max_connection_age_grace_ms", grace_s * 1000),
-    )
-
-
-def _credentials(home: Home, authority: Authority, *, mutual: bool) -> Any:
-    """Credentials that follow the certificates on the disk: asked at each new connection."""
-    state: dict[str, Any] = {}
-
-    def configuration() -> Any:
-        found = (home.tls / "server.pem").stat().st_mtime_ns, authority.bundle if mutual else b""
-        if state.get("key") == found:
-            return None
-        server = ServerCertificate.load(home.tls)
-        state["key"] = found
-        return grpc.ssl_server_certificate_configuration(
-            [(server.key, server.chain)], root_certificates=authority.bundle if mutual else None
+        return enrolment.EnrolmentServicer(
+            self._authority, self._registry.devices, settings, trust=self._trust
         )
 
-    def fetch() -> Any:
-        try:
-            return configuration()
-        except (OSError, FedgeError) as error:
-            _log.error("the server's certificate cannot be read: %s", error)
-            return None  # the one that was read before still serves
+    def _trust(self, tier: str) -> tuple[bytes, int]:
+        """What a new device of a tier begins with: a root, and the lowest version that it may run."""
+        floor = self._shelf.refresh().floor(tier)
+        return self._shelf.root(), max(floor, self._rollouts.channel(tier).floor)
 
-    return grpc.dynamic_ssl_server_credentials(configuration(), fetch, require_client_authentication=mutual)
+    def _distributes(self) -> Distribution:
+        sealing = Sealing(self._shelf, ContentKeys(self.home.keys / "content"))
+        deltas = Deltas(self._shelf, self.home.deltas, content=sealing.content, seal=sealing.delta)
 
+        def wrapped(device: str, tier: str, version: int) -> bytes | None:
+            return sealing.key_for(self._registry.devices, device, tier, version)
 
-def _describe(server: Any, module: Any) -> None:
-    """Health and reflection."""
-    names = [service.full_name for service in module.DESCRIPTOR.services_by_name.values()]
-    servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    for name in names:
-        servicer._server_status[name] = health_pb2.HealthCheckResponse.SERVING
-    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        return Distribution(self._gate, self._rollouts, self._shelf, keys=wrapped, deltas=deltas)
 
 
 @contextmanager

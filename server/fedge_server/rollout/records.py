@@ -29,6 +29,26 @@ class Progress:
     state: str  # offered, installed, left
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A tier's channel, and how far its newest rollout has come."""
+
+    channel: Channel
+    status: str = ""  # of the rollout; empty: there never was one
+    stage: int = -1
+
+
+def read_standing(connection: sa.Connection) -> dict[str, Standing]:
+    """Where every tier stands that ever had a rollout; plans and counts are not read."""
+    query = sa.select(_tiers, _rollouts.c.state).outerjoin(_rollouts, _tiers.c.rollout == _rollouts.c.id)
+    found = {}
+    for row in connection.execute(query).mappings():
+        channel = Channel(row["tier"], row["base"], row["floor"], row["rollout"])
+        state = row["state"] or {"status": "", "stage": -1}
+        found[channel.tier] = Standing(channel, state["status"], state["stage"])
+    return found
+
+
 def read_channel(connection: sa.Connection, tier: str) -> Channel:
     """Where a tier stands; one that never had a rollout stands at nothing."""
     row = connection.execute(sa.select(_tiers).where(_tiers.c.tier == tier)).mappings().first()

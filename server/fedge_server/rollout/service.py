@@ -22,6 +22,7 @@ from fedge_server.rollout import audit, fleet, records
 from fedge_server.rollout.assignment import Channel, offered, stage_of
 from fedge_server.rollout.deciding import check_start, decide
 from fedge_server.rollout.plan import Plan
+from fedge_server.rollout.records import Standing
 from fedge_server.rollout.reports import Change, Report, changes
 from fedge_server.rollout.state import (
     OVER,
@@ -151,6 +152,11 @@ class Rollouts:
         """Where a tier stands."""
         with reading(self._engine) as connection:
             return records.read_channel(connection, tier)
+
+    def standing(self) -> dict[str, Standing]:
+        """What offers to each tier's devices rest on, apart from the devices: equal values, equal offers."""
+        with reading(self._engine) as connection:
+            return records.read_standing(connection)
 
     def tick(self) -> list[State]:
         """Let time do what it does; devices that ask or report do so too. Returns the rollouts under way."""

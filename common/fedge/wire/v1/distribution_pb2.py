@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n fedge/wire/v1/distribution.proto\x12\x08\x66\x65\x64ge.v1\"}\n\x0bPollRequest\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0b\n\x03has\x18\x02 \x01(\x04\x12\x0c\n\x04told\x18\x03 \x01(\x04\x12\x0c\n\x04tags\x18\x04 \x03(\t\x12\x0e\n\x06wait_s\x18\x05 \x01(\x01\x12\x0c\n\x04root\x18\x06 \x01(\x04\x12\x11\n\ttier_role\x18\x07 \x01(\x04\"{\n\tPollReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0c\n\x04root\x18\x02 \x01(\x04\x12\x11\n\ttimestamp\x18\x03 \x01(\x04\x12\x11\n\ttier_role\x18\x04 \x01(\x04\x12\x0f\n\x07\x61gain_s\x18\x05 \x01(\x01\x12\x18\n\x10\x61waits_signature\x18\x06 \x01(\x08\"<\n\x0b\x46ileRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0f\n\x07maximum\x18\x03 \x01(\x04\"\x18\n\x08\x46ilePart\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"-\n\x0c\x44\x65ltaRequest\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\"\x1d\n\nKeyRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\"\x1b\n\x08KeyReply\x12\x0f\n\x07wrapped\x18\x01 \x01(\x0c\"6\n\x06Report\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\x01\"0\n\x0bNoteRequest\x12!\n\x07reports\x18\x01 \x03(\x0b\x32\x10.fedge.v1.Report\"\xc9\x01\n\tNoteReply\x12-\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1b.fedge.v1.NoteReply.Outcome\x1a\x8c\x01\n\x07Outcome\x12.\n\x04kind\x18\x01 \x01(\x0e\x32 .fedge.v1.NoteReply.Outcome.Kind\x12\x0e\n\x06reason\x18\x02 \x01(\t\"A\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x43OUNTED\x10\x01\x12\t\n\x05KNOWN\x10\x02\x12\x0b\n\x07REFUSED\x10\x03\x32\x99\x02\n\x0c\x44istribution\x12\x32\n\x04Poll\x12\x15.fedge.v1.PollRequest\x1a\x13.fedge.v1.PollReply\x12\x34\n\x05\x46\x65tch\x12\x15.fedge.v1.FileRequest\x1a\x12.fedge.v1.FilePart0\x01\x12:\n\nFetchDelta\x12\x16.fedge.v1.DeltaRequest\x1a\x12.fedge.v1.FilePart0\x01\x12/\n\x03Key\x12\x14.fedge.v1.KeyRequest\x1a\x12.fedge.v1.KeyReply\x12\x32\n\x04Note\x12\x15.fedge.v1.NoteRequest\x1a\x13.fedge.v1.NoteReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n fedge/wire/v1/distribution.proto\x12\x08\x66\x65\x64ge.v1\"}\n\x0bPollRequest\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0b\n\x03has\x18\x02 \x01(\x04\x12\x0c\n\x04told\x18\x03 \x01(\x04\x12\x0c\n\x04tags\x18\x04 \x03(\t\x12\x0e\n\x06wait_s\x18\x05 \x01(\x01\x12\x0c\n\x04root\x18\x06 \x01(\x04\x12\x11\n\ttier_role\x18\x07 \x01(\x04\"a\n\tPollReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0c\n\x04root\x18\x02 \x01(\x04\x12\x11\n\ttimestamp\x18\x03 \x01(\x04\x12\x11\n\ttier_role\x18\x04 \x01(\x04\x12\x0f\n\x07\x61gain_s\x18\x05 \x01(\x01\"<\n\x0b\x46ileRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0f\n\x07maximum\x18\x03 \x01(\x04\"\x18\n\x08\x46ilePart\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"-\n\x0c\x44\x65ltaRequest\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\"\x1d\n\nKeyRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\"\x1b\n\x08KeyReply\x12\x0f\n\x07wrapped\x18\x01 \x01(\x0c\"6\n\x06Report\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\x01\"0\n\x0bNoteRequest\x12!\n\x07reports\x18\x01 \x03(\x0b\x32\x10.fedge.v1.Report\"\xc9\x01\n\tNoteReply\x12-\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1b.fedge.v1.NoteReply.Outcome\x1a\x8c\x01\n\x07Outcome\x12.\n\x04kind\x18\x01 \x01(\x0e\x32 .fedge.v1.NoteReply.Outcome.Kind\x12\x0e\n\x06reason\x18\x02 \x01(\t\"A\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x43OUNTED\x10\x01\x12\t\n\x05KNOWN\x10\x02\x12\x0b\n\x07REFUSED\x10\x03\x32\x99\x02\n\x0c\x44istribution\x12\x32\n\x04Poll\x12\x15.fedge.v1.PollRequest\x1a\x13.fedge.v1.PollReply\x12\x34\n\x05\x46\x65tch\x12\x15.fedge.v1.FileRequest\x1a\x12.fedge.v1.FilePart0\x01\x12:\n\nFetchDelta\x12\x16.fedge.v1.DeltaRequest\x1a\x12.fedge.v1.FilePart0\x01\x12/\n\x03Key\x12\x14.fedge.v1.KeyRequest\x1a\x12.fedge.v1.KeyReply\x12\x32\n\x04Note\x12\x15.fedge.v1.NoteRequest\x1a\x13.fedge.v1.NoteReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,27 +34,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_POLLREQUEST']._serialized_start=46
   _globals['_POLLREQUEST']._serialized_end=171
   _globals['_POLLREPLY']._serialized_start=173
-  _globals['_POLLREPLY']._serialized_end=296
-  _globals['_FILEREQUEST']._serialized_start=298
-  _globals['_FILEREQUEST']._serialized_end=358
-  _globals['_FILEPART']._serialized_start=360
-  _globals['_FILEPART']._serialized_end=384
-  _globals['_DELTAREQUEST']._serialized_start=386
-  _globals['_DELTAREQUEST']._serialized_end=431
-  _globals['_KEYREQUEST']._serialized_start=433
-  _globals['_KEYREQUEST']._serialized_end=462
-  _globals['_KEYREPLY']._serialized_start=464
-  _globals['_KEYREPLY']._serialized_end=491
-  _globals['_REPORT']._serialized_start=493
-  _globals['_REPORT']._serialized_end=547
-  _globals['_NOTEREQUEST']._serialized_start=549
-  _globals['_NOTEREQUEST']._serialized_end=597
-  _globals['_NOTEREPLY']._serialized_start=600
-  _globals['_NOTEREPLY']._serialized_end=801
-  _globals['_NOTEREPLY_OUTCOME']._serialized_start=661
-  _globals['_NOTEREPLY_OUTCOME']._serialized_end=801
-  _globals['_NOTEREPLY_OUTCOME_KIND']._serialized_start=736
-  _globals['_NOTEREPLY_OUTCOME_KIND']._serialized_end=801
-  _globals['_DISTRIBUTION']._serialized_start=804
-  _globals['_DISTRIBUTION']._serialized_end=1085
+  _globals['_POLLREPLY']._serialized_end=270
+  _globals['_FILEREQUEST']._serialized_start=272
+  _globals['_FILEREQUEST']._serialized_end=332
+  _globals['_FILEPART']._serialized_start=334
+  _globals['_FILEPART']._serialized_end=358
+  _globals['_DELTAREQUEST']._serialized_start=360
+  _globals['_DELTAREQUEST']._serialized_end=405
+  _globals['_KEYREQUEST']._serialized_start=407
+  _globals['_KEYREQUEST']._serialized_end=436
+  _globals['_KEYREPLY']._serialized_start=438
+  _globals['_KEYREPLY']._serialized_end=465
+  _globals['_REPORT']._serialized_start=467
+  _globals['_REPORT']._serialized_end=521
+  _globals['_NOTEREQUEST']._serialized_start=523
+  _globals['_NOTEREQUEST']._serialized_end=571
+  _globals['_NOTEREPLY']._serialized_start=574
+  _globals['_NOTEREPLY']._serialized_end=775
+  _globals['_NOTEREPLY_OUTCOME']._serialized_start=635
+  _globals['_NOTEREPLY_OUTCOME']._serialized_end=775
+  _globals['_NOTEREPLY_OUTCOME_KIND']._serialized_start=710
+  _globals['_NOTEREPLY_OUTCOME_KIND']._serialized_end=775
+  _globals['_DISTRIBUTION']._serialized_start=778
+  _globals['_DISTRIBUTION']._serialized_end=1059
 # @@protoc_insertion_point(module_scope)

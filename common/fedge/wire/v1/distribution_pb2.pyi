@@ -26,20 +26,18 @@ class PollRequest(_message.Message):
     def __init__(self, wire_version: _Optional[int] = ..., has: _Optional[int] = ..., told: _Optional[int] = ..., tags: _Optional[_Iterable[str]] = ..., wait_s: _Optional[float] = ..., root: _Optional[int] = ..., tier_role: _Optional[int] = ...) -> None: ...
 
 class PollReply(_message.Message):
-    __slots__ = ("version", "root", "timestamp", "tier_role", "again_s", "awaits_signature")
+    __slots__ = ("version", "root", "timestamp", "tier_role", "again_s")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
     TIER_ROLE_FIELD_NUMBER: _ClassVar[int]
     AGAIN_S_FIELD_NUMBER: _ClassVar[int]
-    AWAITS_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     version: int
     root: int
     timestamp: int
     tier_role: int
     again_s: float
-    awaits_signature: bool
-    def __init__(self, version: _Optional[int] = ..., root: _Optional[int] = ..., timestamp: _Optional[int] = ..., tier_role: _Optional[int] = ..., again_s: _Optional[float] = ..., awaits_signature: bool = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., root: _Optional[int] = ..., timestamp: _Optional[int] = ..., tier_role: _Optional[int] = ..., again_s: _Optional[float] = ...) -> None: ...
 
 class FileRequest(_message.Message):
     __slots__ = ("name", "offset", "maximum")
