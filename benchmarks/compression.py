@@ -9,7 +9,8 @@ Sizes are bytes on the wire, times those of onnxruntime for one example on one t
 `--cache DIR`.
 
 Parts: autopilot; lean, the same with a teacher whose dense layer holds less than a tenth of the parameters;
-federated, where clients teach.
+federated, where clients teach; fixed, what recipes that are fixed beforehand give in the same time (the first
+seed); signals and text, the search on `uji_har.npz` and `shakespeare_by_speaker.npz`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from _compression_federated import measured
+from _compression_fixed import RECIPES
+from _compression_tasks import row_of as other_row
 from _harness import Options, Row, machine, options, publish
 
 from fedge.config import Config
@@ -38,7 +41,8 @@ from fedge_server.data import source_of as data_of
 from fedge_server.rounds.starting import whole_model
 from fedge_simulations import run
 
-PARTS = ("autopilot", "lean", "federated")
+PARTS = ("autopilot", "lean", "federated", "fixed", "signals", "text")
+SEEDS = (0, 1, 2)
 SECONDS, MAX_DROP, FASTER = 270.0, 0.01, 10.0
 MODELS = {"autopilot": "cnn", "lean": "cnn3"}
 
@@ -140,16 +144,59 @@ def central(setting: Setting) -> float:
     return right(model.eval(), setting.data)
 
 
-def searched(setting: Setting, say: Any = print) -> tuple[TierOutcome, float]:
-    """The outcome of one search for the smallest variant, and its seconds."""
+def searched(
+    setting: Setting, say: Any = print, only: Mapping[str, Any] | None = None
+) -> tuple[TierOutcome, float]:
+    """The outcome of one search for the smallest variant, and its seconds.
+
+    Args:
+        setting: of the seed.
+        say: takes progress.
+        only: keys of [compress] that leave one recipe; None: the search chooses.
+    """
     spec = setting.data.spec
     slow = measure(export(setting.teacher, spec), spec).latency_us[1]
     tier = {"aim": "bytes", "max_drop": MAX_DROP, "max_latency_ms": slow / FASTER / 1000}
-    config = replace(setting.config, tiers=Config.from_mapping({"tiers": {"smallest": tier}}).tiers)
+    values = setting.config.to_mapping()
+    compression = values["compress"] | (only or {}) | _merged(values["compress"], only or {}, "prune")
+    config = Config.from_mapping(values | {"compress": compression, "tiers": {"smallest": tier}})
     began = time.perf_counter()
     source = source_of(config, setting.task, setting.data, setting.teacher)
     (outcome,) = compress(setting.teacher, setting.task, spec, source, config, say)
     return outcome, time.perf_counter() - began
+
+
+def _merged(values: Mapping[str, Any], only: Mapping[str, Any], table: str) -> dict[str, Any]:
+    return {table: {**values[table], **only[table]}} if table in only else {}
+
+
+def fixed(setting: Setting) -> tuple[list[Row], dict[str, float]]:
+    """What the search finds, and what each fixed recipe gives; how many times smaller it is than the best."""
+    outcome, seconds = searched(setting)
+    rows = [_fixed_row("the search", outcome, seconds)]
+    for name, only in RECIPES.items():
+        rows.append(_fixed_row(name, *searched(setting, only=only)))
+    passing = [float(row["bytes"]) for row in rows[1:] if row["passes"] == "yes"]
+    found = float(rows[0]["bytes"])
+    times = min(passing, default=float("inf")) / found if rows[0]["passes"] == "yes" else 0.0
+    return rows, {"smaller_than_best_fixed": times}
+
+
+def _fixed_row(name: str, outcome: TierOutcome, seconds: float) -> Row:
+    variant = outcome.variant
+    tried = [trial for trial in outcome.tried if trial.recipe != "fp32"]
+    last = next((trial for trial in tried if trial.gate is not None), tried[-1])
+    print(f"{name}: {outcome.reason}")
+    return {
+        "recipe": name,
+        "passes": "yes" if variant else "no",
+        "chosen": variant.recipe if variant else last.recipe,
+        "bytes": len(variant.wire) if variant else last.wire_bytes or 0,
+        "us": variant.latency_us if variant else last.latency_us or 0.0,
+        "at most": 100 * (variant.gate.drop_upper if variant else last.gate.drop_upper if last.gate else 1.0),
+        "why not": "" if variant else last.result[:60],
+        "s": seconds,
+    }
 
 
 def row_of(part: str, setting: Setting, outcome: TierOutcome, seconds: float, beside: float) -> Row:
@@ -196,20 +243,28 @@ def main(asked: Options) -> None:
     """Measure, print, write."""
     before, claims, tables = machine(), dict[str, float](), list[Row]()
     with tempfile.TemporaryDirectory() as scratch:
-        data = whole(asked.data, Path(scratch))
         for part in [each for each in PARTS if each in (asked.only or PARTS)]:
-            if part == "federated":
-                rows, found = measured(asked.data, quick=asked.quick)
-            else:
-                rows = []
-                for seed in (0,) if asked.quick else (0, 1, 2):
-                    setting = setting_of(data, asked.cache, seed, MODELS[part], quick=asked.quick)
-                    outcome, seconds = searched(setting)
-                    rows.append(row_of(part, setting, outcome, seconds, central(setting)))
-                found = claims_of(part, rows)
+            rows, found = _measured(part, asked, Path(scratch))
             claims |= found
             tables += rows
     publish(asked, before, claims, tables)
+
+
+def _measured(part: str, asked: Options, scratch: Path) -> tuple[list[Row], Mapping[str, float]]:
+    if part == "federated":
+        return measured(asked.data, quick=asked.quick)
+    if part in ("signals", "text"):
+        row = other_row(part, asked.data, scratch, asked.cache, SECONDS, quick=asked.quick)
+        return [row], {f"{part}_times_smaller": float(row["times smaller"])}
+    data = whole(asked.data, scratch)
+    if part == "fixed":
+        return fixed(setting_of(data, asked.cache, 0, "cnn", quick=asked.quick))
+    rows = []
+    for seed in SEEDS[:1] if asked.quick else SEEDS:
+        setting = setting_of(data, asked.cache, seed, MODELS[part], quick=asked.quick)
+        outcome, seconds = searched(setting)
+        rows.append(row_of(part, setting, outcome, seconds, central(setting)))
+    return rows, claims_of(part, rows)
 
 
 if __name__ == "__main__":
