@@ -23,8 +23,11 @@ import numpy.typing as npt
 
 from fedge.errors import DataError, FormatError
 from fedge.files import read_bounded
+from fedge.fitting import fit
 from fedge.spec import Spec
 from fedge.texts import encode
+
+__all__ = ["decode", "fit", "read_input", "read_text"]
 
 Array = npt.NDArray[Any]
 
@@ -38,6 +41,7 @@ _TAKES: Final = {
     "signal": ".csv, .json, .npy or .npz",
     "text": ".txt, .npy or .npz",
 }
+_TEXTS: Final = (".csv", ".json", ".txt")
 _IMAGES: Final = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 
 
@@ -53,23 +57,38 @@ def read_input(path: Path, spec: Spec) -> Array:
     """
     suffix = path.suffix.lower()
     try:
-        data = read_bounded(path, MAX_TEXT_BYTES if suffix in (".csv", ".json", ".txt") else MAX_FILE_BYTES)
+        data = read_bounded(path, MAX_TEXT_BYTES if suffix in _TEXTS else MAX_FILE_BYTES)
     except FormatError as error:
         raise DataError(f"input {error}") from error
     try:
-        if suffix in (".npy", ".npz"):
-            return fit(_npy(data) if suffix == ".npy" else _npz(data), spec)
-        if spec.kind == "image" and suffix in _IMAGES:
-            return _image(data, spec)
-        if spec.kind in ("features", "signal") and suffix in (".csv", ".json"):
-            rows = _csv(data, spec) if suffix == ".csv" else _json(data, spec)
-            return fit(_windows(rows, spec) if spec.kind == "signal" else rows, spec)
-        if spec.kind == "text" and suffix == ".txt":
-            return read_text(_decoded(data), spec)
+        return decode(data, suffix, spec)
     except DataError as error:
         raise DataError(f"input {path}: {error}") from error
+
+
+def decode(data: bytes, suffix: str, spec: Spec, *, max_pixels: int = MAX_PIXELS) -> Array:
+    """The examples in a file's bytes, as `read_input` gives them.
+
+    Args:
+        data: the whole file; whoever read it has bounded its length.
+        suffix: of its name, with the dot, in lower case: what kind of file it is.
+        spec: of the model.
+        max_pixels: of an image before it is scaled.
+
+    Raises:
+        DataError: unreadable, of a kind that the model does not take, or out of range.
+    """
+    if suffix in (".npy", ".npz"):
+        return fit(_npy(data) if suffix == ".npy" else _npz(data), spec)
+    if spec.kind == "image" and suffix in _IMAGES:
+        return _image(data, spec, max_pixels)
+    if spec.kind in ("features", "signal") and suffix in (".csv", ".json"):
+        rows = _csv(data, spec) if suffix == ".csv" else _json(data, spec)
+        return fit(_windows(rows, spec) if spec.kind == "signal" else rows, spec)
+    if spec.kind == "text" and suffix == ".txt":
+        return read_text(_decoded(data), spec)
     takes = _TAKES[spec.kind]
-    raise DataError(f"input {path}: this model takes {takes} files, not {suffix or 'files without a suffix'}")
+    raise DataError(f"this model takes {takes} files, not {suffix or 'files without a suffix'}")
 
 
 def read_text(text: str, spec: Spec) -> Array:
@@ -101,32 +120,7 @@ def _windows(rows: Array, spec: Spec) -> Array:
     return rows.reshape(-1, *spec.shape)
 
 
-def fit(x: Array, spec: Spec) -> Array:
-    """Give x as a batch (B, *spec.shape) of the spec's dtype; one example gets a batch of its own.
-
-    Raises:
-        DataError: another shape, no numbers, or values that the dtype or the model cannot take.
-    """
-    batch = x[np.newaxis] if x.shape == spec.shape else x  # (B, *spec.shape)
-    if batch.shape[1:] != spec.shape or batch.ndim == 0:
-        raise DataError(f"has shape {x.shape}; this model takes {spec.shape}, or a batch (B, *{spec.shape})")
-    if batch.dtype.kind not in "uifb":
-        raise DataError(f"holds {x.dtype} values; it must hold numbers")
-    if spec.dtype == "uint8":
-        if batch.dtype.kind == "f":
-            raise DataError(f"holds {x.dtype} values; this model takes whole numbers 0 .. 255")
-        highest = spec.classes - 1 if spec.kind == "text" else 255
-        if batch.size and (batch.min() < 0 or batch.max() > highest):
-            raise DataError(f"holds values {batch.min()} .. {batch.max()}; this model takes 0 .. {highest}")
-        return batch.astype(np.uint8, copy=False)
-    with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and is refused
-        batch = batch.astype(np.float32, copy=False)
-    if not (np.isfinite(batch) | (np.isnan(batch) & spec.allows_missing)).all():
-        raise DataError("holds infinite values, or NaN in an image; it must hold finite numbers")
-    return batch
-
-
-def _image(data: bytes, spec: Spec) -> Array:
+def _image(data: bytes, spec: Spec, max_pixels: int) -> Array:
     from PIL import Image
 
     if spec.dtype != "uint8":
@@ -136,8 +130,8 @@ def _image(data: bytes, spec: Spec) -> Array:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of bombs that MAX_PIXELS refuses anyway
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise DataError(f"has {image.width} x {image.height} pixels, over {MAX_PIXELS}")
+                if image.width * image.height > max_pixels:
+                    raise DataError(f"has {image.width} x {image.height} pixels, over {max_pixels}")
                 if image.mode.startswith(("I", "F")):  # training refuses them too: they would be clipped
                     raise DataError(f"has more than 8 bits per pixel (mode {image.mode}); convert it first")
                 scaled = image if image.size == (width, height) else image.resize((width, height))

@@ -14,6 +14,8 @@ FedgeError                  the work failed                        exit code 1
 │   ├── AbsentError         the source says that it has no such file
 │   ├── ForbiddenError      the source says that this device may not have it
 │   └── SlowError           it came more slowly than is waited for
+├── BusyError               too much is asked at once; later it may be answered
+├── LateError               the deadline of a request has passed
 └── TrustError              something from outside was refused
     ├── FormatError         malformed, truncated or larger than it may be
     ├── SignatureError      not signed by a trusted key
@@ -90,6 +92,14 @@ class ForbiddenError(FetchError):
 
 class SlowError(FetchError):
     """It came more slowly than is waited for; what has come is kept."""
+
+
+class BusyError(FedgeError):
+    """More is asked at once than is served; later it may be answered."""
+
+
+class LateError(FedgeError):
+    """The deadline of a request has passed before it was answered."""
 
 
 class RefusedError(FedgeError):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedge import cli
 from fedge.errors import DataError, FedgeError, FormatError, UserError
-from fedge_client.cli import agent, enroll, preflight, status
+from fedge_client.cli import agent, enroll, preflight, serve, status
 from fedge_client.device import Device
 
 
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_home(made)
     enroll.add(commands)
     agent.add(commands)
+    serve.add(commands)
     return cli.run(parser, argv)
 
 

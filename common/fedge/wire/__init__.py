@@ -1,4 +1,4 @@
-"""The wire between server and devices: protobuf package `fedge.v1`; only `records` needs flwr.
+"""The wire between server and devices: protobuf package `fedge.v1`; only `records` and `arrays` need flwr.
 
 `v1/*.proto` say what travels; `make proto` generates the modules beside them.
 """

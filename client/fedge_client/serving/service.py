@@ -1,0 +1,140 @@
+"""From request to answer: admitted or refused at once, decoded and answered in a thread, by its deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy.typing as npt
+
+from fedge.errors import BusyError, DataError, LateError
+from fedge.spec import Spec
+from fedge_client.inputs import decode, read_text
+from fedge_client.runtime import Prediction, Runtime
+from fedge_client.serving.holder import Holder
+from fedge_client.serving.limits import Limits
+
+Array = npt.NDArray[Any]
+MAX_PROBABILITIES: Final = 100_000  # of one answer: a model of many classes takes fewer examples
+Query = Callable[[Spec], Array]
+"""The examples of a request for a model of this spec; called in a thread, raises DataError or FormatError."""
+
+FILES = frozenset(
+    ("png", "jpg", "jpeg", "bmp", "gif", "tif", "tiff", "webp", "pgm", "ppm", "npy", "csv", "json", "txt")
+)  # `.npz` is left out: it may unpack to a thousand times its length
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The answer to one request."""
+
+    version: int  # of the release that has answered
+    model: str  # SHA-256 of the variant's installed bytes; empty: not known
+    labels: tuple[str, ...]
+    predictions: Sequence[Prediction]  # in the order of the examples
+
+
+def file_query(kind: str, data: bytes, limits: Limits) -> Query:
+    """A request that is a file's bytes.
+
+    Raises:
+        DataError: of no kind that is read here.
+    """
+    if kind not in FILES:
+        raise DataError(f"{kind[:40]!r} is no kind of file that is read here; it must be one of {_few()}")
+    return lambda spec: decode(data, f".{kind}", spec, max_pixels=limits.pixels)
+
+
+def text_query(text: str) -> Query:
+    """A request that is a text."""
+    return lambda spec: read_text(text, spec)
+
+
+def _few() -> str:
+    return ", ".join(sorted(FILES))
+
+
+class Service:
+    """Answers requests from the model that a holder has; of one event loop.
+
+    Args:
+        holder: the model that answers; whoever installs swaps it.
+        limits: of requests.
+    """
+
+    def __init__(self, holder: Holder[Runtime], limits: Limits) -> None:
+        self.holder, self.limits = holder, limits
+        self._executor = ThreadPoolExecutor(limits.workers, thread_name_prefix="serving")
+        self._open = 0  # requests that wait or are at work, those included whose caller has gone
+        self.answered = self.refused = self.late = 0
+
+    @property
+    def open(self) -> int:
+        """Requests that wait or are at work."""
+        return self._open
+
+    def close(self) -> None:
+        """End the threads; what is at work is waited for."""
+        self._executor.shutdown(cancel_futures=True)
+
+    async def infer(self, query: Query, deadline_s: float | None = None) -> Answered:
+        """The answer to a query.
+
+        Raises:
+            BusyError: too many requests are open.
+            LateError: it was not answered by its deadline.
+            AbsentError: no model is installed.
+            DataError, FormatError: the input does not fit, or the model fails on it.
+        """
+        limits = self.limits
+        if self._open >= limits.workers + limits.queue:
+            self.refused += 1
+            raise BusyError(f"{self._open} requests are open; ask again later")
+        seconds = limits.deadline_s if deadline_s is None else min(deadline_s, limits.deadline_s)
+        until = time.monotonic() + seconds
+        future = asyncio.get_running_loop().run_in_executor(self._executor, self._work, query, until)
+        self._open += 1
+        future.add_done_callback(self._ended)
+        try:
+            async with asyncio.timeout(seconds):
+                found = await asyncio.shield(
+                    future
+                )  # a thread cannot be stopped: it looks at the time itself
+        except (TimeoutError, LateError) as error:
+            self.late += 1
+            raise LateError(f"not answered within {seconds:.3g} s") from error
+        self.answered += 1
+        return found
+
+    def _ended(self, future: asyncio.Future[Answered]) -> None:
+        self._open -= 1
+        if not future.cancelled():
+            future.exception()  # seen: whoever asked may have gone
+
+    def _work(self, query: Query, until: float) -> Answered:
+        _in_time(until)
+        with self.holder.lease() as runtime:
+            x = query(runtime.spec)
+            batch = x[None] if x.shape == runtime.spec.shape else x  # (B, *spec.shape)
+            most = max(min(self.limits.examples, MAX_PROBABILITIES // runtime.spec.classes), 1)
+            if not 1 <= len(batch) <= most:
+                raise DataError(f"holds {len(batch)} examples; a request has 1 to {most}")
+            predictions: list[Prediction] = []
+            for example in batch:
+                _in_time(until)
+                predictions += runtime.infer(example)
+            return Answered(runtime.release.version, model_of(runtime), runtime.spec.labels, predictions)
+
+
+def model_of(runtime: Runtime) -> str:
+    """SHA-256 of the installed bytes that answer."""
+    return str(runtime.installed.entry.installed_sha256)
+
+
+def _in_time(until: float) -> None:
+    if time.monotonic() > until:
+        raise LateError("the deadline has passed")
