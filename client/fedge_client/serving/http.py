@@ -1,6 +1,6 @@
 """The HTTP endpoint: `POST /v1/infer`, `GET /v1/model`, `GET /v1/health`, in bounded memory.
 
-Bodies are read, and long answers sent, only where there is room for them, so memory is bounded by `bodies_bytes`
+Bodies are read, and long answers sent, only where there is room for them: `bodies_bytes` bounds the memory,
 whatever the number of connections. Whoever is slow to send or to read is cut off; when all connections are
 taken, the one that has been silent for longest gives way.
 """
@@ -170,7 +170,7 @@ class HttpEndpoint:
 
     @contextmanager
     def _place(self, length: int) -> Iterator[int]:
-        """Room for a body: of a request from before it is read until it is answered, of an answer until it is sent."""
+        """Room for a body: a request's until it is answered, a long answer's until it is sent."""
         if self._bodies + length > self._limits.bodies_bytes:
             raise StatusError(503, "too many bodies are under way; ask again later")
         self._bodies += length

@@ -1,4 +1,4 @@
-"""`fedge-client serve`: a home folder becomes a running service, which takes up what is installed meanwhile."""
+"""`fedge-client serve`: a home becomes a running service, which takes up what is installed meanwhile."""
 
 from __future__ import annotations
 

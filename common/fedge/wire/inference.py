@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any, Final
 
 import numpy as np
@@ -28,8 +27,7 @@ _KNOWN: Final = {name: np.dtype(name).newbyteorder("<") for name in _DTYPES}
 
 def write_examples(x: Array) -> pb.InferExamples:
     """A batch (B, *shape) as it travels."""
-    dtype = x.dtype if sys.byteorder == "little" else x.dtype.newbyteorder("<")
-    data = np.ascontiguousarray(x, dtype).tobytes()
+    data = np.ascontiguousarray(x, x.dtype.newbyteorder("<")).tobytes()
     return pb.InferExamples(dtype=x.dtype.name, shape=x.shape, data=data)
 
 

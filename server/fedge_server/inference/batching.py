@@ -54,6 +54,11 @@ class Batcher:
         """Whether nothing waits and nothing runs."""
         return self._task is None
 
+    @property
+    def waiting(self) -> int:
+        """Examples that wait for the next batches."""
+        return self._waiting
+
     async def ask(self, x: Array) -> Float32:
         """The probabilities (B, classes) of x; cancel it to give up.
 

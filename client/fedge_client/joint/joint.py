@@ -1,0 +1,262 @@
+"""Local answer first, then perhaps the cloud's, and in any case one answer by the deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fedge.errors import DataError, FedgeError, LateError, UserError
+from fedge.fitting import fit
+from fedge.routing import Rule, chosen
+from fedge.spec import Spec
+from fedge_client.joint.breaker import Breaker, BreakerSettings
+from fedge_client.joint.budget import Bucket, Budget, take
+from fedge_client.runtime import Prediction, Runtime
+from fedge_client.serving.holder import Holder
+
+Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+Why = Literal["sure", "asked", "private", "budget", "open", "late", "refused", "busy", "down", "garbage"]
+Failure = Literal["late", "refused", "busy", "down", "garbage"]
+
+
+class CloudError(FedgeError):
+    """The cloud did not answer."""
+
+    def __init__(self, why: Failure, message: str) -> None:
+        super().__init__(message)
+        self.why = why
+
+
+@dataclass(frozen=True, slots=True)
+class CloudAnswer:
+    """What the cloud said of a batch, held to the spec by whoever received it."""
+
+    probabilities: Float32  # (B, classes)
+    version: int  # of the release whose global model has answered
+    model: str  # SHA-256 of its file
+
+
+class Cloud(Protocol):
+    """The global model, somewhere else."""
+
+    async def ask(self, x: Array, spec: Spec, version: int, timeout_s: float) -> CloudAnswer:
+        """Its answer to a batch (B, *spec.shape); raises CloudError when there is none in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class JointSettings:
+    """Who answers what."""
+
+    rule: Rule = field(default_factory=Rule)
+    private: bool = False  # no input ever leaves this device, in whatever form
+    deadline_s: float = 0.5  # of a request that names none
+    reserve_s: float = 0.02  # before the deadline, when the cloud is waited for no more
+    budget: Budget = field(default_factory=Budget)
+    breaker: BreakerSettings = field(default_factory=BreakerSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse nonsense on construction.
+
+        Raises:
+            UserError: times that leave no time for the cloud.
+        """
+        if not 0 < self.reserve_s < self.deadline_s:
+            raise UserError(
+                f"joint: reserve_s ({self.reserve_s}) must be above 0, below deadline_s ({self.deadline_s})"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One example's answer, and who gave it."""
+
+    prediction: Prediction
+    source: Literal["device", "cloud"]
+    why: (
+        Why  # of the source: "sure" and "asked" are the rule's, the others say why the cloud has not answered
+    )
+    version: int  # of the release that has answered
+    model: str  # SHA-256 of the variant's installed bytes, or of the global model's file
+
+
+@dataclass(frozen=True, slots=True)
+class _Local:
+    x: Array
+    predictions: Sequence[Prediction]
+    rows: Float32
+    spec: Spec
+    version: int
+    model: str
+
+
+class Joint:
+    """Answers by device and cloud together; of one event loop.
+
+    Args:
+        holder: the installed variant.
+        cloud: the global model; None: there is none, and the device answers all.
+        settings: who answers what.
+        clock: seconds, monotonic.
+        rng: for the breaker's pauses.
+    """
+
+    def __init__(
+        self,
+        holder: Holder[Runtime],
+        cloud: Cloud | None,
+        settings: JointSettings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._holder, self._cloud, self._settings, self._clock = holder, cloud, settings, clock
+        self._rng = rng or random.Random()  # noqa: S311 - pauses, no secret
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="joint")
+        self._bucket = Bucket(settings.budget.burst, clock())
+        self._breaker = Breaker()
+        self._asking: set[asyncio.Task[CloudAnswer]] = set()
+        self.counts: Counter[str] = Counter()  # examples by `why`
+
+    async def close(self) -> None:
+        """End what is under way to the cloud."""
+        for task in self._asking:
+            task.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+        self._executor.shutdown(cancel_futures=True)
+
+    async def infer(self, x: Array, deadline_s: float | None = None) -> list[Answer]:
+        """One answer for each example of x: a batch (B, *spec.shape), or one example (*spec.shape).
+
+        The cloud is waited for until `reserve_s` before the deadline; then the device's own answer is given.
+
+        Raises:
+            LateError: not even the device had an answer by the deadline.
+            AbsentError: nothing is installed.
+            DataError: x does not fit.
+        """
+        seconds = self._settings.deadline_s if deadline_s is None else deadline_s
+        until = self._clock() + seconds
+        work = asyncio.get_running_loop().run_in_executor(self._executor, self._answer, x, until)
+        work.add_done_callback(_seen)
+        try:
+            async with asyncio.timeout(max(seconds, 0.0)):
+                local = await asyncio.shield(work)
+        except TimeoutError as error:
+            raise LateError(f"the device has no answer within {seconds:.3g} s") from error
+        answers = await self._completed(local, until)
+        self.counts.update(answer.why for answer in answers)
+        return answers
+
+    def _answer(self, x: Array, until: float) -> _Local:
+        if self._clock() > until:
+            raise LateError("the deadline has passed")
+        with self._holder.lease() as runtime:
+            batch = fit(x, runtime.spec)
+            if not len(batch):
+                raise DataError("holds no example")
+            predictions = runtime.infer(batch)
+            entry = runtime.installed.entry
+            rows = np.array([list(p.probabilities.values()) for p in predictions], np.float32)
+            return _Local(
+                batch, predictions, rows, runtime.spec, runtime.release.version, entry.installed_sha256
+            )
+
+    async def _completed(self, local: _Local, until: float) -> list[Answer]:
+        """The device's answers, with the cloud's in place of those that are doubted."""
+        why: list[Why] = ["sure"] * len(local.x)
+        doubts = self._settings.rule.doubts(local.rows)
+        doubted = chosen(doubts, self._settings.rule.threshold, len(doubts))
+        found: dict[int, Prediction] = {}
+        reply: CloudAnswer | None = None
+        if len(doubted):
+            for i in doubted:
+                why[i] = "private" if self._settings.private or self._cloud is None else "budget"
+            wait_s = until - self._settings.reserve_s - self._clock()
+            sent, blocked = self._permitted(doubts, len(doubted), wait_s)
+            if blocked is not None:
+                for i in doubted:
+                    why[i] = blocked
+            if len(sent):
+                reply, reason = await self._asked(local, sent, wait_s)
+                for place, i in enumerate(sent):
+                    why[i] = reason
+                    if reply is not None:
+                        found[int(i)] = _prediction(reply.probabilities[place], local.spec)
+        return [self._one(local, i, found.get(i), reply, why[i]) for i in range(len(local.x))]
+
+    @staticmethod
+    def _one(local: _Local, i: int, found: Prediction | None, reply: CloudAnswer | None, why: Why) -> Answer:
+        if found is None or reply is None:
+            return Answer(local.predictions[i], "device", why, local.version, local.model)
+        return Answer(found, "cloud", why, reply.version, reply.model)
+
+    def _permitted(
+        self, doubts: npt.NDArray[np.float64], wanted: int, wait_s: float
+    ) -> tuple[npt.NDArray[np.intp], Why | None]:
+        """Which may be sent, and why none of them, where that is so."""
+        none = np.zeros(0, np.intp)
+        settings = self._settings
+        if settings.private or self._cloud is None:
+            return none, None
+        if wait_s <= 0:
+            return none, "late"
+        now = self._clock()
+        granted, bucket = take(settings.budget, self._bucket, wanted, now)
+        if not granted:
+            return none, "budget"
+        goes, self._breaker = self._breaker.ask(settings.breaker, now)
+        if not goes:
+            return none, "open"
+        self._bucket = bucket
+        return chosen(doubts, settings.rule.threshold, granted), None
+
+    async def _asked(
+        self, local: _Local, sent: npt.NDArray[np.intp], wait_s: float
+    ) -> tuple[CloudAnswer | None, Why]:
+        """The cloud's answer, or why there is none; whatever it does, not later than `wait_s` from now."""
+        if self._cloud is None:
+            raise AssertionError
+        asking = self._cloud.ask(local.x[sent], local.spec, local.version, wait_s)
+        task: asyncio.Task[CloudAnswer] = asyncio.ensure_future(asking)
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+        task.add_done_callback(_seen)
+        try:
+            await asyncio.wait({task}, timeout=wait_s)
+            why: Why = "asked"
+            if not task.done():
+                why = "late"
+            elif task.cancelled():
+                why = "down"
+            elif (error := task.exception()) is not None:
+                why = error.why if isinstance(error, CloudError) else "down"
+            elif task.result().probabilities.shape != (len(sent), local.spec.classes):
+                why = "garbage"
+        finally:
+            task.cancel()  # it is not waited for: a call that does not end must not hold up the answer
+        if why == "asked":
+            self._breaker = self._breaker.succeeded()
+            return task.result(), why
+        self._breaker = self._breaker.failed(self._settings.breaker, self._clock(), self._rng.random())
+        return None, why
+
+
+def _prediction(row: Float32, spec: Spec) -> Prediction:
+    probabilities = dict(zip(spec.labels, map(float, row), strict=True))
+    label = spec.labels[int(row.argmax())]
+    return Prediction(label, probabilities[label], probabilities)
+
+
+def _seen(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled():
+        future.exception()

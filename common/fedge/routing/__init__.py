@@ -1,0 +1,19 @@
+"""Which requests a device answers itself, and which the cloud: rules, and thresholds with a guarantee."""
+
+from __future__ import annotations
+
+from fedge.routing.calibration import Calibrated, for_accuracy, for_gap, for_share
+from fedge.routing.rules import CLOUD_ONLY, DEVICE_ONLY, DOUBTS, Doubt, Rule, chosen
+
+__all__ = [
+    "CLOUD_ONLY",
+    "DEVICE_ONLY",
+    "DOUBTS",
+    "Calibrated",
+    "Doubt",
+    "Rule",
+    "chosen",
+    "for_accuracy",
+    "for_gap",
+    "for_share",
+]
