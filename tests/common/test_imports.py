@@ -85,10 +85,19 @@ LIGHT = {
     },
     "import fedge_client.updater": {"torch", "flwr", "sklearn", "pydantic"},
     "import fedge_client.runtime": {"torch", "flwr", "sklearn", "pydantic"},
+    "import fedge_client.serving.running, fedge_client.serving.rpc, fedge_client.joint.cloud": {
+        *("torch", "flwr", "sklearn", "pydantic", "PIL"),
+    },
     "import fedge_server.registry.database, fedge_server.registry.queue": {
         *("torch", "flwr", "alembic", "pydantic"),
     },
     "from fedge import Config, Task, Source, Dataset, Examples": {"torch", "flwr", "sklearn", "pyarrow"},
+    "import fedge_server.inference.service, fedge_server.inference.exports": {
+        "torch",
+        "flwr",
+        "sklearn",
+        "onnx",
+    },
     "import fedge_server.hub.server, fedge_server.hub.preflight": {"torch", "flwr", "sklearn", "onnx"},
     "import fedge_server.hub.enrolment, fedge_server.cli.fleet": {"torch", "flwr", "sklearn"},
 }
