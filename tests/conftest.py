@@ -134,6 +134,7 @@ def entry_of(tier: str, model: bytes, **changes: Any) -> tuple[VariantEntry, byt
         "installed_sha256": hashlib.sha256(model).hexdigest(),
         "installed_bytes": len(model),
         "evidence_sha256": hashlib.sha256(REPORT).hexdigest(),
+        "golden_sha256": "f" * 64,
         "evidence": {"drop_upper": 0.008, "gate": "passed"},
     }
     return VariantEntry(**{**values, **changes}), wire

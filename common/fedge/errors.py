@@ -9,7 +9,9 @@ FedgeError                  the work failed                        exit code 1
 │   ├── HubAwayError        the hub has been away for too long
 │   └── BudgetError         the privacy budget does not reach for another round
 ├── CompressionError        a stage could not produce a variant
-├── RefusedError        a signer would not sign what it was shown
+├── UnsignedError           a role was not signed, and nothing was published
+│   ├── RefusedError        a signer would not sign what it was shown
+│   └── SignerAwayError     it could not be asked, or gave no answer
 ├── FetchError              something could not be fetched now; it may be later
 │   ├── AbsentError         the source says that it has no such file
 │   ├── ForbiddenError      the source says that this device may not have it
@@ -102,8 +104,20 @@ class LateError(FedgeError):
     """The deadline of a request has passed before it was answered."""
 
 
-class RefusedError(FedgeError):
+class UnsignedError(FedgeError):
+    """A role was not signed; nothing was published."""
+
+    def __init__(self, message: str, role: str = "") -> None:
+        super().__init__(message)
+        self.role = role  # whose metadata it was; empty: not known
+
+
+class RefusedError(UnsignedError):
     """A signer would not sign what it was shown; the message lists its reasons."""
+
+
+class SignerAwayError(UnsignedError):
+    """A signer could not be asked, or gave no answer; it may later."""
 
 
 class TrustError(FedgeError):

@@ -58,6 +58,7 @@ class VariantEntry:
     installed_sha256: str  # of the ONNX file on the device
     installed_bytes: int
     evidence_sha256: str  # of the gate's whole report, an object beside the variants
+    golden_sha256: str  # of the golden inputs and its answers to them, another such object
     evidence: Mapping[str, Any] = field(
         default_factory=dict
     )  # the gate's figures: plain JSON, finite numbers
@@ -69,7 +70,7 @@ class VariantEntry:
                 f"manifest: tier {_short(self.tier)} must be 1 to 32 lower-case letters, digits, '-' and '_'"
             )
         _check_text("recipe", self.recipe)
-        for name in ("wire", "installed", "evidence"):
+        for name in ("wire", "installed", "evidence", "golden"):
             _check_digest(f"{name}_sha256", getattr(self, f"{name}_sha256"))
         _check_integer("wire_bytes", self.wire_bytes, 1, MAX_INSTALLED_BYTES)
         _check_integer("installed_bytes", self.installed_bytes, 1, MAX_INSTALLED_BYTES)

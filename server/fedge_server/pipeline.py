@@ -28,7 +28,7 @@ from fedge_server.privacy import accounting
 from fedge_server.privacy.report import PrivacyReport, privacy_report
 from fedge_server.registry.database import Registry
 from fedge_server.registry.ledger import Ledger
-from fedge_server.release import publish_outcomes
+from fedge_server.release import REPOSITORY, publish_outcomes
 from fedge_server.report import Report, write_report
 from fedge_server.rounds.loop import Learned, Observer
 from fedge_server.rounds.moments import kept_moments
@@ -51,7 +51,7 @@ class Place:
 
     run_id: str
     folder: Path  # history, model, report, summary
-    home: Path  # the published release and the keys
+    home: Path  # the repository of releases and the keys
     registry: Registry
     config: Config
     task: Task
@@ -112,7 +112,7 @@ def release(place: Place, learned: Learned) -> tuple[tuple[TierOutcome, ...], bo
     """Compress for all tiers, and publish what passed its gate.
 
     Returns:
-        One outcome per tier, and whether there is a release of them.
+        One outcome per tier, and whether there is a release of them; else they may wait to be signed.
     """
     if learned.origin:
         place.say(describe(learned.origin))
@@ -132,11 +132,18 @@ def release(place: Place, learned: Learned) -> tuple[tuple[TierOutcome, ...], bo
             folder=place.home / CANDIDATES,
         )
     made = publish_outcomes(
-        place.home, place.registry, place.run_id, learned, place.config.task, place.server.spec, outcomes
+        place.home,
+        place.registry,
+        place.run_id,
+        learned,
+        place.config.task,
+        place.server.spec,
+        outcomes,
+        place.config.tiers,
     )
-    if made is not None:
-        place.say(f"release {made.version} published in {place.home / 'release'}")
-    return outcomes, made is not None
+    for line in () if made is None else made.lines(place.home / REPOSITORY):
+        place.say(line)
+    return outcomes, made is not None and made.release is not None
 
 
 def conclude(

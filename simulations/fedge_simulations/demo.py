@@ -20,11 +20,11 @@ from fedge.artefact import unpack
 from fedge.config import Config
 from fedge.dataset import Examples
 from fedge.errors import FedgeError, UserError
-from fedge.files import read_bounded, write_atomically
+from fedge.files import write_atomically
 from fedge.inference import CompactModel
 from fedge_server.data import own_data
-from fedge_server.registry.publish import published
-from fedge_server.release import PUBLISHED
+from fedge_server.registry.database import Registry
+from fedge_server.release.lineage import released
 from fedge_simulations.devices import DEVICES, DeviceHome, deliver
 from fedge_simulations.processes import completed, lines, service, wait_until
 from fedge_simulations.world import World, prepare
@@ -155,7 +155,8 @@ def _start(stack: ExitStack, names: dict[str, str], folders: Folders, say: Say) 
     home = ("--home", str(folders.server))
     completed(
         "fedge_server", "init", *home, "--name", "127.0.0.1", "--listen", "127.0.0.1",
-        "--link-port", "0", "--enrolment-port", "0", name="server",
+        "--link-port", "0", "--enrolment-port", "0",
+        *(word for tier in dict.fromkeys(names.values()) for word in ("--tier", tier)), name="server",
     )  # fmt: skip
     log = folders.out / DATA / "hub.log"
     hub = stack.enter_context(service("fedge_server", "up", *home, log=log))
@@ -193,15 +194,14 @@ def _deliver(config: Config, names: dict[str, str], folders: Folders) -> dict[st
     from fedge.task import resolve
 
     summary: dict[str, Any] = json.loads((folders.out / "summary.json").read_text("utf-8"))
-    releases = published(folders.server / PUBLISHED) if (folders.server / PUBLISHED).exists() else []
-    if not releases:
-        return summary
-    server = own_data(config, resolve(config.task))
-    scored = {}
-    for entry in releases[-1].variants:
-        wire = read_bounded(folders.server / PUBLISHED / "objects" / entry.wire_sha256, entry.wire_bytes)
-        model = CompactModel(unpack(wire, entry.installed_bytes), server.spec)
-        scored[entry.tier] = model.run_each(server.gate.x)
+    server, scored = own_data(config, resolve(config.task)), {}
+    with Registry.open(folders.server) as registry:
+        if not (releases := released(registry)):
+            return summary
+        for entry in releases[-1].variants:
+            wire = registry.store.get(entry.wire_sha256, entry.wire_bytes)
+            model = CompactModel(unpack(wire, entry.installed_bytes), server.spec)
+            scored[entry.tier] = model.run_each(server.gate.x)
     homes = [DeviceHome(name, tier, folders.device(name)) for name, tier in names.items()]
     results = deliver(folders.server, homes, scored, server.gate, server.spec.labels)
     for result in results:

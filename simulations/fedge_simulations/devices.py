@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedge.dataset import Examples
-from fedge_server.registry.publish import PUBLIC_KEY
-from fedge_server.release import KEYS, PUBLISHED
+from fedge_server.release import REPOSITORY
 from fedge_simulations.processes import completed
 
 DEVICES = "devices"  # folder of device homes in a run folder
@@ -57,7 +56,7 @@ def deliver(
     """Install the published variant of its tier on each device and hold its answers to the gate's.
 
     Args:
-        folder: holds the published release and the publisher's public key.
+        folder: holds the repository of releases.
         devices: whom to deliver to; tiers without a variant are left out.
         scored: by tier, the probabilities (N, classes) that the gate scored.
         gate: the gate's N raw inputs and true classes.
@@ -84,9 +83,10 @@ def _one_device(
     gate: Examples,
     labels: Sequence[str],
 ) -> DeviceResult:
-    first = not (device.home / "device.json").exists()
-    trust = ("--tier", device.tier, "--trust", str(folder / KEYS / PUBLIC_KEY)) if first else ()
-    _client(device, "install", str(folder / PUBLISHED), *trust)
+    first = not (device.home / "delivery" / "tier.json").exists()
+    repository = folder / REPOSITORY
+    trust = ("--tier", device.tier, "--root", str(repository / "metadata" / "1.root.json")) if first else ()
+    _client(device, "install", str(repository), *trust)
     status = json.loads(_client(device, "status", "--format", "json"))
     answers = json.loads(_client(device, "infer", str(inputs), "--format", "json"))["predictions"]
     found = np.array([answer["label"] for answer in answers])

@@ -38,7 +38,7 @@ from fedge_server.pipeline import (
 )
 from fedge_server.plots import Holdings
 from fedge_server.registry.database import Registry
-from fedge_server.release import KEYS, PUBLISHED
+from fedge_server.release import KEYS, REPOSITORY
 from fedge_server.rounds.loop import Learned, Observer
 from fedge_server.rounds.record import Metric, RoundRecord
 from fedge_server.rounds.scoring import probabilities_of
@@ -263,7 +263,7 @@ def _remove_run(folder: Path) -> None:
     """Delete what a run writes, and nothing that somebody else put beside it."""
     for name in (SUMMARY, HISTORY, MODEL, REPORT, PRIVACY, EVENTS, PLAN):
         (folder / name).unlink(missing_ok=True)
-    for name in ("store", PUBLISHED, KEYS, DEVICES, FOLDER, FOLDS, FLEET):
+    for name in ("store", REPOSITORY, KEYS, DEVICES, FOLDER, FOLDS, FLEET):
         shutil.rmtree(folder / name, ignore_errors=True)
     for database in folder.glob("fedge.db*"):
         database.unlink()

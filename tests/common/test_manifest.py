@@ -14,7 +14,9 @@ from fedge.spec import Spec
 
 SPEC = Spec("image", (8, 8), "uint8", ("no", "yes"))
 LINEAGE = Lineage("run-1", 7, "a" * 64, "b" * 64)
-ENTRY = VariantEntry("micro", "distil + int8", "c" * 64, 100, "d" * 64, 400, "e" * 64, {"drop_upper": 0.008})
+ENTRY = VariantEntry(
+    "micro", "distil + int8", "c" * 64, 100, "d" * 64, 400, "e" * 64, "f" * 64, {"drop_upper": 0.008}
+)
 RELEASE = Release(
     version=3, task="digits", created="2026-01-31T12:00:00Z", spec=SPEC, lineage=LINEAGE, variants=(ENTRY,)
 )
@@ -49,6 +51,7 @@ RELEASES = st.builds(
             HEX,
             st.integers(1, 2**31 - 1),
             HEX,
+            HEX,
             st.dictionaries(WORDS, JSON, max_size=3),
         ),
         min_size=1,
@@ -71,7 +74,8 @@ def test_the_bytes_are_those_worked_by_hand() -> None:
         '"schema":1,'
         '"spec":{"dtype":"uint8","features":[],"kind":"image","labels":["no","yes"],"shape":[8,8]},'
         '"task":"digits","variants":[{"evidence":{"drop_upper":0.008},'
-        f'"evidence_sha256":"{"e" * 64}","installed_bytes":400,"installed_sha256":"{"d" * 64}",'
+        f'"evidence_sha256":"{"e" * 64}","golden_sha256":"{"f" * 64}",'
+        f'"installed_bytes":400,"installed_sha256":"{"d" * 64}",'
         f'"recipe":"distil + int8","tier":"micro",'
         f'"wire_bytes":100,"wire_sha256":"{"c" * 64}"}}],"version":3}}'
     )

@@ -50,7 +50,7 @@ def test_runs_are_listed_and_shown(folder, capsys):
 
 def test_home_comes_from_the_environment_too(folder, capsys, monkeypatch):
     monkeypatch.setenv("FEDGE_HOME", str(folder))
-    assert as_json(capsys, "release", "ls") == []
+    assert as_json(capsys, "release", "ls") == {"releases": [], "drafts": []}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_variants_for_further_tiers_become_the_next_release_with_its_lineage(fol
     made = as_json(capsys, "compress", "--tiers", str(tiers), "--home", str(folder))
     assert made["release"] == 1
     assert list(made["tiers"]) == ["board"]
-    (release,) = as_json(capsys, "release", "ls", "--home", str(folder))
+    (release,) = as_json(capsys, "release", "ls", "--home", str(folder))["releases"]
     shown = as_json(capsys, "release", "show", "1", "--home", str(folder))
     assert shown["lineage"] == release["lineage"]
     assert shown["round"]["updates"] == release["lineage"]["updates"]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fedge import signing
 from fedge.config import Config
 from fedge.files import sha256
-from fedge_server.registry.publish import published
+from fedge_server.registry.database import Registry
+from fedge_server.release.lineage import released
 from fedge_simulations import run
 from fedge_simulations.cli import main
 
@@ -54,7 +54,7 @@ def test_without_tiers_a_run_leaves_model_history_report_and_summary(tmp_path):
     assert summary["clients_per_second"] > 0
     assert "http" not in page.split("<svg")[0]  # nothing is fetched from elsewhere
     assert "variants" not in summary
-    assert not (out / "release").exists()
+    assert not (out / "repository").exists()
 
 
 @pytest.mark.quick_where(model=("logistic",))
@@ -140,16 +140,15 @@ def test_the_demo_deploys_a_hub_and_four_agents_whose_devices_answer_as_the_gate
     assert "round 30/30" in printed
     assert "one compact version per tier" in printed
     server = out / "server"
-    key = (server / "keys" / "signing.pub").read_bytes()
-    (release,) = published(server / "release", [key])
+    with Registry.open(server) as registry:
+        (release,) = released(registry)
     assert release.lineage.global_model == summary["global_model"]["sha256"]
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert release.lineage.updates == history[release.lineage.round - 1]["updates"]
     assert all(row["clients"] == 4 for row in history)
     for entry, variant in zip(release.variants, summary["variants"], strict=True):
         assert (entry.tier, entry.wire_bytes) == (variant["tier"], variant["wire_bytes"])
-    assert signing.public_of((server / "keys" / "signing.key").read_bytes()) == key
-    assert (server / "keys" / "signing.key").stat().st_mode & 0o077 == 0
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (server / "keys").glob("*.key"))
     mark = os.fsencode(tmp_path)
     lines = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
     assert not [line for line in lines if mark in line], "a process of the demonstration is left"

@@ -58,7 +58,7 @@ def _of_run(arguments: argparse.Namespace) -> int:
     from fedge_server.compression.choose import source_of
     from fedge_server.data import data_of_run
     from fedge_server.pipeline import CANDIDATES
-    from fedge_server.release import publish_outcomes
+    from fedge_server.release import REPOSITORY, publish_outcomes
     from fedge_server.rounds.loop import recall
 
     opened, registry = open_registry(arguments.home)
@@ -83,14 +83,15 @@ def _of_run(arguments: argparse.Namespace) -> int:
         source = source_of(config, task, data, learned.model)
         say(f"compress: {source.describe()}")
         outcomes = compress(learned.model, task, data.spec, source, config, say, folder=home / CANDIDATES)
-        release = publish_outcomes(home, registry, run["id"], learned, config.task, data.spec, outcomes)
+        published = publish_outcomes(
+            home, registry, run["id"], learned, config.task, data.spec, outcomes, config.tiers
+        )
     value = {
-        "release": release.version if release else None,
+        "release": published.release.version if published and published.release else None,
+        "draft": published.draft if published and published.waiting else None,
         "tiers": {outcome.tier: outcome.reason for outcome in outcomes},
     }
-    lines = (
-        [f"release {release.version} published in {home / 'release'}"] if release else ["nothing published"]
-    )
+    lines = published.lines(home / REPOSITORY) if published else ["nothing published"]
     show(arguments, value, lines)
     return 0 if all(outcome.variant for outcome in outcomes) else 1
 

@@ -22,7 +22,14 @@ from fedge_server.hub.home import Home
 LINK_PORT, ENROLMENT_PORT = 9443, 9444
 EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 - both ports are made for the network
 _BUILD: Final = ".init"
-_PARTS: Final = ("ca", "tls", "keys", "fedge.db", "server.toml")  # in the order in which they are moved
+_PARTS: Final = (
+    "ca",
+    "tls",
+    "keys",
+    "repository",
+    "fedge.db",
+    "server.toml",
+)  # in the order in which they are moved
 _IGNORED: Final = {"lost+found"}  # of a disk that is mounted there
 
 _SETTINGS = """\
@@ -48,6 +55,10 @@ max_connection_age_s = 3600     # then a device connects anew, and shows its cer
 device_hours = 168              # of a device's certificate; it renews when a third is left
 server_days = 90
 
+[delivery]
+signers = []                    # unix sockets of signer processes, which hold the keys of tiers
+keep = 4                        # releases that a tier offers at a time
+
 [workers]
 restarts = 3                    # of a run's process that dies without finishing its run
 """
@@ -61,7 +72,8 @@ def add(commands: Any) -> None:
         _init,
         summary="make a server's home: certificate authority, database, settings",
         examples="  fedge-server init --home /var/lib/fedge --name fedge.example.org\n"
-        "  fedge-server init --home here --name 192.0.2.7 --name localhost --link-port 0",
+        "  fedge-server init --home here --name 192.0.2.7 --name localhost --link-port 0\n"
+        "  fedge-server init --home small --tier micro --tier board      (their keys stay on this server)",
     )
     made.add_argument(
         "--name",
@@ -83,6 +95,19 @@ def add(commands: Any) -> None:
         "--enrolment-port", type=int, default=ENROLMENT_PORT, metavar="PORT", help="for new devices; 0: any"
     )
     made.add_argument("--database", metavar="URL", help="instead of SQLite in the home")
+    made.add_argument(
+        "--tier",
+        action="append",
+        default=[],
+        metavar="TIER",
+        help="make its key here; without it a signer process holds the key (docs/signer.md)",
+    )
+    made.add_argument(
+        "--passphrase-file",
+        type=Path,
+        metavar="FILE",
+        help="encrypts the keys of root and targets, which you carry away",
+    )
     add_home(made)
 
 
@@ -93,7 +118,7 @@ def _init(arguments: argparse.Namespace) -> int:
     text = _settings(names, arguments.listen, arguments.link_port, arguments.enrolment_port, url)
     try:
         _prepare(home.root)
-        pin = _build(home.root / _BUILD, names, text, url)
+        pin = _build(home.root / _BUILD, names, text, url, arguments)
         _move(home.root)
     except OSError as error:
         raise FedgeError(f"{home.root}: a home cannot be made there ({error.strerror})") from error
@@ -105,6 +130,8 @@ def _init(arguments: argparse.Namespace) -> int:
         f"  fedge-server token create --tier TIER --home {home.root}    (a join string for one device)",
         "  fedge-client enroll JOIN    (on the device)",
         f"Keep a backup of {home.ca}: without it every device has to enrol again.",
+        f"Carry away {home.root / 'keys' / 'root.key'} and targets.key: whoever has them can replace all",
+        "other keys. They are needed again to add tiers and to change keys; snapshot and timestamp stay.",
     ]
     return show(arguments, value, lines)
 
@@ -150,17 +177,19 @@ def _prepare(root: Path) -> None:
     (root / _BUILD).mkdir(mode=0o700)
 
 
-def _build(folder: Path, names: list[str], settings: str, url: str) -> str:
+def _build(folder: Path, names: list[str], settings: str, url: str, arguments: argparse.Namespace) -> str:
     """Make all parts in a folder; returns the CA's pin."""
     from fedge_server.hub.settings import Certificates
     from fedge_server.identity.authority import Authority
     from fedge_server.registry.database import Registry
-    from fedge_server.registry.publish import load_or_create_key
+    from fedge_server.release import ReleasePlace
+    from fedge_server.repository import passphrase_in
 
     authority = Authority.create(folder / "ca")
     authority.ensure_server_certificate(folder / "tls", names, Certificates().server_days)
-    load_or_create_key(folder / "keys")
-    (folder / "keys").chmod(0o700)
+    given = arguments.passphrase_file
+    place = ReleasePlace(folder, is_server=True)
+    place.make(arguments.tier, passphrase=None if given is None else passphrase_in(given))
     Registry.open(folder, url or None).close()
     # It may hold the database's password.
     write_atomically(folder / "server.toml", settings.encode(), mode=0o600)

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from fedge import cli
 from fedge.errors import UserError
@@ -22,19 +22,20 @@ if TYPE_CHECKING:
     from fedge_server.repository import FileSigning, Repository, RoleKeys
     from fedge_server.repository.keys import Passphrase
 
-REPOSITORY: Final = "repository"  # folder of a home
-
 _SIGN = "a private key at hand, or KEY=FILE with the file of its passphrase; give it once for each key"
 _PUBLIC = "a public key of the role from now on; give it once for each key"
 
 
 def add(commands: Any) -> None:
     """Add the subcommands."""
-    about = "keys and roles of the repository of releases: new, init, show, add-tier, rotate, suspend, renew"
+    about = (
+        "keys and roles of the repository: new, init, make, show, add-tier, rotate, suspend, renew, refresh"
+    )
     made = commands.add_parser("keys", help=about, description=about)
     group = made.add_subparsers(required=True, metavar="COMMAND")
     _add_new(group)
     _add_init(group)
+    _add_make(group)
     example = "  fedge-server keys show --home /var/lib/fedge --format json"
     add_home(cli.subcommand(group, "show", _show, summary="every role, its keys and dates", examples=example))
     _add_changes(group)
@@ -74,6 +75,21 @@ def _add_init(group: Any) -> None:
     for role in ("targets", "snapshot", "timestamp"):
         made.add_argument(f"--{role}", type=Path, required=True, metavar="FILE", help=f"public key of {role}")
     _add_signing(made)
+
+
+def _add_make(group: Any) -> None:
+    made = cli.subcommand(
+        group,
+        "make",
+        _make,
+        summary="make what a home lacks: keys, the repository, and tiers whose keys lie here",
+        examples="  fedge-server keys make\n  fedge-server keys make --tier micro --tier board",
+    )
+    made.add_argument("--tier", action="append", default=[], metavar="TIER", help="make its key here too")
+    made.add_argument(
+        "--passphrase-file", type=Path, metavar="FILE", help="of root and targets: encrypts, or opens them"
+    )
+    add_home(made)
 
 
 def _add_changes(group: Any) -> None:
@@ -155,6 +171,16 @@ def _init(arguments: argparse.Namespace) -> int:
     return _status(arguments, repository)
 
 
+def _make(arguments: argparse.Namespace) -> int:
+    from fedge_server.release import ReleasePlace
+    from fedge_server.repository import passphrase_in
+
+    place = ReleasePlace.of(Home.chosen(arguments.home).root)
+    given = arguments.passphrase_file
+    place.make(arguments.tier, passphrase=None if given is None else passphrase_in(given))
+    return _status(arguments, place.repository)
+
+
 def _show(arguments: argparse.Namespace) -> int:
     return _status(arguments, _repository(arguments))
 
@@ -221,9 +247,9 @@ def _status(arguments: argparse.Namespace, repository: Repository) -> int:
 
 
 def _repository(arguments: argparse.Namespace) -> Repository:
-    from fedge_server.repository import Repository
+    from fedge_server.release import ReleasePlace
 
-    return Repository(Home.chosen(arguments.home).root / REPOSITORY)
+    return ReleasePlace.of(Home.chosen(arguments.home).root).repository
 
 
 def _public(paths: Sequence[Path], threshold: int) -> RoleKeys:

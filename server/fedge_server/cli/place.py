@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,14 @@ def show(arguments: argparse.Namespace, value: Any, lines: Sequence[str]) -> int
     text = json.dumps(value, indent=2) if arguments.format == "json" else "\n".join(lines)
     sys.stdout.write(text + "\n")
     return 0
+
+
+def who() -> str:
+    """Who gives the command, for the audit trail."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user without a name
+        return "unknown user"
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

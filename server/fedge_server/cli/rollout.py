@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedge import cli
 from fedge.errors import UserError
-from fedge_server.cli.place import add_home, show, table
+from fedge_server.cli.place import add_home, show, table, who
 from fedge_server.cli.runs import open_registry
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def _start(arguments: argparse.Namespace) -> int:
                 fleet.check_variant(connection, arguments.version, tier)
             devices = {tier: fleet.active(connection, tier) for tier in tiers}
         rollouts, why = Rollouts(registry), arguments.reason or ""
-        states = [rollouts.start(arguments.version, tier, plan, who=_who(), why=why) for tier in tiers]
+        states = [rollouts.start(arguments.version, tier, plan, who=who(), why=why) for tier in tiers]
     lines = [line for state in states for line in (_line(state), *_chances(state, devices[state.tier]))]
     return show(arguments, [_value(state) for state in states], lines)
 
@@ -131,22 +130,22 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _pause(arguments: argparse.Namespace) -> int:
-    return _change(arguments, lambda r: r.pause(arguments.which, who=_who(), why=_reason(arguments)))
+    return _change(arguments, lambda r: r.pause(arguments.which, who=who(), why=_reason(arguments)))
 
 
 def _resume(arguments: argparse.Namespace) -> int:
     why, override = _reason(arguments), arguments.override
-    return _change(arguments, lambda r: r.resume(arguments.which, who=_who(), why=why, override=override))
+    return _change(arguments, lambda r: r.resume(arguments.which, who=who(), why=why, override=override))
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
     def go_back(rollouts: Rollouts) -> State:
         state = rollouts.get(arguments.which)
         if not state.going_back:
-            state = rollouts.rollback(arguments.which, who=_who(), why=_reason(arguments))
+            state = rollouts.rollback(arguments.which, who=who(), why=_reason(arguments))
         if arguments.replacement is None:
             return state
-        return rollouts.replaced(arguments.which, arguments.replacement, who=_who())
+        return rollouts.replaced(arguments.which, arguments.replacement, who=who())
 
     return _change(arguments, go_back)
 
@@ -254,10 +253,3 @@ def _reason(arguments: argparse.Namespace) -> str:
     if not text:
         raise UserError("--reason: say why; it is kept in the audit trail")
     return text
-
-
-def _who() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a user without a name
-        return "unknown user"

@@ -17,6 +17,8 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Port = Annotated[int, Field(ge=0, le=65535, strict=True)]
 Seconds = Annotated[float, Field(gt=0, le=10 * 365 * 86400, strict=True)]
+Days = Annotated[float, Field(ge=1 / 24, le=3650, strict=True)]
+OnlineDays = Annotated[float, Field(ge=1 / 24, le=30, strict=True)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,253}$")]
 
 
@@ -68,6 +70,20 @@ class Workers:
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
+class Delivery:
+    """`[delivery]`: who signs releases, and for how long; see docs/releases.md."""
+
+    signers: tuple[str, ...] = ()  # unix sockets of signer processes, one for each tier's key
+    signer_timeout_s: Seconds = 30  # for one answer of a signer
+    keep: Annotated[int, Field(ge=1, le=16, strict=True)] = 4  # releases that a tier offers at a time
+    root_days: Days = 365  # lifetimes of what is signed from now on
+    targets_days: Days = 365
+    tier_days: Days = 90
+    snapshot_days: OnlineDays = 7
+    timestamp_days: OnlineDays = 2
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
 class Settings:
     """The whole file."""
 
@@ -77,6 +93,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     certificates: Certificates = field(default_factory=Certificates)
     workers: Workers = field(default_factory=Workers)
+    delivery: Delivery = field(default_factory=Delivery)
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> Settings:
@@ -126,6 +143,7 @@ _SECTIONS: dict[str, Any] = {
     "limits": Limits,
     "certificates": Certificates,
     "workers": Workers,
+    "delivery": Delivery,
 }
 
 

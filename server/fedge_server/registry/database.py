@@ -6,7 +6,7 @@ named here by their SHA-256. A round counts when its row is committed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from fedge.errors import RoundError, UserError
 from fedge.files import sha256
 from fedge_server.registry import schema
 from fedge_server.registry.devices import Devices
+from fedge_server.registry.drafts import Drafts
 from fedge_server.registry.engine import connect, reading, writing
 from fedge_server.registry.queue import Queue
 from fedge_server.registry.store import ContentStore
@@ -53,6 +54,7 @@ class Registry:
         self.store = store
         self.devices = Devices(engine)
         self.queue = Queue(engine)
+        self.drafts = Drafts(engine, store)
 
     @classmethod
     def open(cls, home: Path, url: str | None = None) -> Self:
@@ -270,8 +272,20 @@ class Registry:
         global_model: str,
         manifest: bytes,
         variants: Sequence[Mapping[str, str]],
+        further: Callable[[sa.Connection], None] = lambda _: None,
     ) -> None:
-        """Write down a published release and its variants (tier, recipe, wire, installed, evidence)."""
+        """Write down a published release and its variants (tier, recipe, wire, installed, evidence).
+
+        Args:
+            version: of the release.
+            run_id: of its lineage, as the two after it.
+            round_number: of the run.
+            global_model: SHA-256.
+            manifest: its bytes, which go into the store.
+            variants: one for each tier.
+            further: is written in the same transaction.
+        """
+        self.store.put(manifest)
         with writing(self.engine) as connection:
             connection.execute(
                 _releases.insert().values(
@@ -287,6 +301,7 @@ class Registry:
                 connection.execute(
                     _variants.insert(), [{"release": version, **variant} for variant in variants]
                 )
+            further(connection)
 
     def releases(self) -> list[dict[str, Any]]:
         """All releases, oldest first."""

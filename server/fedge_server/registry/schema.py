@@ -11,6 +11,7 @@ REVISIONS: Final = (
     "0002",
     "0003",
     "0004",
+    "0005",
 )  # oldest first; a database at any other was written by a newer fedge
 HEAD: Final = REVISIONS[-1]
 
@@ -177,6 +178,23 @@ rollout_tallies = sa.Table(
     sa.Column("name", sa.String(16), primary_key=True),  # a criterion's kind, installed, left
     sa.Column("judged", sa.Integer, nullable=False),  # devices
     sa.Column("bad", sa.Integer, nullable=False),  # of these
+)
+drafts = sa.Table(
+    "drafts",
+    metadata,
+    sa.Column("id", sa.String(16), primary_key=True),  # begins the digest
+    sa.Column("run_id", sa.ForeignKey("runs.id"), nullable=False),
+    sa.Column("manifest", sa.String(64), nullable=False),  # SHA-256 of a manifest in the store
+    sa.Column("created", sa.String(32), nullable=False),
+)
+draft_variants = sa.Table(
+    "draft_variants",
+    metadata,
+    sa.Column("draft", sa.ForeignKey("drafts.id"), primary_key=True),
+    sa.Column("tier", sa.String(32), primary_key=True),
+    sa.Column("status", sa.String(16), nullable=False),  # waiting, refused, published
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("release", sa.ForeignKey("releases.version")),  # under which it was published
 )
 audit = sa.Table(
     "audit",

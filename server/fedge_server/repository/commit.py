@@ -199,11 +199,11 @@ class _Work:
     def _evidence(self, tier: str, version: int, content: TierContent) -> Evidence:
         files = content.releases[version].files
         found = {}
-        for kind in ("manifest", "report"):
+        for kind in ("manifest", "report", "golden"):
             path = target_path(tier, version, kind)
             data = self.change.files.get(path)
             found[kind] = self.folder.read_target(path, files[kind]) if data is None else data
-        return Evidence(found["manifest"], found["report"], self._sealed(tier, version, content))
+        return Evidence(**found, sealed=self._sealed(tier, version, content))
 
     def _sealed(self, tier: str, version: int, content: TierContent) -> Sealed | None:
         """A sealed model and its key; a version that was signed before needs no longer be opened."""
@@ -232,6 +232,6 @@ class _Work:
         metadata: Metadata[Any] = Metadata(signed)
         request = Request(role, metadata.signed_bytes, previous, evidence or {})
         if evidence is not None and (reasons := self.terms.policy(request)):
-            raise RefusedError(f"{role}: not signed: {'; '.join(reasons)}")
+            raise RefusedError(f"{role}: not signed: {'; '.join(reasons)}", role)
         sign(metadata, request, delegators, self.signing)
         return SignedFile.of(role, metadata)

@@ -17,6 +17,7 @@ from tuf.api.serialization.json import CanonicalJSONSerializer
 
 from fedge.delivery import MAX_TARGETS_BYTES, lineage_digest, tier_of
 from fedge.errors import FedgeError, FormatError, TrustError
+from fedge.golden import Golden
 from fedge.manifest import Release
 from fedge.sealing import FORMAT, Place, key_id, opened, sealed_bytes
 from fedge_server.repository.content import MAX_KEPT, FileEntry, Offered, TierContent
@@ -31,8 +32,8 @@ def reasons_against(request: Request) -> tuple[str, ...]:
 
     The role's version rises. The floor and the newest version are never lowered, and the floor is not above
     the newest. What was offered stays as it was or goes; what is new has a version above all before. Each
-    release has a manifest of its version and tier, a gate that let it out within its limits, and its lineage.
-    A new sealed model opens to the manifest's.
+    release has a manifest of its version and tier, a gate that let it out within its limits, golden inputs
+    of its spec, and its lineage. A new sealed model opens to the manifest's.
     """
     try:
         tier = tier_of(request.role)
@@ -124,6 +125,11 @@ def _release(tier: str, version: int, offered: Offered, evidence: Evidence) -> I
         yield "the gate's report is not the one that the manifest names"
         return
     yield from _gate(evidence.report)
+    given = FileEntry.of(evidence.golden)
+    if given != files["golden"] or given.sha256 != entry.golden_sha256:
+        yield "its golden inputs are not those that the manifest names"
+        return
+    Golden.from_bytes(evidence.golden, release.spec)
 
 
 def _opens(place: Place, offered: Offered, evidence: Evidence) -> Iterator[str]:

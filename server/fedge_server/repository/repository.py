@@ -85,6 +85,11 @@ class Repository:
         self._clock, self._patience_s = clock, patience_s
         self._content_keys = content_keys
 
+    @property
+    def is_there(self) -> bool:
+        """Whether it has been created."""
+        return bool(self._folder.roots())
+
     def create(self, keys: Mapping[TopRole, RoleKeys], signing: Sequence[Signing]) -> bytes:
         """Begin a repository without tiers.
 
@@ -135,7 +140,7 @@ class Repository:
 
         Args:
             draft: makes the release of the version it is given.
-            objects: wire bytes and gate reports that it names, unless the tier offers them already.
+            objects: wire bytes, gate reports and goldens that it names, unless the tier offers them already.
             signing: keys of the tiers, snapshot and timestamp.
             floors: new floors of its tiers, by tier; at most the new version.
 
@@ -251,6 +256,20 @@ class Repository:
         with self._open() as state:
             return state.content(tier)
 
+    def manifests(self, tier: str) -> dict[int, bytes]:
+        """The manifests of a tier's releases on offer, by version.
+
+        Raises:
+            UserError: there is no such tier.
+        """
+        with self._open() as state:
+            return {
+                version: self._folder.read_target(
+                    target_path(tier, version, "manifest"), offered.files["manifest"]
+                )
+                for version, offered in state.content(tier).releases.items()
+            }
+
     def root(self, version: int = 1) -> bytes:
         """A root, to be given to devices.
 
@@ -283,7 +302,12 @@ class Repository:
             raise FormatError(
                 f"publish: tier {tier!r} has a report of {len(report)} bytes, over {MAX_REPORT_BYTES}"
             )
-        data: dict[Kind, bytes] = {"manifest": release.to_bytes(), "model": wire, "report": report}
+        data: dict[Kind, bytes] = {
+            "manifest": release.to_bytes(),
+            "model": wire,
+            "report": report,
+            "golden": self._object(content, entry.golden_sha256, offered),
+        }
         sealing = None
         if self._content_keys is not None:
             sealing, data["model"] = self._content_keys.sealed(wire, tier, release.version)

@@ -15,7 +15,14 @@ from securesystemslib.signer import Key, Signature
 from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import Metadata, Role, Root, Targets
 
-from fedge.errors import FedgeError, RefusedError, SignatureError, UserError
+from fedge.errors import (
+    FedgeError,
+    RefusedError,
+    SignatureError,
+    SignerAwayError,
+    UnsignedError,
+    UserError,
+)
 
 MAX_KEYS: Final = 16  # of one role; bounds the work of a device
 
@@ -34,6 +41,7 @@ class Evidence:
 
     manifest: bytes
     report: bytes  # of the gate
+    golden: bytes  # the variant's answers to golden inputs
     sealed: Sealed | None = None  # None: its model is not sealed, or its key has been lost since
 
 
@@ -103,16 +111,23 @@ def sign(
 
     Raises:
         RefusedError: a signer will not.
+        SignerAwayError: too few of the role's keys are at hand, since a signer could not be asked.
         UserError: too few of the role's keys are at hand.
         SignatureError: a signature is not one of its key.
     """
     wanted = {key: None for one in delegators for key in role_in(one, request.role).keyids}
     metadata.signatures.clear()
+    away: SignerAwayError | None = None
     for signer in signing:
         if signer.key.keyid in wanted and signer.key.keyid not in metadata.signatures:
-            metadata.signatures[signer.key.keyid] = _checked(signer, request)
+            try:
+                metadata.signatures[signer.key.keyid] = _checked(signer, request)
+            except SignerAwayError as error:
+                away = error  # others of the role may be enough
     for one in delegators:
         found = one.get_verification_result(request.role, request.payload, metadata.signatures)
+        if not found.verified and away is not None:
+            raise away
         if not found.verified:
             names = ", ".join(key[:8] for key in found.unsigned) or "none"
             raise UserError(
@@ -151,10 +166,15 @@ def verify(metadata: Metadata[Any], role: str, delegators: Sequence[Root | Targe
 def _checked(signer: Signing, request: Request) -> Signature:
     try:
         signature = signer.sign(request)
+    except UnsignedError as error:
+        error.role = error.role or request.role
+        raise
     except FedgeError:
         raise
     except Exception as error:  # a signer is another's code: whatever fails in it is no signature
-        raise RefusedError(f"{request.role}: key {signer.key.keyid[:8]} did not sign ({error})") from error
+        raise RefusedError(
+            f"{request.role}: key {signer.key.keyid[:8]} did not sign ({error})", request.role
+        ) from error
     try:
         if signature.keyid != signer.key.keyid:
             raise SignatureError(f"{request.role}: key {signer.key.keyid[:8]} signed in another's name")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tuf.api.exceptions import DownloadHTTPError
 from tuf.api.metadata import Metadata, MetaFile, Snapshot, TargetFile, Timestamp
@@ -17,7 +18,7 @@ from tuf.ngclient import Updater
 from tuf.ngclient._internal import trusted_metadata_set
 from tuf.ngclient.fetcher import FetcherInterface
 
-from fedge import Spec
+from fedge import Spec, golden
 from fedge.artefact import pack
 from fedge.delivery import TierMark, mark_path, target_path
 from fedge.files import sha256
@@ -45,6 +46,11 @@ def report_of(**changes: Any) -> bytes:
     return json.dumps({**figures, **changes}, sort_keys=True).encode()
 
 
+def golden_of(spec: Spec = SPEC) -> bytes:
+    """Of a variant that always answers one half."""
+    return golden.write(spec, 0, np.full((golden.count_of(spec), spec.classes), 0.5, np.float32))
+
+
 def model_of(number: int) -> bytes:
     return b"model %d" % number * 50
 
@@ -59,6 +65,7 @@ def release_of(
         VariantEntry(
             tier=tier, recipe="int8", wire_sha256=sha256(wire), wire_bytes=len(wire),
             installed_sha256=sha256(model), installed_bytes=len(model), evidence_sha256=sha256(report),
+            golden_sha256=sha256(golden_of(changes.get("spec", SPEC))),
         )
         for tier in tiers
     )  # fmt: skip
@@ -70,7 +77,7 @@ def release_of(
         }  # fmt: skip
         return Release(**{**values, **changes})
 
-    return draft, [wire, report]
+    return draft, [wire, report, golden_of(changes.get("spec", SPEC))]
 
 
 class Clock:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from places import model_of, release_of, report_of
+from places import golden_of, model_of, release_of, report_of
 from tuf.api.metadata import DelegatedRole, Delegations, Targets
 from tuf.api.serialization.json import CanonicalJSONSerializer
 
@@ -23,9 +23,9 @@ def made(version: int, *, report: bytes = report_of(), **changes: Any) -> tuple[
     release = release_of(version, "micro", report=report, **changes)[0](version)
     manifest = release.to_bytes()
     note = ReleaseNote(version, sha256(manifest), lineage_digest(release.lineage))
-    files = {"manifest": manifest, "model": pack(model_of(version)), "report": report}
+    files = {"manifest": manifest, "model": pack(model_of(version)), "report": report, "golden": golden_of()}
     offered = Offered(note, {kind: FileEntry.of(data) for kind, data in files.items()})  # type: ignore[misc]
-    return release, offered, Evidence(manifest, report)
+    return release, offered, Evidence(manifest, report, golden_of())
 
 
 def payload(content: TierContent, version: int) -> bytes:
@@ -146,7 +146,9 @@ def test_a_manifest_of_another_version_tier_or_model_is_found_out() -> None:
         note = ReleaseNote(1, sha256(manifest), lineage_digest(other.lineage))
         files = {**made(1)[1].files, "manifest": FileEntry.of(manifest)}
         new = TierContent(TierMark("micro", 0, 1), {1: Offered(note, files)})
-        reasons = reasons_against(request(None, new, evidence={1: Evidence(manifest, report_of())}))
+        reasons = reasons_against(
+            request(None, new, evidence={1: Evidence(manifest, report_of(), golden_of())})
+        )
         assert any(why in reason for reason in reasons), reasons
 
 

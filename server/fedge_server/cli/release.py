@@ -1,0 +1,208 @@
+"""`fedge-server release`: what was signed for devices, what waits to be, and where each came from."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedge import cli
+from fedge.errors import UserError
+from fedge_server.cli.place import show, who
+from fedge_server.cli.runs import open_registry
+
+if TYPE_CHECKING:
+    from fedge_server.registry.database import Registry
+    from fedge_server.registry.drafts import Draft
+
+
+def add(commands: Any) -> None:
+    """Add the subcommands."""
+    about = "what devices can install: ls, show, publish"
+    group = commands.add_parser("release", help=about, description=about)
+    inner = group.add_subparsers(required=True, metavar="COMMAND")
+    example = "  fedge-server release ls --home out/digits"
+    made = cli.subcommand(
+        inner, "ls", _ls, summary="list releases, and drafts that await a signature", examples=example
+    )
+    _common(made)
+    one = cli.subcommand(
+        inner,
+        "show",
+        _show,
+        summary="show where a release comes from: model, round, run, updates, gate, rollout",
+        examples="  fedge-server release show 1 --home out/digits --format json\n"
+        "  fedge-server release show --device 3fa9c2d4",
+    )
+    one.add_argument("which", metavar="VERSION", type=int, nargs="?")
+    one.add_argument("--device", metavar="ID", help="the release that this device has reported last")
+    _common(one)
+    made = cli.subcommand(
+        inner,
+        "publish",
+        _publish,
+        summary="sign and publish a draft that awaits a signature, or the content of a release once more",
+        examples="  fedge-server release publish 5b1f0c9e77aa\n"
+        "  fedge-server release publish --again 3 --tier micro      (takes the fleet back to its content)",
+    )
+    made.add_argument("draft", metavar="DRAFT", nargs="?", help="as release ls shows it")
+    made.add_argument("--again", type=int, metavar="VERSION", help="publish its content as a new version")
+    made.add_argument("--tier", action="append", metavar="TIER", help="with --again: for these tiers alone")
+    _common(made)
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--home", type=Path, metavar="DIR", help="home or run folder (default: FEDGE_HOME)")
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    from fedge_server.release.lineage import released
+
+    _, registry = open_registry(arguments.home)
+    with registry:
+        releases, drafts = released(registry), registry.drafts.all(unpublished=True)
+    value = {
+        "releases": [release.to_json() for release in releases],
+        "drafts": [_draft_value(draft) for draft in drafts],
+    }
+    lines = [
+        f"{r.version}  {r.task}  {r.created}  tiers: {', '.join(v.tier for v in r.variants)}"
+        for r in releases
+    ] or ["no releases"]
+    for draft in drafts:
+        lines += _draft_lines(draft)
+    return show(arguments, value, lines)
+
+
+def _draft_value(draft: Draft) -> dict[str, Any]:
+    return {
+        "id": draft.id,
+        "task": draft.release.task,
+        "created": draft.created,
+        "lineage": draft.release.to_json()["lineage"],
+        "tiers": {
+            each.tier: {"status": _status(each.status), "reason": each.reason, "release": each.release}
+            for each in draft.variants
+        },
+    }
+
+
+def _draft_lines(draft: Draft) -> list[str]:
+    lines = [f"draft {draft.id}  {draft.release.task}  {draft.created[:19]}Z"]
+    for each in draft.variants:
+        why = f": {each.reason}" if each.reason else ""
+        done = f" as {each.release}" if each.release else ""
+        lines.append(f"  tier {each.tier}: {_status(each.status)}{done}{why}")
+    return lines
+
+
+def _status(status: str) -> str:
+    return {"waiting": "awaiting signature"}.get(status, status)
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from fedge_server.release.lineage import release_of, running_on, story
+
+    if (arguments.which is None) == (arguments.device is None):
+        raise UserError("release show: give a VERSION, or --device ID")
+    _, registry = open_registry(arguments.home)
+    with registry:
+        device, version = None, arguments.which
+        if arguments.device is not None:
+            device = running_on(registry, _device_id(registry, arguments.device))
+            version = device["version"]
+        value = story(registry, release_of(registry, version))
+    lines = _story_lines(value)
+    if device is not None:
+        value |= {"device": device}
+        lines.insert(0, f"device {device['id'][:16]} of tier {device['tier']} runs release {version}")
+    return show(arguments, value, lines)
+
+
+def _device_id(registry: Registry, given: str) -> str:
+    found = [row.id for row in registry.devices.all() if row.id.startswith(given)]
+    if len(found) != 1:
+        what = "there is none" if not found else f"{len(found)} devices begin so"
+        raise UserError(f"device {given[:64]!r}: {what}; see fedge-server devices ls")
+    return found[0]
+
+
+def _story_lines(value: Mapping[str, Any]) -> list[str]:
+    lineage, record, origin = value["lineage"], value["round"], value["origin"]
+    lines = [
+        f"release {value['version']} of task {value['task']}, {value['created']}",
+        f"from global model {lineage['global_model'][:16]} of run {lineage['run']}, round {lineage['round']}",
+    ]
+    if origin:
+        lines.append(f"that run {_began(origin)}")
+    if record:
+        lines.append(f"which aggregated {record['clients']} updates, together {record['updates'][:16]}")
+    for entry in value["variants"]:
+        lines += _variant_lines(entry, value["reports"][entry["tier"]], value["rollouts"][entry["tier"]])
+    return lines
+
+
+def _variant_lines(
+    entry: Mapping[str, Any], report: Mapping[str, Any], rollout: Mapping[str, Any] | None
+) -> list[str]:
+    evidence = entry["evidence"]
+    figures = (
+        f"accuracy {evidence.get('accuracy', 0):.4f}, "
+        f"drop at most {100 * evidence.get('drop_upper', 1):.2f} points"
+    )
+    digest = entry["evidence_sha256"][:16]
+    size = f"{entry['wire_bytes']:,} bytes"
+    lines = [f"tier {entry['tier']}: {entry['recipe']}, {size}, {figures}, evidence {digest}"]
+    if report:
+        lines.append(
+            f"  gate: {'passed' if report.get('passed') else 'not passed'} on {report.get('n')} examples, "
+            f"{100 * report.get('max_drop', 0):.2f} points allowed"
+        )
+    if rollout:
+        reason = f" ({rollout['reason']})" if rollout["reason"] else ""
+        lines.append(f"  rollout: {str(rollout['status']).replace('_', ' ')}{reason}")
+    return lines
+
+
+def _began(origin: Mapping[str, Any]) -> str:
+    """By digest, which leads on to the release or the run that it was."""
+    verb = "began with the weights of" if origin["how"] == "start" else "was taught at first by"
+    return f"{verb} {origin['from']}, global model {str(origin['sha256'])[:16]}"
+
+
+def _publish(arguments: argparse.Namespace) -> int:
+    from fedge_server.release import REPOSITORY, ReleasePlace, publish_draft
+
+    if (arguments.draft is None) == (arguments.again is None):
+        raise UserError("release publish: give a DRAFT, or --again VERSION")
+    if arguments.tier and arguments.again is None:
+        raise UserError("--tier: only with --again; a draft is published for all its tiers that can be")
+    home, registry = open_registry(arguments.home)
+    with registry:
+        draft = arguments.draft or _drafted_again(registry, arguments.again, arguments.tier)
+        done = publish_draft(ReleasePlace.of(home.root), registry, draft, who=who())
+    value = {
+        "draft": done.draft,
+        "release": done.release.version if done.release else None,
+        "waiting": {
+            each.tier: {"status": "refused" if each.is_refused else "awaiting signature", "reason": each.why}
+            for each in done.waiting
+        },
+    }
+    show(arguments, value, done.lines(home.root / REPOSITORY) or ["nothing to do: it is published"])
+    return 1 if done.waiting else 0
+
+
+def _drafted_again(registry: Registry, version: int, tiers: list[str] | None) -> str:
+    """A draft with the content of a release."""
+    from fedge_server.registry.drafts import VERSION
+    from fedge_server.release.lineage import release_of
+
+    release = release_of(registry, version)
+    entries = tuple(release.variant(tier) for tier in tiers) if tiers else release.variants
+    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return registry.drafts.add(replace(release, version=VERSION, created=created, variants=entries))

@@ -1,0 +1,15 @@
+"""From variants that passed their gate to signed releases in the repository, and back from a device."""
+
+from fedge_server.release.outcomes import publish_outcomes
+from fedge_server.release.place import KEYS, REPOSITORY, ReleasePlace
+from fedge_server.release.publishing import Published, Waiting, publish_draft
+
+__all__ = [
+    "KEYS",
+    "REPOSITORY",
+    "Published",
+    "ReleasePlace",
+    "Waiting",
+    "publish_draft",
+    "publish_outcomes",
+]

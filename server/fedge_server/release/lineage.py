@@ -1,0 +1,87 @@
+"""From a version that runs on a device back to the anonymous set of updates, and on to its rollout."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import sqlalchemy as sa
+
+from fedge.errors import UserError
+from fedge.manifest import MAX_BYTES, Release
+from fedge_server.registry import schema
+from fedge_server.registry.database import Registry
+from fedge_server.registry.engine import reading
+from fedge_server.repository.repository import MAX_REPORT_BYTES
+from fedge_server.rollout import records
+
+_reports = schema.rollout_reports.c
+
+
+def released(registry: Registry) -> list[Release]:
+    """Every release whose manifest is kept, oldest first."""
+    return [
+        Release.from_bytes(registry.store.get(row["manifest"], MAX_BYTES))
+        for row in registry.releases()
+        if registry.store.has(row["manifest"])
+    ]
+
+
+def release_of(registry: Registry, version: int) -> Release:
+    """One release.
+
+    Raises:
+        UserError: there is none of this version.
+    """
+    found = {release.version: release for release in released(registry)}
+    if version not in found:
+        known = ", ".join(map(str, found)) or "none"
+        raise UserError(f"release {version}: there is none; releases: {known}")
+    return found[version]
+
+
+def story(registry: Registry, release: Release) -> dict[str, Any]:
+    """All that is known of where a release comes from and how far it has got, as plain JSON values."""
+    rounds = {record.round: record for record in registry.records(release.lineage.run)}
+    record, first = rounds.get(release.lineage.round), rounds.get(0)
+    with reading(registry.engine) as connection:
+        rollouts = {
+            entry.tier: records.read_rollout(connection, f"{entry.tier}-{release.version}")
+            for entry in release.variants
+        }
+    return release.to_json() | {
+        "round": record.to_json() if record else None,
+        "origin": dict(first.origin) if first is not None else {},
+        "reports": {entry.tier: _report(registry, entry.evidence_sha256) for entry in release.variants},
+        "rollouts": {tier: state and state.to_json() for tier, state in rollouts.items()},
+    }
+
+
+def running_on(registry: Registry, device_id: str) -> dict[str, Any]:
+    """The version that a device has reported last as installed, with its tier.
+
+    Raises:
+        UserError: there is no such device, or it has reported nothing.
+    """
+    device = registry.devices.get(device_id)
+    if device is None:
+        raise UserError(f"device {device_id[:64]!r}: there is none")
+    query = (
+        sa.select(_reports.version, _reports.kind, _reports.reported)
+        .where(_reports.device_id == device_id, _reports.kind != "install_failed")
+        .order_by(_reports.reported.desc(), _reports.version.desc())
+        .limit(1)
+    )
+    with reading(registry.engine) as connection:
+        row = connection.execute(query).mappings().first()
+    if row is None:
+        raise UserError(f"device {device_id[:16]}: has not reported that it runs a release")
+    return {"id": device_id, "tier": device.tier, **row}
+
+
+def _report(registry: Registry, digest: str) -> dict[str, Any]:
+    """The gate's report, if it is kept."""
+    if not registry.store.has(digest):
+        return {}
+    value = json.loads(registry.store.get(digest, MAX_REPORT_BYTES))
+    return value if isinstance(value, dict) else {}

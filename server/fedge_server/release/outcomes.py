@@ -1,0 +1,117 @@
+"""From a run's variants to a draft of a release, whose lineage leads back to the updates; and published.
+
+A release holds the variants of one compression and no others. Each tier has a role and a list of releases of
+its own, so what other tiers run is neither signed again nor installed again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedge import golden
+from fedge.artefact import unpack
+from fedge.config import Tier
+from fedge.files import sha256
+from fedge.inference import CompactModel
+from fedge.manifest import Lineage, Release, VariantEntry
+from fedge.spec import Spec
+from fedge_server.compression import TierOutcome, Variant
+from fedge_server.registry.database import Registry
+from fedge_server.registry.drafts import VERSION
+from fedge_server.release.place import ReleasePlace
+from fedge_server.release.publishing import Published, publish_draft
+from fedge_server.rounds.loop import Learned
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A variant with its gate report and golden inputs as bytes."""
+
+    variant: Variant
+    report: bytes
+    golden: bytes
+
+    @property
+    def objects(self) -> tuple[bytes, bytes, bytes]:
+        """What the manifest names."""
+        return self.variant.wire, self.report, self.golden
+
+    def entry(self) -> VariantEntry:
+        variant, gate = self.variant, self.variant.gate
+        return VariantEntry(
+            tier=variant.tier,
+            recipe=variant.recipe,
+            wire_sha256=sha256(variant.wire),
+            wire_bytes=len(variant.wire),
+            installed_sha256=sha256(variant.installed),
+            installed_bytes=len(variant.installed),
+            evidence_sha256=sha256(self.report),
+            golden_sha256=sha256(self.golden),
+            evidence={
+                "accuracy": gate.accuracy,
+                "drop": gate.drop,
+                "drop_upper": gate.drop_upper,
+                "max_drop": gate.max_drop,
+                "confidence": gate.confidence,
+                "examples": gate.n,
+            },
+        )
+
+
+def publish_outcomes(
+    home: Path,
+    registry: Registry,
+    run_id: str,
+    learned: Learned,
+    task: str,
+    spec: Spec,
+    outcomes: Sequence[TierOutcome],
+    tiers: Mapping[str, Tier],
+) -> Published | None:
+    """Keep a draft of the variants that passed their gate, and publish it as far as it can be signed.
+
+    Args:
+        home: of the repository and the keys.
+        registry: where draft and release are written down.
+        run_id: of the run that learned the model.
+        learned: the run's result; its last round is the release's lineage.
+        task: name of the task.
+        spec: raw input and labels of every variant.
+        outcomes: of the compression, one per tier.
+        tiers: their budgets, by name.
+
+    Returns:
+        None when no tier has a variant.
+    """
+    counted = next(record for record in reversed(learned.records) if record.counted)
+    lineage = Lineage(run_id, counted.round, learned.model_sha256, counted.updates)
+    made = [outcome.variant for outcome in outcomes if outcome.variant is not None]
+    if not made:
+        return None
+    ready = [_ready(variant, spec, lineage, tiers[variant.tier]) for variant in made]
+    draft = Release(
+        version=VERSION,
+        task=task,
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        spec=spec,
+        lineage=lineage,
+        variants=tuple(item.entry() for item in ready),
+    )
+    for item in ready:
+        for data in item.objects:
+            registry.store.put(data)
+    return publish_draft(ReleasePlace.of(home), registry, registry.drafts.add(draft))
+
+
+def _ready(variant: Variant, spec: Spec, lineage: Lineage, tier: Tier) -> _Ready:
+    report = json.dumps(variant.gate.to_json(), sort_keys=True).encode()
+    budget = math.inf if tier.max_latency_ms is None else tier.max_latency_ms / 1000
+    seed = int(lineage.global_model[:16], 16)
+    model = CompactModel(unpack(variant.wire, len(variant.installed)), spec)  # what ships, as devices run it
+    answers = model.run_each(golden.inputs_of(spec, seed))
+    return _Ready(variant, report, golden.write(spec, seed, answers, latency_s=budget))
