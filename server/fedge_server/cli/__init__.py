@@ -18,6 +18,7 @@ from fedge_server.cli import (
     rollout,
     runs,
     serving,
+    signer,
 )
 
 _EXAMPLES = """\
@@ -33,6 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     runs.add(commands)
-    for module in (release, rollout, audit, compress, init, fleet, keys, serving, privacy, pretrain, backup):
+    for module in (
+        release,
+        signer,
+        rollout,
+        audit,
+        compress,
+        init,
+        fleet,
+        keys,
+        serving,
+        privacy,
+        pretrain,
+        backup,
+    ):
         module.add(commands)
     return cli.run(parser, argv)

@@ -1,0 +1,318 @@
+"""Signers that are processes: who may ask, what they make of any bytes, and kills at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from places import Client, Place, release_of, report_of
+from tuf.api.metadata import Metadata
+
+from fedge.errors import FedgeError, RefusedError, SignerAwayError, UserError
+from fedge_server.cli import main
+from fedge_server.repository import create_key
+from fedge_server.signer import frames
+from fedge_server.signer.judging import Judge
+from fedge_server.signer.memory import Memory, version_of
+from fedge_server.signer.remote import RemoteSigning
+from fedge_server.signer.service import serving
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short name that every user may enter."""
+    made = Path(tempfile.mkdtemp(prefix="fs"))
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)
+
+
+def online(place: Place) -> list[Any]:
+    return [*place.keys["snapshot"], *place.keys["timestamp"]]
+
+
+@contextmanager
+def signer(place: Place, folder: Path) -> Iterator[RemoteSigning]:
+    judge = Judge(
+        "micro", place.keys["tier-micro"][0], Memory(folder / "memory", "tier-micro"), clock=place.clock
+    )
+    with serving(judge, folder / "s", [os.geteuid()]):
+        yield RemoteSigning(folder / "s")
+
+
+def test_a_release_is_signed_over_the_socket(place, folder):
+    with signer(place, folder) as remote:
+        assert (remote.tier, remote.version) == ("micro", 0)
+        assert remote.key.keyid == place.keys["tier-micro"][0].key.keyid
+        assert (folder / "s").stat().st_mode & 0o777 == 0o660
+        assert place.publish(1, "micro", signing=[remote, *online(place)]).version == 1
+        assert RemoteSigning(folder / "s").version == 2
+    assert not (folder / "s").exists()
+    (folder / "device").mkdir()
+    assert Client(folder / "device", place).mark().newest == 1
+
+
+def test_a_refusal_comes_back_with_its_reasons(place, folder):
+    place.options["policy"] = lambda _: ()
+    draft, objects = release_of(1, "micro", report=report_of(passed=False))
+    before = place.repository.content("micro")
+    with signer(place, folder) as remote:
+        with pytest.raises(RefusedError, match=r"tier-micro: not signed: .*gate has not passed") as caught:
+            place.repository.publish(draft, objects, [remote, *online(place)])
+    assert caught.value.role == "tier-micro"
+    assert place.repository.content("micro") == before
+
+
+def test_another_user_gets_no_word(place, folder):
+    judge = Judge("micro", place.keys["tier-micro"][0], Memory(folder / "memory", "tier-micro"))
+    with serving(judge, folder / "s", [os.geteuid() + 1]):
+        with pytest.raises(SignerAwayError, match="ended after 0 of 4 bytes"):
+            RemoteSigning(folder / "s")
+
+
+def test_the_online_keys_alone_ship_nothing(place, folder):
+    """With the signer gone there is no signature for the tier, and nothing changes."""
+    with signer(place, folder) as remote:
+        place.publish(1, "micro", signing=[remote, *online(place)])
+    before = place.files()
+    with pytest.raises(SignerAwayError, match="does not answer"):
+        place.publish(2, "micro", signing=[remote, *online(place)])
+    with pytest.raises(UserError, match="0 of 1 signatures"):
+        place.publish(2, "micro", signing=online(place))
+    assert place.files() == before
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x00\x00",
+        struct.pack(">I", 5) + b"ab",
+        struct.pack(">I", 2**32 - 1),
+        struct.pack(">I", 3) + b"\xff\xff\xff",
+        struct.pack(">I", 0),
+        b"GET / HTTP/1.1\r\n\r\n",
+    ],
+)
+def test_no_bytes_stop_a_signer(place, folder, data):
+    with signer(place, folder) as remote:
+        with socket.socket(socket.AF_UNIX) as channel:
+            channel.settimeout(10)
+            channel.connect(str(folder / "s"))
+            channel.sendall(data)
+            channel.shutdown(socket.SHUT_WR)
+            while channel.recv(4096):
+                pass
+        assert place.publish(1, "micro", signing=[remote, *online(place)]).version == 1
+
+
+def test_peers_that_stall_keep_nobody_out_for_long(place, folder, monkeypatch):
+    from fedge_server.signer import service
+
+    monkeypatch.setattr(service, "TIMEOUT_S", 0.2)
+    with signer(place, folder) as remote:
+        stalled = [socket.socket(socket.AF_UNIX) for _ in range(3 * service.MAX_CONNECTIONS)]
+        for channel in stalled:
+            channel.setblocking(False)
+            try:
+                channel.connect(str(folder / "s"))
+            except BlockingIOError:
+                break
+        assert RemoteSigning(folder / "s", timeout_s=20).tier == remote.tier
+        for channel in stalled:
+            channel.close()
+
+
+def test_a_server_that_lies_about_its_length_is_not_believed(folder):
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(folder / "s"))
+        listening.listen()
+        pid = os.fork()
+        if pid == 0:
+            channel, _ = listening.accept()
+            channel.sendall(struct.pack(">I", frames.MAX_REPLY_BYTES + 1))
+            os._exit(0)
+        with pytest.raises(SignerAwayError, match="over the 65536 it may have"):
+            RemoteSigning(folder / "s")
+        os.waitpid(pid, 0)
+
+
+def in_child(work: Callable[[], object]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except FedgeError:
+            os._exit(1)
+        finally:
+            os._exit(9)
+    return pid
+
+
+def signer_process(place: Place, folder: Path) -> int:
+    def work() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with signer(place, folder):
+            time.sleep(600)
+
+    pid = in_child(work)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        try:
+            RemoteSigning(folder / "s")
+            return pid
+        except SignerAwayError:
+            time.sleep(0.01)
+    raise AssertionError("the signer did not come up")
+
+
+def check_whole(place: Place, folder: Path, seen: dict[str, bytes], number: int) -> None:
+    """What is there is whole; no name was given twice; the signer remembers no less than was published."""
+    for name, data in place.files().items():
+        if not name.endswith("timestamp.json"):
+            assert seen.setdefault(name, data) == data
+    state = place.repository.content("micro")
+    memory = Memory(folder / "memory", "tier-micro").last()
+    published = max(
+        place.path.glob("metadata/*.tier-micro.json"), key=lambda p: int(p.name.partition(".")[0])
+    )
+    if state.mark.newest:
+        assert memory is not None
+        assert version_of(memory) >= Metadata.from_file(str(published)).signed.version
+        (folder / f"d{number}").mkdir()
+        assert Client(folder / f"d{number}", place).mark().newest == state.mark.newest
+
+
+@pytest.mark.slow
+def test_kills_of_publisher_and_signer_at_random_moments_leave_the_old_or_the_new(place, folder):
+    rng, seen, newest = random.Random(0), {}, 0
+    running = signer_process(place, folder)
+    try:
+        for number in range(1, 25):
+
+            def publish(number: int = number) -> None:
+                remote = RemoteSigning(folder / "s", timeout_s=5)
+                place.publish(number, "micro", signing=[remote, *online(place)])
+
+            publisher = in_child(publish)
+            time.sleep(rng.uniform(0, 0.12))
+            if number % 2:
+                os.kill(publisher, signal.SIGKILL)
+            else:
+                os.kill(running, signal.SIGKILL)
+                os.waitpid(running, 0)
+                running = 0
+            os.waitpid(publisher, 0)
+            running = running or signer_process(place, folder)
+            check_whole(place, folder, seen, number)
+            now = place.repository.content("micro").mark.newest
+            assert now >= newest
+            newest = now
+        place.publish(99, "micro", signing=[RemoteSigning(folder / "s"), *online(place)])
+        check_whole(place, folder, seen, 99)
+    finally:
+        os.kill(running, signal.SIGKILL)
+        os.waitpid(running, 0)
+
+
+@pytest.mark.slow
+def test_two_publishers_at_once_get_two_versions(place, folder):
+    running = signer_process(place, folder)
+    try:
+
+        def publish(number: int) -> None:
+            remote = RemoteSigning(folder / "s")
+            for each in range(3):
+                place.publish(10 * number + each, "micro", signing=[remote, *online(place)])
+
+        children = [in_child(lambda number=number: publish(number)) for number in (1, 2)]
+        assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
+        assert place.repository.content("micro").mark.newest == 6
+        assert list(place.repository.content("micro").releases) == [3, 4, 5, 6]
+    finally:
+        os.kill(running, signal.SIGKILL)
+        os.waitpid(running, 0)
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    return [
+        sys.executable, "-m", "fedge_server", "signer", "serve", "--key", str(folder / "own/tier-micro.key"),
+        "--socket", str(folder / "run/s"), "--memory", str(folder / "own/memory"), *arguments,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
+def test_a_signer_of_another_user_signs_for_the_publisher_who_cannot_read_its_key(folder, capsys):
+    for name, mode in (("own", 0o700), ("run", 0o750)):
+        (folder / name).mkdir(mode=mode)
+    made = create_key(folder / "own/tier-micro.key")
+    for path in (folder / "own", folder / "own/tier-micro.key"):
+        os.chown(path, NOBODY, NOBODY)
+    os.chown(folder / "run", NOBODY, os.getegid())
+    environment = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PATH": os.defpath,
+    }
+    probe = subprocess.run(
+        [sys.executable, "-c", "import fedge_server, tuf"], env=environment, user=NOBODY, group=NOBODY,
+        extra_groups=[], check=False, capture_output=True,
+    )  # fmt: skip
+    if probe.returncode:
+        pytest.skip("another user cannot read this installation")
+    process = subprocess.Popen(
+        command(folder, "--allow-uid", str(os.geteuid())), env=environment, user=NOBODY, group=os.getegid(),
+        extra_groups=[], stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        line = process.stderr.readline()
+        while "signing for tier micro" not in line:
+            assert line, "the signer ended"
+            line = process.stderr.readline()
+        assert main(["signer", "show", "--socket", str(folder / "run/s"), "--format", "json"]) == 0
+        (shown,) = json.loads(capsys.readouterr().out)
+        assert (shown["tier"], shown["key"], shown["version"]) == ("micro", made.key.keyid, 0)
+        assert (folder / "own/memory").stat().st_uid == NOBODY
+        asked = subprocess.run(
+            [sys.executable, "-m", "fedge_server", "signer", "show", "--socket", str(folder / "run/s")],
+            env=environment, user=NOBODY, group=NOBODY, extra_groups=[], check=False, capture_output=True,
+        )  # fmt: skip
+        assert asked.returncode == 1, "the signer's own user is not allowed unless it is named"
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+    assert not (folder / "run/s").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda own: (own / "tier-micro.key").chmod(0o644), "others may read it"),
+        (lambda own: (own / "tier-micro.key").unlink(), "cannot be read"),
+        (lambda own: (own / "memory").mkdir() or (own / "memory/tier-micro.json").write_text("x"), "version"),
+    ],
+)
+def test_a_signer_that_cannot_be_one_says_why(folder, capsys, change, why):
+    (folder / "own").mkdir()
+    create_key(folder / "own/tier-micro.key")
+    change(folder / "own")
+    assert main(command(folder)[3:]) in (1, 2)
+    assert why in capsys.readouterr().err
