@@ -8,7 +8,7 @@ from typing import Final
 
 from fedge.errors import FormatError
 
-MAX_REQUEST_BYTES: Final = 256 * 1024**2  # manifests and reports of all versions that a tier offers
+MAX_REQUEST_BYTES: Final = 512 * 1024**2  # manifests, reports and new ciphertexts of all versions on offer
 MAX_REPLY_BYTES: Final = 64 * 1024
 _LENGTH: Final = struct.Struct(">I")
 _PIECE: Final = 256 * 1024

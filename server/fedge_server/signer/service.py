@@ -23,6 +23,7 @@ from fedge.errors import FedgeError, FormatError, RefusedError, UserError
 from fedge.wire.v1 import signer_pb2 as pb
 from fedge_server.repository import Evidence, Request, public_pem
 from fedge_server.repository.content import MAX_KEPT
+from fedge_server.repository.signing import Sealed
 from fedge_server.signer import frames
 from fedge_server.signer.judging import Judge
 from fedge_server.signer.memory import version_of
@@ -157,10 +158,15 @@ def _description(judge: Judge) -> pb.SignerDescription:
     )
 
 
+def _evidence(given: pb.ReleaseEvidence) -> Evidence:
+    sealed = Sealed(given.sealed.key, given.sealed.ciphertext) if given.HasField("sealed") else None
+    return Evidence(given.manifest, given.report, given.golden, sealed)
+
+
 def _signed(judge: Judge, asked: pb.SignRole) -> pb.SignerReply:
     if len(asked.evidence) > MAX_KEPT:
         return pb.SignerReply(refusal=pb.SignRefusal(reasons=[f"evidence of over {MAX_KEPT} versions"]))
-    evidence = {each.version: Evidence(each.manifest, each.report, each.golden) for each in asked.evidence}
+    evidence = {each.version: _evidence(each) for each in asked.evidence}
     previous = asked.previous if asked.HasField("previous") else None
     try:
         signature = judge.sign(Request(asked.role, asked.payload, previous, evidence))

@@ -31,16 +31,26 @@ class SignRole(_message.Message):
     def __init__(self, role: _Optional[str] = ..., payload: _Optional[bytes] = ..., previous: _Optional[bytes] = ..., evidence: _Optional[_Iterable[_Union[ReleaseEvidence, _Mapping]]] = ...) -> None: ...
 
 class ReleaseEvidence(_message.Message):
-    __slots__ = ("version", "manifest", "report", "golden")
+    __slots__ = ("version", "manifest", "report", "golden", "sealed")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     GOLDEN_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
     version: int
     manifest: bytes
     report: bytes
     golden: bytes
-    def __init__(self, version: _Optional[int] = ..., manifest: _Optional[bytes] = ..., report: _Optional[bytes] = ..., golden: _Optional[bytes] = ...) -> None: ...
+    sealed: SealedModel
+    def __init__(self, version: _Optional[int] = ..., manifest: _Optional[bytes] = ..., report: _Optional[bytes] = ..., golden: _Optional[bytes] = ..., sealed: _Optional[_Union[SealedModel, _Mapping]] = ...) -> None: ...
+
+class SealedModel(_message.Message):
+    __slots__ = ("key", "ciphertext")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    CIPHERTEXT_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    ciphertext: bytes
+    def __init__(self, key: _Optional[bytes] = ..., ciphertext: _Optional[bytes] = ...) -> None: ...
 
 class SignerReply(_message.Message):
     __slots__ = ("description", "signed", "refusal", "failure")
