@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +173,7 @@ def _began(origin: Mapping[str, Any]) -> str:
 
 
 def _publish(arguments: argparse.Namespace) -> int:
-    from fedge_server.release import REPOSITORY, ReleasePlace, publish_draft
+    from fedge_server.release import REPOSITORY, ReleasePlace, draft_again, publish_draft
 
     if (arguments.draft is None) == (arguments.again is None):
         raise UserError("release publish: give a DRAFT, or --again VERSION")
@@ -183,7 +181,7 @@ def _publish(arguments: argparse.Namespace) -> int:
         raise UserError("--tier: only with --again; a draft is published for all its tiers that can be")
     home, registry = open_registry(arguments.home)
     with registry:
-        draft = arguments.draft or _drafted_again(registry, arguments.again, arguments.tier)
+        draft = arguments.draft or draft_again(registry, arguments.again, arguments.tier)
         done = publish_draft(ReleasePlace.of(home.root), registry, draft, who=who())
     value = {
         "draft": done.draft,
@@ -195,14 +193,3 @@ def _publish(arguments: argparse.Namespace) -> int:
     }
     show(arguments, value, done.lines(home.root / REPOSITORY) or ["nothing to do: it is published"])
     return 1 if done.waiting else 0
-
-
-def _drafted_again(registry: Registry, version: int, tiers: list[str] | None) -> str:
-    """A draft with the content of a release."""
-    from fedge_server.registry.drafts import VERSION
-    from fedge_server.release.lineage import release_of
-
-    release = release_of(registry, version)
-    entries = tuple(release.variant(tier) for tier in tiers) if tiers else release.variants
-    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return registry.drafts.add(replace(release, version=VERSION, created=created, variants=entries))

@@ -2,7 +2,7 @@
 
 from fedge_server.release.outcomes import publish_outcomes
 from fedge_server.release.place import KEYS, REPOSITORY, ReleasePlace
-from fedge_server.release.publishing import Published, Waiting, publish_draft
+from fedge_server.release.publishing import Published, Waiting, draft_again, publish_draft
 
 __all__ = [
     "KEYS",
@@ -10,6 +10,7 @@ __all__ = [
     "Published",
     "ReleasePlace",
     "Waiting",
+    "draft_again",
     "publish_draft",
     "publish_outcomes",
 ]

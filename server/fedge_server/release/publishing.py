@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
@@ -16,8 +17,9 @@ from fedge.delivery import tier_of
 from fedge.errors import RefusedError, SignerAwayError
 from fedge.manifest import Release, VariantEntry
 from fedge_server.registry.database import Registry
-from fedge_server.registry.drafts import Draft, Status, mark
+from fedge_server.registry.drafts import VERSION, Draft, Status, mark
 from fedge_server.registry.engine import writing
+from fedge_server.release.lineage import release_of
 from fedge_server.release.place import ONLINE, AtHand, ReleasePlace
 from fedge_server.repository import RoleKeys
 from fedge_server.rollout.audit import append
@@ -92,6 +94,24 @@ def publish_draft(
         _record(registry, draft, release, who)
     _set_aside(registry, draft, waiting, who)
     return Published(draft_id, release, tuple(waiting))
+
+
+def draft_again(registry: Registry, version: int, tiers: Sequence[str] | None = None) -> str:
+    """A draft with the content of a release: a fleet is taken back by publishing it under a higher version.
+
+    Args:
+        registry: that holds the release.
+        version: its version.
+        tiers: of its variants; None: all.
+
+    Raises:
+        UserError: there is no such release.
+        TrustError: it has no variant for a tier.
+    """
+    release = release_of(registry, version)
+    entries = release.variants if tiers is None else tuple(release.variant(tier) for tier in tiers)
+    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return registry.drafts.add(replace(release, version=VERSION, created=created, variants=entries))
 
 
 def _publish(
