@@ -57,7 +57,7 @@ def add(commands: Any) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     from fedge.delivery import role_of
     from fedge.files import sole_holder
-    from fedge_server.hub.server import tell_systemd
+    from fedge_server.hub.systemd import tell_systemd
     from fedge_server.repository import load_key, passphrase_in
     from fedge_server.signer.judging import Judge
     from fedge_server.signer.limits import Limits

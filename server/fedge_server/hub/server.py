@@ -9,7 +9,6 @@ import logging
 import os
 import resource
 import signal
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -43,6 +42,7 @@ from fedge_server.hub.roster import Roster
 from fedge_server.hub.runs import AdminServicer, RunsServicer
 from fedge_server.hub.settings import Settings
 from fedge_server.hub.supervisor import Argv, Supervisor, worker_argv
+from fedge_server.hub.systemd import tell_systemd
 from fedge_server.identity.authority import Authority
 from fedge_server.registry.database import Registry
 from fedge_server.repository.content_keys import ContentKeys
@@ -323,16 +323,6 @@ def _give_memory_back() -> None:
         allocator = ctypes.CDLL(None)
         allocator.mallopt(_M_ARENA_MAX, 2)
         allocator.mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
-
-
-def tell_systemd(state: str) -> None:
-    """Tell the service manager, if there is one that wants to know (sd_notify)."""
-    name = os.environ.get("NOTIFY_SOCKET")
-    if not name:
-        return
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-        channel.connect("\0" + name[1:] if name.startswith("@") else name)
-        channel.send(state.encode())
 
 
 def read_ports(home: Home) -> dict[str, int]:

@@ -9,8 +9,11 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +25,7 @@ from tuf.api.metadata import Metadata
 
 from fedge.errors import FedgeError, RefusedError, SignerAwayError, UserError
 from fedge_server.cli import main
-from fedge_server.repository import RoleKeys, create_key
+from fedge_server.repository import RoleKeys, create_key, load_key
 from fedge_server.repository.content_keys import ContentKeys
 from fedge_server.signer import frames
 from fedge_server.signer.judging import Judge
@@ -181,10 +184,12 @@ def in_child(work: Callable[[], object]) -> int:
     pid = os.fork()
     if pid == 0:
         try:
-            work()
-            os._exit(0)
+            code = work()
+            os._exit(code if isinstance(code, int) else 0)
         except FedgeError:
             os._exit(1)
+        except Exception:  # noqa: BLE001 - nothing of the parent may go on in a child
+            traceback.print_exc(file=sys.__stderr__)
         finally:
             os._exit(9)
     return pid
@@ -299,29 +304,53 @@ def as_nobody(work: Callable[[], object]) -> Callable[[], object]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_signer_of_another_user_signs_for_the_publisher_who_is_not_its_user(folder, place, capsys):
+def test_a_signer_of_another_user_signs_for_the_publisher_alone(folder, place):
     (folder / "own").mkdir(mode=0o700)
     (folder / "run").mkdir()
-    (folder / "run").chmod(0o770)
     made = create_key(folder / "own/tier-micro.key")
     for path in (folder / "own", folder / "own/tier-micro.key", folder / "run"):
         os.chown(path, NOBODY, os.getegid())
     place.repository.rotate("tier-micro", RoleKeys((made.key,)), [*place.all(), made])
-    running = in_child(as_nobody(lambda: main(arguments(folder, "--allow-uid", str(os.geteuid())))))
+    with signer(place, folder):
+        publisher = os.geteuid()
+
+    def serve() -> None:
+        memory = Memory(folder / "own/memory", "tier-micro")
+        key = load_key(folder / "own/tier-micro.key")
+        with serving(Judge("micro", key, memory, clock=place.clock), folder / "run/s", [publisher]):
+            signal.pause()
+
+    running = in_child(as_nobody(serve))
     try:
         remote = waited_for(folder / "run/s")
-        assert (folder / "own/memory").stat().st_uid == NOBODY
         assert place.publish(1, "micro", signing=[remote, *online(place)]).version == 1
-        assert main(["signer", "show", "--socket", str(folder / "run/s"), "--format", "json"]) == 0
-        (shown,) = json.loads(capsys.readouterr().out)
-        assert (shown["tier"], shown["key"]) == ("micro", made.key.keyid)
-        assert shown["version"] > 0
+        assert (folder / "own/memory/tier-micro.json").stat().st_uid == NOBODY
         asked = in_child(as_nobody(lambda: RemoteSigning(folder / "run/s")))
         assert os.waitstatus_to_exitcode(os.waitpid(asked, 0)[1]) == 1, "its own user was not named"
     finally:
-        os.kill(running, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(running, 0)[1]) == 0
+        os.kill(running, signal.SIGKILL)
+        os.waitpid(running, 0)
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_asked_to_end(folder, capsys):
+    for name in ("own", "run"):
+        (folder / name).mkdir()
+    made = create_key(folder / "own/tier-micro.key")
+    command = [sys.executable, "-m", "fedge_server", *arguments(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        waited_for(folder / "run/s")
+        assert main(["signer", "show", "--socket", str(folder / "run/s"), "--format", "json"]) == 0
+        (shown,) = json.loads(capsys.readouterr().out)
+        assert (shown["tier"], shown["key"], shown["version"]) == ("micro", made.key.keyid, 0)
+        assert main(arguments(folder)) == 2
+        assert "another signer of tier 'micro' uses it" in capsys.readouterr().err
+        process.terminate()
+        assert "signing for tier micro with key" in process.communicate(timeout=30)[1]
+        assert process.returncode == 0
     assert not (folder / "run/s").exists()
+    assert main(["signer", "show", "--socket", str(folder / "run/s")]) == 1
 
 
 @pytest.mark.parametrize(
