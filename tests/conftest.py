@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,13 @@ from hypothesis import HealthCheck, settings
 # fork may leave the parent's own connections standing still.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-from fedge import signing
+from tuf_repository import Repository
+
+from fedge import golden
 from fedge.artefact import pack
+from fedge.delivery import ReleaseNote, TierMark, lineage_digest, mark_path
+from fedge.errors import FormatError
+from fedge.files import sha256
 from fedge.manifest import Lineage, Release, VariantEntry
 from fedge.spec import Spec
 
@@ -123,9 +129,13 @@ def constant_model(answer: int, spec: Spec = IMAGES, filler: bytes = b"") -> byt
 packed = lru_cache(pack)
 
 
-def entry_of(tier: str, model: bytes, **changes: Any) -> tuple[VariantEntry, bytes]:
+GOLDEN: dict[str, bytes] = {}  # by digest: those of all entries made
+
+
+def entry_of(tier: str, model: bytes, spec: Spec = IMAGES, **changes: Any) -> tuple[VariantEntry, bytes]:
     """The manifest entry of a model, and its wire bytes."""
-    wire = packed(model)
+    wire, trial = packed(model), golden_bytes(model, spec)
+    GOLDEN[sha256(trial)] = trial
     values = {
         "tier": tier,
         "recipe": "distil + int8",
@@ -134,7 +144,7 @@ def entry_of(tier: str, model: bytes, **changes: Any) -> tuple[VariantEntry, byt
         "installed_sha256": hashlib.sha256(model).hexdigest(),
         "installed_bytes": len(model),
         "evidence_sha256": hashlib.sha256(REPORT).hexdigest(),
-        "golden_sha256": "f" * 64,
+        "golden_sha256": sha256(trial),
         "evidence": {"drop_upper": 0.008, "gate": "passed"},
     }
     return VariantEntry(**{**values, **changes}), wire
@@ -152,32 +162,72 @@ def release_of(version: int, entries: tuple[VariantEntry, ...], **changes: Any) 
     return Release(**{**values, **changes})
 
 
+@lru_cache
+def golden_bytes(model: bytes, spec: Spec = IMAGES) -> bytes:
+    """The golden file of a model; of bytes that are none: all labels alike."""
+    from fedge.inference import CompactModel
+
+    x = golden.inputs_of(spec, 7)
+    try:
+        rows = CompactModel(model, spec).run_each(x)
+    except FormatError:
+        rows = np.full((len(x), spec.classes), 1 / spec.classes, np.float32)
+    return golden.write(spec, 7, np.nan_to_num(rows))
+
+
 @dataclass
 class Publisher:
-    """A published folder and its key. `place` writes any envelope there, as a hostile mirror could."""
+    """A repository's folder and its keys. `place` signs anything into it, as a careless signer would."""
 
     folder: Path
-    keys: tuple[bytes, bytes] = field(default_factory=signing.generate_key)
+    repository: Repository = field(default_factory=lambda: Repository(datetime(2999, 1, 1, tzinfo=UTC)))
+
+    def __post_init__(self) -> None:
+        self.repository.delegate("targets", "tier-micro", "micro/*")
+        self.repository.publish_targets()
 
     @property
-    def trusted(self) -> list[bytes]:
-        return [self.keys[1]]
+    def root(self) -> bytes:
+        return self.repository.trusted_root
 
-    def place(
-        self, release: Release, objects: tuple[bytes, ...] = (), *, private: bytes | None = None
-    ) -> None:
-        (self.folder / "objects").mkdir(parents=True, exist_ok=True)
-        for data in objects:
-            (self.folder / "objects" / hashlib.sha256(data).hexdigest()).write_bytes(data)
-        envelope = signing.sign(release.to_bytes(), private or self.keys[0])
-        (self.folder / "release.json").write_bytes(envelope)
+    def place(self, release: Release, wires: tuple[bytes, ...], trial: bytes | None = None) -> None:
+        """List a release, and for each of its variants its bytes, for those tiers that have a role."""
+        manifest = release.to_bytes()
+        note = ReleaseNote(release.version, sha256(manifest), lineage_digest(release.lineage)).to_json()
+        for entry, wire in zip(release.variants, wires, strict=True):
+            role = f"tier-{entry.tier}"
+            contents = {"manifest": manifest, "model": wire, "golden": trial or GOLDEN[entry.golden_sha256]}
+            if role not in self.repository.targets:
+                self.repository.delegate("targets", role, f"{entry.tier}/*")
+                self.repository.publish_targets()
+            for kind, content in contents.items():
+                self.repository.add(role, f"{entry.tier}/{release.version}.{kind}", content, note)
+            self.mark(TierMark(entry.tier, 0, release.version))
+
+    def mark(self, mark: TierMark) -> None:
+        """Say what holds for a tier, and publish."""
+        self.repository.add(f"tier-{mark.tier}", mark_path(mark.tier), mark.to_bytes(), mark.to_json())
+        self.repository.publish_targets(f"tier-{mark.tier}")
+        self.write()
+
+    def write(self) -> None:
+        """Sign what is there, and put it into the folder."""
+        self.repository.publish()
+        self.repository.write(self.folder / "metadata", lambda name: "/" not in name)
+        self.repository.write(self.folder / "targets", lambda name: "/" in name)
+
+    def file(self, path: str) -> Path:
+        """Where a target's bytes lie."""
+        tier, _, name = path.partition("/")
+        digest = self.repository.targets[f"tier-{tier}"].targets[path].hashes["sha256"]
+        return self.folder / "targets" / tier / f"{digest}.{name}"
 
     def offer(self, version: int, *, answer: int, tier: str = "micro", **changes: Any) -> Release:
         """Offer a release whose variant always gives this answer."""
-        model = constant_model(answer, changes.get("spec", IMAGES))
-        entry, wire = entry_of(tier, model)
+        spec = changes.get("spec", IMAGES)
+        entry, wire = entry_of(tier, constant_model(answer, spec), spec)
         release = release_of(version, (entry,), **changes)
-        self.place(release, (wire, REPORT))
+        self.place(release, (wire,))
         return release
 
 
@@ -224,5 +274,7 @@ def tools() -> Any:
         images = IMAGES
         labels = LABELS
         report = REPORT
+        golden_bytes = staticmethod(golden_bytes)
+        sha256 = staticmethod(sha256)
 
     return Tools

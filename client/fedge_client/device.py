@@ -1,87 +1,53 @@
-"""What a device keeps on disk, and the checks that its bytes pass each time they are read.
+"""A device's home as far as releases are concerned: what it is, what it trusts, and what it runs.
 
-    device.json          tier, and which keys are trusted
-    trusted/<key>.pem    public keys
-    current.json         which slot runs, which release it holds, and the floor: replaced as a whole
-    slots/a, slots/b     model.onnx and release.json, the signed envelope it came with
+    delivery/tier.json   the tier: written last when a device is made
+    delivery/root.json   root metadata as it was first given, which everything is trusted by
+    delivery/metadata/   what has been verified since (`updater.trust`)
+    installed/           what runs, what ran before (`updater.store`)
 
-`current.json` is the one commit point. Everything else is written, and made durable, before it.
+To find out what runs nothing is written, and the library of The Update Framework is not loaded.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
-from fedge import signing
+from fedge.delivery import MAX_ROOT_BYTES, MAX_TARGETS_BYTES, check_tier, role_of
 from fedge.errors import DigestError, FedgeError, FormatError, TrustError, UserError
-from fedge.files import read_bounded, sha256, write_atomically
-from fedge.manifest import MAX_VERSION, Release, VariantEntry
+from fedge.files import read_bounded, write_atomically
+from fedge.manifest import Release, VariantEntry
+from fedge_client.updater.store import Opened, Record, State, Store
 
-Slot = Literal["a", "b"]
+if TYPE_CHECKING:
+    from fedge_client.updater.streams import Fetcher, Pace
+    from fedge_client.updater.trust import Clock, Trust
 
+DELIVERY: Final = "delivery"  # folder of what is trusted
+INSTALLED: Final = "installed"  # folder of what runs
+TIER, ROOT, METADATA = "tier.json", "root.json", "metadata"
 SCHEMA: Final = 1
-MODEL, RELEASE = "model.onnx", "release.json"
-_MAX_FILE_BYTES: Final = 64 * 1024  # device.json, current.json
-_MAX_KEYS: Final = 16
-_TIER = re.compile(r"[a-z][a-z0-9_-]{0,31}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class Current:
-    """What `current.json` says: the committed state of a device."""
-
-    slot: Slot
-    version: int  # of the release in that slot
-    identity: str  # SHA-256 of its manifest: tells two releases of one version apart
-    floor: int  # no release below this is ever installed
-    left: int = 0  # a local return left this version: it is not offered again; 0: none
-
-    @property
-    def other(self) -> Slot:
-        """The slot that does not run."""
-        return "b" if self.slot == "a" else "a"
-
-    def to_bytes(self) -> bytes:
-        """The file's content."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True).encode() + b"\n"
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Current:
-        """Read the file's content.
-
-        Raises:
-            FormatError: damaged.
-        """
-        value = _load(data, "current.json", {item.name for item in fields(cls)})
-        numbers = (value["version"], value["floor"], value["left"])
-        sound = (
-            value["slot"] in ("a", "b")
-            and all(type(number) is int and 0 <= number <= MAX_VERSION for number in numbers)
-            and 1 <= value["floor"] <= value["version"]
-            and isinstance(value["identity"], str)
-            and _DIGEST.fullmatch(value["identity"])
-        )
-        if not sound:
-            raise FormatError("current.json: holds values that fedge never writes; it is damaged")
-        return cls(**value)
+_MAX_TIER_BYTES: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """A release in a slot, verified: signature, tier, and every byte of the model."""
+    """A release that is installed here, whole and checked."""
 
     release: Release
-    entry: VariantEntry  # of this device's tier
-    slot: Slot
-    identity: str  # SHA-256 of the manifest
+    entry: VariantEntry  # the variant that lies here
+    record: Record
+    damaged: str = ""  # why the version committed last does not answer, and this one before it does
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What a device has verified of a role of the repository's metadata."""
+
+    version: int
+    expires: str  # RFC 3339, UTC
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,36 +56,38 @@ class Device:
 
     home: Path
     tier: str
-    trusted: tuple[bytes, ...]  # public PEM keys
 
     @classmethod
-    def create(cls, home: Path, tier: str, trusted: Sequence[bytes]) -> Device:
-        """Make a folder the home of a device.
+    def create(cls, home: Path, tier: str, root: bytes, *, floor: int = 0) -> Device:
+        """Make a folder the home of a device, or move the device that lives there to another tier.
+
+        The root is given once: where there is one already it stays, and so does what is installed. The
+        floor counts with the tier: a server that gives it again later cannot raise it.
+
+        Args:
+            home: the device's folder.
+            tier: the class of devices that it belongs to.
+            root: root metadata of the repository, of any version, got by a way that is trusted.
+            floor: the lowest version that the tier's devices may run now; 0: none is known.
 
         Raises:
-            UserError: it is one already, the tier's name is impossible, or there is no usable key.
+            FormatError: the tier's name is impossible, or the root is no root metadata.
             FedgeError: the disk refuses it.
         """
-        if (home / "device.json").exists():
-            raise UserError(f"{home} is the home of a device already; use it, or another --home")
-        if not _TIER.fullmatch(tier):
-            raise UserError(f"tier {tier!r}: a name has 1 to 32 lower-case letters, digits, '-' and '_'")
-        if not 1 <= len(trusted) <= _MAX_KEYS:
-            raise UserError(f"{len(trusted)} trusted keys; give 1 to {_MAX_KEYS} public keys")
+        made, known = cls(home, check_tier(tier)), home / DELIVERY / ROOT
+        root_version(root)
+        if exists(home) and cls.open(home).tier == tier:
+            return cls.open(home)
         try:
-            keys = {signing.key_id(pem): pem for pem in trusted}
-        except FormatError as error:
-            raise UserError(
-                f"trusted {error}; give the {'signing.pub'!r} that the publisher hands out"
-            ) from error
-        content = {"schema": SCHEMA, "tier": tier, "trusted": sorted(keys)}
-        try:
-            for name, pem in keys.items():
-                write_atomically(home / "trusted" / f"{name}.pem", pem)
-            write_atomically(home / "device.json", json.dumps(content, indent=1).encode() + b"\n")
+            if not (exists(home) and known.exists()):
+                write_atomically(known, root)
+            with made.store.locked():
+                made.store.commit(made.store.state().with_floor(floor))
+            content = json.dumps({"schema": SCHEMA, "tier": tier}).encode() + b"\n"
+            write_atomically(home / DELIVERY / TIER, content)
         except OSError as error:
             raise FedgeError(f"{home}: cannot be made a device's home ({error.strerror})") from error
-        return cls.open(home)
+        return made
 
     @classmethod
     def open(cls, home: Path) -> Device:
@@ -127,127 +95,125 @@ class Device:
 
         Raises:
             UserError: there is none at this folder.
-            FormatError: its files are damaged.
+            FormatError: its file is damaged.
         """
-        path = home / "device.json"
-        if not path.exists():
+        path = home / DELIVERY / TIER
+        if not exists(home):
             raise UserError(
-                f"no device at {home}; make one with: fedge-client install FOLDER --tier TIER --trust KEY.pub"
+                f"no device at {home}; make one with: fedge-client enroll JOIN, "
+                "or fedge-client install FOLDER --tier TIER --root 1.root.json"
             )
-        value = _load(read_bounded(path, _MAX_FILE_BYTES), str(path), {"tier", "trusted"})
-        tier, names = value["tier"], value["trusted"]
-        if not isinstance(tier, str) or not _TIER.fullmatch(tier) or not isinstance(names, list):
-            raise FormatError(f"{path}: damaged; make the device anew")
-        if not 1 <= len(names) <= _MAX_KEYS or not all(_DIGEST.fullmatch(str(name)) for name in names):
-            raise FormatError(f"{path}: names no usable key; make the device anew")
-        return cls(home, tier, tuple(_trusted_key(home, name) for name in names))
+        value = _load(path, _MAX_TIER_BYTES)
+        if value.pop("schema", None) != SCHEMA or value.keys() != {"tier"}:
+            raise FormatError(f"{path}: damaged, or written by another version of fedge")
+        try:
+            return cls(home, check_tier(value["tier"]))
+        except FormatError as error:
+            raise FormatError(f"{path}: damaged ({error})") from error
 
-    def current(self) -> Current | None:
-        """The committed state; None before the first installation.
+    @property
+    def store(self) -> Store:
+        """What is installed."""
+        return Store(self.home / INSTALLED)
+
+    @property
+    def root(self) -> bytes:
+        """The root metadata that this device was given first.
 
         Raises:
-            FormatError: the file is damaged.
+            FormatError: it is damaged.
         """
-        path = self.home / "current.json"
-        return Current.from_bytes(read_bounded(path, _MAX_FILE_BYTES)) if path.exists() else None
+        data = read_bounded(self.home / DELIVERY / ROOT, MAX_ROOT_BYTES)
+        root_version(data)
+        return data
 
-    def commit(self, current: Current) -> None:
-        """Replace the committed state."""
-        write_atomically(self.home / "current.json", current.to_bytes())
+    def trust(self, fetch: Fetcher, *, clock: Clock | None = None, pace: Pace | None = None) -> Trust:
+        """What this device trusts of a repository.
 
-    def folder(self, slot: Slot) -> Path:
-        """Where a slot's files lie."""
-        return self.home / "slots" / slot
-
-    def verified(self, slot: Slot) -> tuple[Installed, bytes]:
-        """What a slot holds and the model's bytes, checked from the signature down.
-
-        Raises:
-            FormatError: a file is absent, too long or malformed.
-            SignatureError: the manifest is not signed by a trusted key.
-            DigestError: the model is not the one that was signed.
-            TrustError: it is for other tiers.
+        Args:
+            fetch: gets files of the repository, by names such as `metadata/timestamp.json`.
+            clock: the time that dates of expiry are compared with; None: the system's.
+            pace: how slow a stream may be; None: the usual one.
         """
-        folder = self.folder(slot)
-        payload = signing.verify(read_bounded(folder / RELEASE, signing.MAX_ENVELOPE_BYTES), self.trusted)
-        release = Release.from_bytes(payload)
-        entry = release.variant(self.tier)
-        model = read_bounded(folder / MODEL, entry.installed_bytes)
-        if sha256(model) != entry.installed_sha256:
-            raise DigestError(
-                f"{folder / MODEL}: not the bytes that release {release.version} signed; install it again"
-            )
-        return Installed(release, entry, slot, sha256(payload)), model
+        from fedge_client.updater.streams import DEFAULT_PACE, within
+        from fedge_client.updater.trust import Trust, utc_now
+
+        folder = self.home / DELIVERY / METADATA
+        return Trust(
+            folder, self.root, within("metadata", fetch), clock=clock or utc_now, pace=pace or DEFAULT_PACE
+        )
 
     def running(self) -> tuple[Installed, bytes]:
-        """What the current slot holds, verified, and the model's bytes.
-
-        An installation may flip the slots meanwhile; then the new current one is read.
+        """What answers on this device, and the model's bytes. Writes nothing.
 
         Raises:
             UserError: nothing is installed.
-            TrustError: the current slot fails its checks.
+            TrustError: what is installed is damaged, and there is nothing to return to.
         """
-        while True:
-            current = self.current()
-            if current is None:
-                raise UserError(f"nothing is installed at {self.home}; run: fedge-client install FOLDER")
+        opened = self.store.open()
+        return _installed(opened), opened.data
+
+    def previous(self, state: State) -> Release | None:
+        """The release committed before, if the device can return to it."""
+        record = state.previous
+        if record is None or record.version < state.lowest:
+            return None
+        try:
+            return Release.from_bytes(self.store.read(record)[1])
+        except TrustError:
+            return None
+
+    def metadata(self) -> dict[str, Role]:
+        """What has been verified of the repository so far, by role; empty before the first poll."""
+        folder = self.home / DELIVERY / METADATA
+        found = {}
+        for role in ("root", "timestamp", "snapshot", "targets", role_of(self.tier)):
             try:
-                installed, model = self.verified(current.slot)
-            except TrustError:
-                if self.current() == current:
-                    raise
-                continue
-            if installed.identity != current.identity and self.current() == current:
-                raise DigestError(
-                    f"{self.folder(current.slot)}: holds another release than was committed; install it again"
-                )
-            if installed.identity == current.identity:
-                return installed, model
-
-    def remove_leftovers(self) -> None:
-        """Drop half-written files of a process that was killed; call it with the lock held."""
-        for path in self.home.glob(".current.json.*"):
-            path.unlink()
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Only one process at a time changes what is installed.
-
-        Raises:
-            FedgeError: another one does so now.
-        """
-        with (self.home / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise FedgeError(
-                    f"{self.home}: another installation is under way; try again later"
-                ) from error
-            yield
+                signed = _load(folder / f"{role}.json", MAX_TARGETS_BYTES)["signed"]
+                found[role] = Role(int(signed["version"]), str(signed["expires"]))
+            except (FormatError, KeyError, TypeError, ValueError):
+                continue  # the next poll fetches it anew
+        return found
 
 
-def previous(device: Device, current: Current) -> Installed | None:
-    """The committed release before the current one, if the other slot still holds it whole."""
+def exists(home: Path) -> bool:
+    """Whether a folder is the home of a device that releases can be installed on."""
+    return (home / DELIVERY / TIER).exists()
+
+
+def root_version(data: bytes) -> int:
+    """The version of root metadata, which is not verified by that.
+
+    Raises:
+        FormatError: it is none.
+    """
+    if len(data) > MAX_ROOT_BYTES:
+        raise FormatError(f"root: {len(data)} bytes, over the {MAX_ROOT_BYTES} it may have")
     try:
-        found, _ = device.verified(current.other)
-    except (FedgeError, OSError):
-        return None
-    return found if current.floor <= found.release.version < current.version else None
+        signed = json.loads(data.decode("utf-8"))["signed"]
+        if signed["_type"] != "root" or type(signed["version"]) is not int:
+            raise ValueError(signed["_type"])
+        return int(signed["version"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError("root: no root metadata; give the repository's metadata/1.root.json") from error
 
 
-def _trusted_key(home: Path, name: str) -> bytes:
-    pem = read_bounded(home / "trusted" / f"{name}.pem", signing.MAX_KEY_BYTES)
-    if signing.key_id(pem) != name:
-        raise FormatError(f"{home}/trusted/{name}.pem: holds another key than its name says")
-    return pem
+def _installed(opened: Opened) -> Installed:
+    release = Release.from_bytes(opened.notes)
+    for entry in release.variants:
+        if entry.installed_sha256 == opened.record.installed_sha256:
+            damaged = "the version committed last is damaged; install it again" if opened.returned else ""
+            return Installed(release, entry, opened.record, damaged)
+    raise DigestError(
+        f"release {release.version}: its manifest does not name what is installed; install it again"
+    )
 
 
-def _load(data: bytes, where: str, names: set[str]) -> dict[str, Any]:
+def _load(path: Path, maximum: int) -> dict[str, Any]:
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(read_bounded(path, maximum).decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: damaged, not JSON") from error
-    if not isinstance(value, dict) or value.pop("schema", None) != SCHEMA or value.keys() != names:
-        raise FormatError(f"{where}: damaged, or written by another version of fedge")
+        raise FormatError(f"{path}: damaged, not JSON") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: damaged, no object of JSON")
     return value

@@ -30,7 +30,7 @@ class Prediction:
 
 
 class Runtime:
-    """An installed variant, verified and open. It answers with no network."""
+    """An installed variant, verified and open. It answers with no network, and writes nothing."""
 
     def __init__(self, installed: Installed, model: CompactModel) -> None:
         self.installed = installed
@@ -38,11 +38,13 @@ class Runtime:
 
     @classmethod
     def open(cls, home: Path, *, threads: int = 1) -> Runtime:
-        """Load what is installed at a device's home; signature and digest are checked before it is used.
+        """Load what is installed at a device's home; it is held to the digest that was committed.
+
+        Where the disk has damaged it, the release before answers, and `installed.damaged` says so.
 
         Raises:
             UserError: there is no device, or nothing is installed.
-            TrustError: what is installed is damaged or not signed by a trusted key.
+            TrustError: what is installed is damaged, and there is nothing to return to.
         """
         installed, model = Device.open(home).running()
         return cls(installed, CompactModel(model, installed.release.spec, threads=threads))

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedge import signing
+from tuf_repository import Repository
+
 from fedge_client import cli
 
 
@@ -19,9 +20,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def key(tmp_path: Path, publisher: Any) -> str:
-    (tmp_path / "signing.pub").write_bytes(publisher.trusted[0])
-    return str(tmp_path / "signing.pub")
+def root(tmp_path: Path, publisher: Any) -> str:
+    (tmp_path / "root.json").write_bytes(publisher.root)
+    return str(tmp_path / "root.json")
 
 
 @pytest.fixture
@@ -35,10 +36,10 @@ def install(publisher: Any, *options: str) -> int:
 
 
 def test_a_device_is_made_by_its_first_installation_and_answers(
-    home: Path, publisher: Any, key: str, picture: str, capsys: pytest.CaptureFixture[str]
+    home: Path, publisher: Any, root: str, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publisher.offer(1, answer=1)
-    assert install(publisher, "--tier", "micro", "--trust", key) == 0
+    assert install(publisher, "--tier", "micro", "--root", root) == 0
     assert capsys.readouterr().out.startswith("installed release 1 (tier micro, distil + int8): ")
     assert install(publisher) == 0
     assert "nothing to do: release 1 runs" in capsys.readouterr().out
@@ -51,27 +52,29 @@ def test_a_device_is_made_by_its_first_installation_and_answers(
 
 
 def test_status_shows_what_runs_and_where_it_comes_from(
-    home: Path, publisher: Any, key: str, capsys: pytest.CaptureFixture[str]
+    home: Path, publisher: Any, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for version in (3, 4):
         publisher.offer(version, answer=1)
-        install(publisher, "--tier", "micro", "--trust", key)
+        install(publisher, "--tier", "micro", "--root", root)
     capsys.readouterr()
     assert cli.main(["status", "--format", "json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["tier"], shown["recipe"], shown["task"]) == ("micro", "distil + int8", "digits")
-    assert (shown["version"], shown["previous"], shown["floor"], shown["left"]) == (4, 3, 3, None)
+    assert (shown["version"], shown["previous"], shown["floor"], shown["left"]) == (4, 3, 0, None)
+    assert shown["quarantine"] == []
+    assert shown["metadata"]["timestamp"] == {"version": 3, "expires": "2999-01-01T00:00:00Z"}
     assert shown["lineage"] == {"run": "run-1", "round": 7, "global_model": "a" * 64, "updates": "b" * 64}
     assert cli.main(["status"]) == 0
     assert f"lineage updates       {'b' * 64}\n" in capsys.readouterr().out
 
 
 def test_rollback_returns_and_install_takes_it_back_only_when_told(
-    home: Path, publisher: Any, key: str, picture: str, capsys: pytest.CaptureFixture[str]
+    home: Path, publisher: Any, root: str, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for version in (1, 2):
         publisher.offer(version, answer=version)
-        install(publisher, "--tier", "micro", "--trust", key)
+        install(publisher, "--tier", "micro", "--root", root)
     assert cli.main(["rollback"]) == 0
     capsys.readouterr()
     assert cli.main(["infer", picture]) == 0
@@ -86,26 +89,26 @@ def test_rollback_returns_and_install_takes_it_back_only_when_told(
 
 
 def test_an_older_release_exits_with_1_and_the_installed_one_answers(
-    home: Path, publisher: Any, key: str, picture: str, capsys: pytest.CaptureFixture[str]
+    home: Path, publisher: Any, root: str, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publisher.offer(2, answer=2)
-    install(publisher, "--tier", "micro", "--trust", key)
+    install(publisher, "--tier", "micro", "--root", root)
     publisher.offer(1, answer=1)
     assert install(publisher) == 1
-    assert capsys.readouterr().err.startswith("fedge-client: error: release 1 is below this device's floor 2")
+    assert capsys.readouterr().err.startswith("fedge-client: error: version 1 is older than the installed 2")
     assert cli.main(["infer", picture]) == 0
     assert capsys.readouterr().out.startswith("two ")
 
 
 def test_mistakes_exit_with_2_and_leave_no_device_behind(
-    home: Path, publisher: Any, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: Path, publisher: Any, root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publisher.offer(1, answer=1)
     for arguments, line in (
         (["install", str(publisher.folder)], "the first time, give --tier"),
-        (["install", str(tmp_path / "nowhere"), "--tier", "micro", "--trust", key], "is no folder"),
+        (["install", str(tmp_path / "nowhere"), "--tier", "micro", "--root", root], "is no repository"),
         (
-            ["install", str(publisher.folder), "--tier", "micro", "--trust", str(tmp_path)],
+            ["install", str(publisher.folder), "--tier", "micro", "--root", str(tmp_path)],
             "cannot be read",
         ),
         (["status"], "no device at"),
@@ -119,35 +122,35 @@ def test_mistakes_exit_with_2_and_leave_no_device_behind(
     assert not home.exists()
 
 
-def test_a_wrong_key_or_tier_the_first_time_leaves_no_device_behind(
-    home: Path, publisher: Any, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_wrong_root_or_tier_the_first_time_leaves_no_device_behind(
+    home: Path, publisher: Any, root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publisher.offer(1, answer=1)
-    (tmp_path / "other.pub").write_bytes(signing.generate_key()[1])
-    assert install(publisher, "--tier", "micro", "--trust", str(tmp_path / "other.pub")) == 1
-    assert "not signed by a trusted key" in capsys.readouterr().err
-    assert install(publisher, "--tier", "mega", "--trust", key) == 1
-    assert "no variant for tier 'mega'; it has: micro" in capsys.readouterr().err
+    (tmp_path / "other.json").write_bytes(Repository().trusted_root)
+    assert install(publisher, "--tier", "micro", "--root", str(tmp_path / "other.json")) == 1
+    assert "not signed by enough of the keys" in capsys.readouterr().err
+    assert install(publisher, "--tier", "mega", "--root", root) == 1
+    assert "tier 'mega': metadata says nothing of it" in capsys.readouterr().err
     assert not home.exists()
 
 
-def test_tier_and_key_of_a_device_are_fixed(
-    home: Path, publisher: Any, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_tier_and_root_of_a_device_are_fixed(
+    home: Path, publisher: Any, root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publisher.offer(1, answer=1)
-    install(publisher, "--tier", "micro", "--trust", key)
-    assert install(publisher, "--tier", "micro", "--trust", key) == 0
+    install(publisher, "--tier", "micro", "--root", root)
+    assert install(publisher, "--tier", "micro", "--root", root) == 0
     assert install(publisher, "--tier", "mini") == 2
-    (tmp_path / "other.pub").write_bytes(signing.generate_key()[1])
-    assert install(publisher, "--trust", str(tmp_path / "other.pub")) == 2
-    assert "are fixed" in capsys.readouterr().err
+    (tmp_path / "other.json").write_bytes(Repository().trusted_root)
+    assert install(publisher, "--root", str(tmp_path / "other.json")) == 2
+    assert "a device is given its root once" in capsys.readouterr().err
 
 
 def test_a_file_that_does_not_fit_exits_with_2(
-    home: Path, publisher: Any, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: Path, publisher: Any, root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publisher.offer(1, answer=1)
-    install(publisher, "--tier", "micro", "--trust", key)
+    install(publisher, "--tier", "micro", "--root", root)
     np.save(tmp_path / "wrong.npy", np.zeros((3, 3), np.uint8))
     for name in ("absent.png", "wrong.npy"):
         assert cli.main(["infer", str(tmp_path / name)]) == 2
@@ -155,17 +158,17 @@ def test_a_file_that_does_not_fit_exits_with_2(
 
 
 def test_preflight_passes_on_a_sound_device_and_names_what_fails(
-    home: Path, publisher: Any, key: str, capsys: pytest.CaptureFixture[str]
+    home: Path, publisher: Any, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["preflight"]) == 1
     assert "FAIL home: no device at" in capsys.readouterr().out
     assert not home.exists()
     publisher.offer(1, answer=1)
-    install(publisher, "--tier", "micro", "--trust", key)
+    install(publisher, "--tier", "micro", "--root", root)
     capsys.readouterr()
     assert cli.main(["preflight"]) == 0
     assert [line[:4] for line in capsys.readouterr().out.splitlines()] == ["ok  "] * 5
-    (home / "slots" / "a" / "model.onnx").write_bytes(b"x")
+    (home / "installed" / "slots" / "a" / "artefact").write_bytes(b"x")
     assert cli.main(["preflight", "--format", "json"]) == 1
     results = json.loads(capsys.readouterr().out)
     assert {name for name, result in results.items() if not result["ok"]} == {"model", "clock"}
@@ -174,10 +177,10 @@ def test_preflight_passes_on_a_sound_device_and_names_what_fails(
 
 
 def test_preflight_notices_a_clock_before_the_release(
-    home: Path, publisher: Any, key: str, capsys: pytest.CaptureFixture[str]
+    home: Path, publisher: Any, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publisher.offer(1, answer=1, created="2999-01-01T00:00:00Z")
-    install(publisher, "--tier", "micro", "--trust", key)
+    install(publisher, "--tier", "micro", "--root", root)
     capsys.readouterr()
     assert cli.main(["preflight"]) == 1
     assert "set the clock" in capsys.readouterr().out
@@ -185,10 +188,10 @@ def test_preflight_notices_a_clock_before_the_release(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
 def test_a_home_that_cannot_be_written_is_named(
-    home: Path, publisher: Any, key: str, capsys: pytest.CaptureFixture[str]
+    home: Path, publisher: Any, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publisher.offer(1, answer=1)
-    install(publisher, "--tier", "micro", "--trust", key)
+    install(publisher, "--tier", "micro", "--root", root)
     home.chmod(0o500)
     try:
         assert cli.main(["preflight"]) == 1

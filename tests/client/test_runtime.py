@@ -21,9 +21,11 @@ from PIL import Image
 from fedge.errors import DataError, UserError
 from fedge.spec import Spec
 from fedge_client import inputs
+from fedge_client.device import Device
 from fedge_client.inputs import fit, read_input, read_text
+from fedge_client.installing import install
 from fedge_client.runtime import Runtime
-from fedge_client.updater import Device, Updater, folder_fetch
+from fedge_client.updater import folder
 
 GREY = Spec("image", (8, 8), "uint8", ("no", "yes"))
 COLOUR = Spec("image", (4, 6, 3), "uint8", ("no", "yes"))
@@ -33,10 +35,9 @@ NAMELESS = Spec("features", (3,), "float32", ("no", "yes"))
 
 
 def installed(tmp_path: Path, publisher: Any) -> Path:
-    home = tmp_path / "home"
-    device = Device.create(home, "micro", publisher.trusted)
-    Updater.of(device, folder_fetch(publisher.folder)).install()
-    return home
+    device = Device.create(tmp_path / "home", "micro", publisher.root)
+    install(device, folder(publisher.folder))
+    return device.home
 
 
 # Answers
@@ -65,7 +66,7 @@ def test_a_batch_is_answered_one_by_one_and_an_empty_one_with_nothing(tmp_path: 
 def test_without_an_installation_there_is_one_clear_line(tmp_path: Path, publisher: Any) -> None:
     with pytest.raises(UserError, match="no device at"):
         Runtime.open(tmp_path / "home")
-    Device.create(tmp_path / "home", "micro", publisher.trusted)
+    Device.create(tmp_path / "home", "micro", publisher.root)
     with pytest.raises(UserError, match="nothing is installed"):
         Runtime.open(tmp_path / "home")
 
@@ -362,10 +363,11 @@ def test_a_file_that_is_absent_or_a_folder_or_too_long_is_refused(
 ALONE = """
 import sys
 import fedge_client.runtime, fedge_client.updater, fedge_client.cli
+from fedge_client.device import Device
+from fedge_client.installing import install
 from pathlib import Path
 home, published, picture = map(Path, sys.argv[1:])
-device = fedge_client.updater.Device.open(home)
-fedge_client.updater.Updater.of(device, fedge_client.updater.folder_fetch(published)).install()
+install(Device.open(home), fedge_client.updater.folder(published))
 runtime = fedge_client.runtime.Runtime.open(home)
 print(runtime.infer(fedge_client.runtime.read_input(picture, runtime.spec))[0].label)
 heavy = {"torch", "flwr", "sklearn", "scipy", "pydantic", "pandas", "pyarrow", "safetensors", "sqlalchemy",
@@ -376,7 +378,7 @@ print(sorted(heavy & set(sys.modules)))
 
 def test_installing_and_answering_import_nothing_of_the_training_side(tmp_path: Path, publisher: Any) -> None:
     publisher.offer(1, answer=1)
-    home = Device.create(tmp_path / "home", "micro", publisher.trusted).home
+    home = Device.create(tmp_path / "home", "micro", publisher.root).home
     Image.new("L", (30, 30)).save(tmp_path / "x.png")
     root = Path(__file__).parents[2]
     done = subprocess.run(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from fedge import cli
 from fedge.errors import FormatError, UserError
+from fedge_client.cli.agent import add_home
 
 
 def add(commands: Any) -> None:
@@ -29,10 +28,7 @@ def add(commands: Any) -> None:
         metavar="JOIN",
         help="what fedge-server token create printed; - reads it from standard input, unseen by other users",
     )
-    default = Path(os.environ.get("FEDGE_HOME") or Path.home() / ".fedge")
-    made.add_argument(
-        "--home", type=Path, default=default, help="the device's folder (default: $FEDGE_HOME, else ~/.fedge)"
-    )
+    add_home(made)
     made.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from fedge.errors import FedgeError, UserError
-from fedge_client.device import Device
+from fedge_client.device import Device, exists, root_version
 
 _MIN_FREE_BYTES: Final = 16 * 1024**2  # below this a next installation is doubtful
 _CLOCK_SLACK_S: Final = 24 * 3600  # a clock may lag the publisher's by this much
@@ -47,13 +47,12 @@ def _tried(check: Check, home: Path) -> tuple[bool, str]:
 def _checks(home: Path) -> Iterator[tuple[str, Check]]:
     """What this device is for decides what it needs: releases, training, or both."""
     enrolled = (home / "identity" / "hub.json").exists()
-    infers = (home / "device.json").exists() or not enrolled
     yield "home", partial(_home, home)
     yield "space", partial(_space, home)
-    if infers:
-        yield "keys", partial(_keys, home)
+    if exists(home) or not enrolled:
+        yield "trust", partial(_trust, home)
         yield "clock", partial(_clock, home)
-        yield "model", partial(_model, home)
+        yield "model", partial(_model, home, enrolled)
     if enrolled:
         from fedge_client.agent import checks
 
@@ -63,7 +62,7 @@ def _checks(home: Path) -> Iterator[tuple[str, Check]]:
 def _home(home: Path) -> str:
     from fedge.files import write_atomically
 
-    if not (home / "identity" / "hub.json").exists() and not (home / "device.json").exists():
+    if not (home / "identity" / "hub.json").exists() and not exists(home):
         raise UserError(f"no device at {home}; begin with fedge-client install, or fedge-client enroll")
     probe = home / ".preflight"
     write_atomically(probe, b"")
@@ -78,25 +77,32 @@ def _space(home: Path) -> str:
     return f"{free} bytes are free"
 
 
-def _keys(home: Path) -> str:
+def _trust(home: Path) -> str:
     device = Device.open(home)
-    return f"tier {device.tier}, {len(device.trusted)} trusted key(s)"
+    given, known = root_version(device.root), device.metadata()
+    roles = ", ".join(f"{role} {found.version} until {found.expires}" for role, found in known.items())
+    return f"tier {device.tier}, given root {given}; verified: {roles or 'nothing yet'}"
 
 
 def _clock(home: Path) -> str:
     """The clock must not lag the newest thing that this device has verified."""
-    created = Device.open(home).running()[0].release.created
-    now = datetime.now(UTC)
-    if time.time() < datetime.fromisoformat(created).timestamp() - _CLOCK_SLACK_S:
-        raise FedgeError(
-            f"it says {now:%Y-%m-%d}, before the installed release was made ({created}); set the clock"
-        )
+    now, device = datetime.now(UTC), Device.open(home)
+    if device.store.state().current is not None:
+        created = device.running()[0].release.created
+        if time.time() < datetime.fromisoformat(created).timestamp() - _CLOCK_SLACK_S:
+            raise FedgeError(
+                f"it says {now:%Y-%m-%d}, before the installed release was made ({created}); set the clock"
+            )
     return f"{now:%Y-%m-%dT%H:%M:%SZ}"
 
 
-def _model(home: Path) -> str:
+def _model(home: Path, enrolled: bool) -> str:
     from fedge_client.runtime import Runtime
 
+    if enrolled and Device.open(home).store.state().current is None:
+        return "none is installed yet"
     runtime = Runtime.open(home)
     runtime.infer(runtime.spec.zeros(1))
+    if runtime.installed.damaged:
+        raise FedgeError(f"{runtime.installed.damaged}; until then release {runtime.release.version} answers")
     return f"release {runtime.release.version} loads and answers"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedge.errors import FedgeError
-from fedge_client.device import Device, Installed, previous
+from fedge_client.device import Device, Installed, exists
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     home: Path = arguments.home
     agent = agent_facts(home)
     # A device may only train: then nothing is installed, and that is no mistake.
-    only_trains = agent is not None and not (home / "device.json").exists()
+    only_trains = agent is not None and not exists(home)
     shown, code = ({"home": str(home)}, 0) if only_trains else _installed(home)
     _print({**shown, "agent": agent}, arguments.format)
     return code
@@ -28,22 +28,26 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _installed(home: Path) -> tuple[dict[str, Any], int]:
     device = Device.open(home)
-    current = device.current()
+    state = device.store.state()
     shown: dict[str, Any] = {"home": str(device.home), "tier": device.tier, "version": None}
-    if current is None:
-        return shown, 0
-    back = previous(device, current)
+    known = {"metadata": {role: asdict(found) for role, found in device.metadata().items()}}
+    if state.current is None:
+        return {**shown, "floor": state.lowest, **known}, 0
+    back = device.previous(state)
     shown |= {
-        "version": current.version,
-        "previous": back.release.version if back else None,
-        "floor": current.floor,
-        "left": current.left or None,
+        "version": state.current.version,
+        "previous": back.version if back else None,
+        "floor": state.lowest,
+        "left": state.left or None,
+        "quarantine": list(state.quarantined),
     }
     try:
         installed, _ = device.running()
     except FedgeError as error:
-        return {**shown, "damaged": str(error)}, error.exit_code
-    return {**shown, **_described(installed)}, 0
+        return {**shown, "damaged": str(error), **known}, error.exit_code
+    if installed.damaged:
+        return {**shown, "damaged": installed.damaged, "answers": installed.record.version, **known}, 1
+    return {**shown, **_described(installed), **known}, 0
 
 
 def _described(installed: Installed) -> dict[str, Any]:
@@ -131,5 +135,5 @@ def _flat(shown: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
         full = f"{before} {name}".strip()
         if isinstance(value, dict) and value:
             yield from _flat(value, full)
-        elif value != {}:
-            yield full, value
+        elif value not in ({}, []):
+            yield full, ", ".join(map(str, value)) if isinstance(value, list) else value

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from fedge.errors import FormatError, HealthError
+from fedge.errors import HealthError
+from fedge.golden import Golden
 from fedge.inference import CompactModel
 from fedge.spec import Spec
 from fedge_client.updater.streams import Seconds
@@ -26,25 +26,6 @@ Check = Callable[[bytes], None]
 MARGIN: Final = 0.1  # between the two likeliest labels: above it the answer must be the same
 TOLERANCE: Final = 0.05  # of each probability
 _ROUNDS: Final = 3  # of the golden inputs, where the first ones are too slow: the device may be busy
-
-
-@dataclass(frozen=True, slots=True)
-class Golden:
-    """Inputs, and what the model answered to them where it was made."""
-
-    x: npt.NDArray[Any]  # (N, *spec.shape), raw
-    probabilities: npt.NDArray[np.float32]  # (N, classes)
-    latency_s: float = math.inf  # budget of the tier for one answer, seconds: the median of N keeps it
-
-    def __post_init__(self) -> None:
-        """Refuse nonsense on construction."""
-        if self.probabilities.ndim != 2 or len(self.x) != len(self.probabilities) or not len(self.x):
-            raise FormatError(
-                f"golden: {len(self.x)} inputs and probabilities {self.probabilities.shape}; "
-                "give one row for each input, and one input or more"
-            )
-        if not np.isfinite(self.probabilities).all() or not self.latency_s > 0:
-            raise FormatError("golden: probabilities must be finite, and the latency budget above 0 seconds")
 
 
 def anything(_: bytes) -> None:

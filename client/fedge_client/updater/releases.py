@@ -1,4 +1,4 @@
-"""From verified metadata to what a device of a tier installs: mark, notes, manifest, variant.
+"""From verified metadata to what a device of a tier installs: mark, notes, manifest, variant, trial.
 
 The metadata of a tier says which versions there are and below which none may run (`fedge.delivery`); the
 manifest says what a version is; the variant is what travels. Each is held to the one before it.
@@ -7,15 +7,21 @@ manifest says what a version is; the variant is what travels. Each is held to th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from fedge.artefact import unpack
-from fedge.delivery import MAX_MARK_BYTES, ReleaseNote, TierMark, mark_path, target_path
+from fedge.delivery import MAX_MARK_BYTES, Kind, ReleaseNote, TierMark, mark_path, target_path
 from fedge.errors import DigestError, DowngradeError, FormatError, TrustError
 from fedge.files import sha256
+from fedge.golden import MAX_BYTES as MAX_GOLDEN_BYTES
+from fedge.golden import Golden
+from fedge.golden import read as read_golden
 from fedge.manifest import MAX_BYTES, Release, VariantEntry
 from fedge_client.updater.installer import Artefact
 from fedge_client.updater.streams import DEFAULT_PACE, Fetcher, Pace, whole
 from fedge_client.updater.trust import Target, Trusted
+
+_BESIDE: Final[tuple[Kind, ...]] = ("model", "golden")  # what a device fetches besides the manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,7 @@ class Offered:
 
     release: Release
     artefact: Artefact
+    golden: Target  # inputs, and what the variant answered to them where it was gated
 
 
 def mark_of(trusted: Trusted, tier: str) -> TierMark:
@@ -70,9 +77,9 @@ def offer(
             f"version {version} is below the floor {mark.floor} of tier {tier!r}; take a newer one"
         )
     manifest, note = _listed(trusted, target_path(tier, version, "manifest"), version)
-    model, other = _listed(trusted, target_path(tier, version, "model"), version)
-    if other != note or note.manifest != manifest.sha256 or manifest.length > MAX_BYTES:
-        raise DigestError(f"{model.path}: belongs to another manifest than {manifest.path}; publish it again")
+    model, golden = (_beside(trusted, tier, note, kind) for kind in _BESIDE)
+    if note.manifest != manifest.sha256 or manifest.length > MAX_BYTES:
+        raise DigestError(f"{manifest.path}: is another manifest than its metadata says; publish it again")
     data = whole(fetch, manifest.file, manifest.length, pace=pace)
     if sha256(data) != manifest.sha256:
         raise DigestError(f"{manifest.path}: the bytes fetched are not those that were signed")
@@ -80,7 +87,23 @@ def offer(
     entry = release.variant(tier)
     if release.version != version or (entry.wire_sha256, entry.wire_bytes) != (model.sha256, model.length):
         raise DigestError(f"{manifest.path}: speaks of another variant than {model.path}; publish it again")
-    return Offered(release, _artefact(model, entry, data, release.version, mark.floor))
+    if entry.golden_sha256 != golden.sha256 or golden.length > MAX_GOLDEN_BYTES:
+        raise DigestError(f"{manifest.path}: speaks of another trial than {golden.path}; publish it again")
+    return Offered(release, _artefact(model, entry, data, release.version, mark.floor), golden)
+
+
+def golden_of(offered: Offered, fetch: Fetcher, *, pace: Pace = DEFAULT_PACE) -> Golden:
+    """What a version is tried with on the device.
+
+    Raises:
+        TrustError: other bytes than were signed, or another form than this fedge reads.
+        FetchError: it cannot be fetched now.
+    """
+    target = offered.golden
+    data = whole(fetch, target.file, target.length, pace=pace)
+    if sha256(data) != target.sha256:
+        raise DigestError(f"{target.path}: the bytes fetched are not those that were signed")
+    return read_golden(data, offered.release.spec)
 
 
 def unpacked(data: bytes, artefact: Artefact) -> bytes:
@@ -90,6 +113,13 @@ def unpacked(data: bytes, artefact: Artefact) -> bytes:
         FormatError: truncated, damaged, or another length than declared.
     """
     return unpack(data, artefact.installed_bytes or 0)
+
+
+def _beside(trusted: Trusted, tier: str, note: ReleaseNote, kind: Kind) -> Target:
+    target, other = _listed(trusted, target_path(tier, note.version, kind), note.version)
+    if other != note:
+        raise DigestError(f"{target.path}: belongs to another manifest than the version's; publish it again")
+    return target
 
 
 def _listed(trusted: Trusted, path: str, version: int) -> tuple[Target, ReleaseNote]:

@@ -31,14 +31,24 @@ class Publisher:
     ) -> Release:
         entry, wire = self.tools.entry_of(tier, self.tools.constant_model(version % 3))
         release: Release = self.tools.release_of(version, (entry,))
-        self.list(tier, version, release.to_bytes(), wire, lineage_digest(release.lineage))
+        trial = self.tools.golden_bytes(self.tools.constant_model(version % 3))
+        self.list(tier, version, release.to_bytes(), wire, lineage_digest(release.lineage), trial)
         self.mark(TierMark(tier, floor, version if newest is None else newest))
         return release
 
-    def list(self, tier: str, version: int, manifest: bytes, wire: bytes, lineage: str = "0" * 64) -> None:
+    def list(
+        self,
+        tier: str,
+        version: int,
+        manifest: bytes,
+        wire: bytes,
+        lineage: str = "0" * 64,
+        trial: bytes = b"",
+    ) -> None:
         note = ReleaseNote(version, sha256(manifest), lineage).to_json()
         self.repository.add(f"tier-{tier}", f"{tier}/{version}.manifest", manifest, note)
         self.repository.add(f"tier-{tier}", f"{tier}/{version}.model", wire, note)
+        self.repository.add(f"tier-{tier}", f"{tier}/{version}.golden", trial, note)
         self.sign(tier)
 
     def mark(self, mark: TierMark, role: str | None = None) -> None:

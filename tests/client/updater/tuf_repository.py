@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,12 @@ TOP = ("root", "timestamp", "snapshot", "targets")
 class Repository:
     """Signed metadata of every role, and the files that a fetcher is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, expires: datetime = YEAR) -> None:
+        self.expires = expires
         self.keys = {role: [CryptoSigner.generate_ed25519()] for role in TOP}
-        self.root = Root(expires=YEAR, consistent_snapshot=True)
-        self.timestamp, self.snapshot = Timestamp(expires=YEAR), Snapshot(expires=YEAR)
-        self.targets: dict[str, Targets] = {"targets": Targets(expires=YEAR)}
+        self.root = Root(expires=expires, consistent_snapshot=True)
+        self.timestamp, self.snapshot = Timestamp(expires=expires), Snapshot(expires=expires)
+        self.targets: dict[str, Targets] = {"targets": Targets(expires=expires)}
         for role in TOP:
             self.root.add_key(self.keys[role][0].public_key, role)
         self.files: dict[str, bytes] = {}
@@ -105,7 +106,7 @@ class Repository:
         parent.delegations.roles[role] = DelegatedRole(role, [], 1, terminating, list(paths))
         parent.add_key(key.public_key, role)
         if role not in self.targets:
-            self.targets[role] = Targets(expires=YEAR)
+            self.targets[role] = Targets(expires=self.expires)
             self.put_targets(role)
 
     def add(self, role: str, path: str, content: bytes, custom: dict[str, Any] | None = None) -> str:
@@ -127,9 +128,11 @@ class Repository:
             raise AbsentError(f"{name}: not here")
         yield self.files[name][offset:]
 
-    def write(self, folder: Path) -> None:
-        """All files, for a server or another process."""
+    def write(self, folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> None:
+        """All files whose names are wanted, for a server or another process."""
         for name, content in self.files.items():
+            if not wanted(name):
+                continue
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)

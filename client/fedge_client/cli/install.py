@@ -1,0 +1,123 @@
+"""`fedge-client install` and `rollback`: which release runs on this device."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedge import cli
+from fedge.delivery import MAX_ROOT_BYTES
+from fedge.errors import FormatError, UserError
+from fedge.files import read_bounded
+from fedge_client.cli.agent import add_home
+from fedge_client.device import Device, exists, root_version
+
+
+def add(commands: Any) -> None:
+    """Add the subcommands."""
+    made = cli.subcommand(
+        commands,
+        "install",
+        _install,
+        summary="Install the newest release of a repository's folder. The first time, say which tier and root.",
+        examples="  fedge-client install /mnt/stick --tier micro --root 1.root.json   (first time)\n"
+        "  fedge-client install /mnt/stick                                   (afterwards)",
+    )
+    made.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="a repository: it holds metadata/ and targets/"
+    )
+    made.add_argument("--tier", help="the class of devices that this one belongs to; first time only")
+    made.add_argument(
+        "--root",
+        type=Path,
+        metavar="ROOT.json",
+        help="the repository's root metadata, got by a way that you trust; first time only",
+    )
+    made.add_argument("--again", action="store_true", help="take back a release that a rollback left")
+    add_home(made)
+    made = cli.subcommand(
+        commands,
+        "rollback",
+        _rollback,
+        summary="Go back to the previous release, which is kept on this device. No network is needed.",
+        examples="  fedge-client rollback",
+    )
+    add_home(made)
+
+
+def _install(arguments: argparse.Namespace) -> int:
+    from fedge_client.installing import install
+    from fedge_client.updater.streams import folder
+
+    if not (arguments.folder / "metadata").is_dir():
+        raise UserError(
+            f"{arguments.folder} is no repository; give the folder that holds metadata/ and targets/"
+        )
+    device = _known_device(arguments) if exists(arguments.home) else _new_device(arguments)
+    left = device.store.state().left
+    outcome = install(device, folder(arguments.folder), again=arguments.again)
+    current = outcome.state.current
+    if outcome.offered is None:
+        _say(f"nothing to install: tier {device.tier} has no release yet")
+    elif not outcome.changed:
+        _say(f"nothing to do: release {current.version if current else 0} runs (tier {device.tier})")
+        if left:
+            _say(f"release {left} was left by a rollback; --again takes it back")
+    else:
+        release, entry = outcome.offered.release, outcome.offered.release.variant(device.tier)
+        _say(
+            f"installed release {release.version} (tier {device.tier}, {entry.recipe}): "
+            f"{outcome.offered.artefact.length} bytes fetched, {entry.installed_bytes} installed"
+        )
+    return 0
+
+
+def _new_device(arguments: argparse.Namespace) -> Device:
+    """Make the device once the release is known to be good for it: a mistake leaves nothing behind."""
+    from fedge_client.installing import look
+    from fedge_client.updater.streams import folder
+
+    if not arguments.tier or not arguments.root:
+        raise UserError(
+            f"no device at {arguments.home}: the first time, give --tier TIER and --root 1.root.json"
+        )
+    root = _read_root(arguments.root)
+    look(arguments.tier, root, folder(arguments.folder))
+    return Device.create(arguments.home, arguments.tier, root)
+
+
+def _known_device(arguments: argparse.Namespace) -> Device:
+    device = Device.open(arguments.home)
+    if arguments.tier not in (None, device.tier):
+        raise UserError(f"this device is of tier {device.tier!r}; for {arguments.tier!r} make another --home")
+    if arguments.root is not None and _read_root(arguments.root) != device.root:
+        raise UserError(
+            "--root: a device is given its root once, and follows the repository's changes of it; "
+            "for another repository make another --home"
+        )
+    return device
+
+
+def _read_root(path: Path) -> bytes:
+    try:
+        data = read_bounded(path, MAX_ROOT_BYTES)
+        root_version(data)
+    except FormatError as error:
+        raise UserError(f"--root {path}: {error}") from error
+    return data
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from fedge_client.installing import return_to_previous
+
+    back = return_to_previous(Device.open(arguments.home))
+    _say(
+        f"returned to release {back.version}; to take the other one back: fedge-client install FOLDER --again"
+    )
+    return 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
