@@ -2,7 +2,8 @@
 
     fedge.db or fedge.pgdump   the database: one consistent state, copied first
     store/...                  the objects that this state needs to go on
-    everything else            keys, certificates, settings, releases, folders of runs
+    repository/...             releases as devices see them, while nobody publishes
+    everything else            keys, certificates, settings, folders of runs
     backup.json                names, sizes and digests, last: a file without it was cut off
 
 Left out is what lives no longer than a round (queue, objects, spool) or than a process (sockets, locks).
@@ -31,6 +32,8 @@ from fedge.files import sync_folder
 from fedge_server.registry.database import Registry
 from fedge_server.registry.dump import copy_database
 from fedge_server.registry.engine import DATABASE
+from fedge_server.release.place import REPOSITORY
+from fedge_server.repository import Repository
 
 MANIFEST: Final = "backup.json"
 FORMAT: Final = 1
@@ -39,7 +42,8 @@ _FOLDERS_LEFT_OUT: Final = {
     "spool",
     "store",
     "lost+found",
-}  # of the store, what is needed is added
+    "repository",
+}  # what is needed of the store is added, and the repository as a whole
 _LEFT_OUT: Final = (".lock", ".sock", "-wal", "-shm", "-journal")  # endings
 _ATTEMPTS: Final = 5
 _FILES_OPEN: Final = 64  # objects held open from the start: two for each run that goes on meanwhile
@@ -193,8 +197,18 @@ def _fill(registry: Registry, home: Path, packed: gzip.GzipFile, beside: Path) -
         _add_objects(archive, registry, home, objects)
         for path in _walk(home):
             _add_path(archive, path, str(path.relative_to(home)))
+        _add_repository(archive, home)
         archive.finish()
         return len(archive.entries), len(objects)
+
+
+def _add_repository(archive: _Archive, home: Path) -> None:
+    """The repository of releases while nobody publishes: its timestamp names files that are copied too."""
+    folder = home / REPOSITORY
+    if folder.is_dir():
+        with Repository(folder).still():
+            for path in (folder, *_walk(folder)):
+                _add_path(archive, path, str(path.relative_to(home)))
 
 
 def _add_objects(

@@ -32,9 +32,10 @@ from fedge_server.rounds.record import RoundRecord
 FILES = {
     "ca/ca.key": (b"secret", 0o600),
     "tls/server.pem": (b"certificate", 0o644),
-    "keys/signing.key": (b"secret too", 0o600),
-    "release/release.json": (b"{}", 0o644),
-    "release/objects/" + "a" * 64: (b"variant", 0o644),
+    "keys/timestamp.key": (b"secret too", 0o600),
+    "repository/metadata/timestamp.json": (b"{}", 0o644),
+    "repository/state/used.json": (b"{}", 0o600),
+    "repository/targets/micro/" + "a" * 64 + ".1.model": (b"variant", 0o644),
     "runs/r/config.json": (b"{}", 0o644),
     "runs/r/log": (b"round 1\n", 0o640),
 }
@@ -45,7 +46,7 @@ LEFT_OUT = {
     "objects/r/" + "b" * 64: b"going down",
     "spool/r/file": b"coming up",
     "store/.partial.abc": b"half",
-    "release/.release.json.abc": b"half",
+    "repository/metadata/.timestamp.json.abc": b"half",
 }
 
 

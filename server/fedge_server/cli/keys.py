@@ -225,7 +225,9 @@ def _changed(
 
 
 def _status(arguments: argparse.Namespace, repository: Repository) -> int:
-    found = repository.status()
+    from fedge_server.release import ReleasePlace
+
+    found, place = repository.status(), ReleasePlace.of(Home.chosen(arguments.home).root)
     value = [
         {
             "role": role.role,
@@ -234,6 +236,7 @@ def _status(arguments: argparse.Namespace, repository: Repository) -> int:
             "threshold": role.threshold,
             "keys": list(role.keys),
             "due": role.is_due,
+            "ending": place.is_ending(role),
         }
         for role in found
     ]
@@ -241,7 +244,7 @@ def _status(arguments: argparse.Namespace, repository: Repository) -> int:
     for role in found:
         names = ", ".join(key[:8] for key in role.keys)
         keys = f"{role.threshold} of {names}" if names else "none: suspended"
-        due = "due" if role.is_due else ""
+        due = "ends soon: renew it" if place.is_ending(role) else "due" if role.is_due else ""
         rows.append([role.role, str(role.version), f"{role.expires:%Y-%m-%d %H:%M}", keys, due])
     return show(arguments, value, table(rows))
 

@@ -20,6 +20,7 @@ from fedge_server.identity.admission import show_time
 from fedge_server.identity.authority import Authority, ServerCertificate
 from fedge_server.registry.engine import connect, reading
 from fedge_server.registry.schema import HEAD
+from fedge_server.release.place import ONLINE, ReleasePlace
 
 LOW_DISK_BYTES: Final = 1024**3
 _DAY_S: Final = 86400.0
@@ -45,6 +46,8 @@ def check(home: Home) -> list[Finding]:
         ("authority", lambda: _authority(home)),
         ("certificate", lambda: _certificate(home, settings)),
         ("keys", lambda: _keys(home)),
+        ("repository", lambda: _repository(home)),
+        ("signers", lambda: _signers(home)),
         ("database", lambda: _database(home, settings)),
         ("disk", lambda: _disk(home)),
         ("socket", lambda: _socket(home)),
@@ -88,6 +91,28 @@ def _keys(home: Home) -> str:
                 raise FedgeError(f"{path}: others may read it; run: chmod go= {path}")
             looked += secret
     return f"{looked} files and folders that only their owner may read"
+
+
+def _repository(home: Home) -> str:
+    """Stops a fleet that accepts nothing any more, because metadata has expired unnoticed."""
+    place = ReleasePlace.of(home.root)
+    if not place.repository.is_there:
+        raise FedgeError("there is none, so nothing can be released; run: fedge-server keys make")
+    found = place.repository.status()
+    if soon := [role for role in found if place.is_ending(role)]:
+        ends = ", ".join(f"{role.role} ends {role.expires:%Y-%m-%d %H:%M}" for role in soon)
+        raise FedgeError(f"{ends}; run: fedge-server keys refresh (snapshot, timestamp) or keys renew ROLE")
+    missing = [role for role in ONLINE if role not in place.at_hand().top]
+    if missing:
+        raise FedgeError(f"{place.keys / missing[0]}.key is not here: nothing can be published or refreshed")
+    return f"{len(found) - 4} tiers, next end {min(role.expires for role in found):%Y-%m-%d %H:%M}"
+
+
+def _signers(home: Home) -> str:
+    found = ReleasePlace.of(home.root).at_hand()
+    if found.away:
+        raise FedgeError(f"{'; '.join(found.away)}: releases of its tier will await a signature")
+    return f"keys or signers of {', '.join(sorted(found.tiers)) or 'no tier'} are at hand"
 
 
 def _database(home: Home, settings: Settings) -> str:

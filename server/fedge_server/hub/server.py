@@ -36,6 +36,7 @@ from fedge_server.hub.exchange import Exchange
 from fedge_server.hub.fleet import Fleet
 from fedge_server.hub.gate import Gate
 from fedge_server.hub.home import Home
+from fedge_server.hub.keeping import keep_repository
 from fedge_server.hub.link import LinkServicer
 from fedge_server.hub.listening import DEVICE_OPTIONS, LINK_OPTIONS, LOCAL_OPTIONS, age, bind, describe
 from fedge_server.hub.roster import Roster
@@ -142,7 +143,10 @@ class Hub:
         ports = json.dumps({"link": self.link_port, "enrolment": self.enrolment_port})
         write_atomically(self.home.ports, ports.encode() + b"\n")
         await self._supervisor.look()
-        self._tasks = [asyncio.create_task(self._keep_house())]
+        self._tasks = [
+            asyncio.create_task(self._keep_house()),
+            asyncio.create_task(keep_repository(self.home)),
+        ]
         _log.info(
             "hub is up: devices on %s, enrolment on %s",
             address(listen.host, self.link_port),

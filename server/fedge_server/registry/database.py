@@ -274,7 +274,7 @@ class Registry:
         variants: Sequence[Mapping[str, str]],
         further: Callable[[sa.Connection], None] = lambda _: None,
     ) -> None:
-        """Write down a published release and its variants (tier, recipe, wire, installed, evidence).
+        """Write down a published release and its variants.
 
         Args:
             version: of the release.
@@ -282,7 +282,7 @@ class Registry:
             round_number: of the run.
             global_model: SHA-256.
             manifest: its bytes, which go into the store.
-            variants: one for each tier.
+            variants: tier, recipe, and the digests wire, installed, evidence, golden.
             further: is written in the same transaction.
         """
         self.store.put(manifest)

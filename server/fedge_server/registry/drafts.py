@@ -65,7 +65,15 @@ class Drafts:
             if connection.scalar(sa.select(_drafts.c.id).where(_drafts.c.id == name)) is None:
                 connection.execute(_drafts.insert().values(id=name, **values))
                 rows = [
-                    {"draft": name, "tier": entry.tier, "status": "waiting", "reason": ""}
+                    {
+                        "draft": name,
+                        "tier": entry.tier,
+                        "status": "waiting",
+                        "reason": "",
+                        "wire": entry.wire_sha256,
+                        "evidence": entry.evidence_sha256,
+                        "golden": entry.golden_sha256,
+                    }
                     for entry in release.variants
                 ]
                 connection.execute(_variants.insert(), rows)

@@ -100,7 +100,7 @@ def _dump_postgresql(engine: sa.Engine, target: Path, hold: Hold) -> Path:
 
 
 def _needed(connection: sa.Connection) -> list[str]:
-    """Objects of each run's last round and of released models."""
+    """Objects of each run's last round, of released models, and of releases and drafts."""
     rounds, runs = schema.rounds.c, schema.runs.c
     last = sa.select(rounds.run_id, sa.func.max(rounds.number).label("number")).group_by(rounds.run_id)
     newest = last.subquery()
@@ -111,6 +111,15 @@ def _needed(connection: sa.Connection) -> list[str]:
     query = sa.select(rounds.model, rounds.state).select_from(joined).order_by(over, runs.created.desc())
     found = [digest for row in connection.execute(query) for digest in row]
     found += connection.scalars(sa.select(schema.releases.c.global_model))
+    found += connection.scalars(sa.select(schema.drafts.c.manifest))
+    variants, drafted = schema.variants.c, schema.draft_variants.c
+    kept = variants.golden != ""  # of earlier ones no object is in the store
+    released = sa.select(schema.releases.c.manifest, variants.wire, variants.evidence, variants.golden)
+    for query in (
+        released.join(schema.variants, variants.release == schema.releases.c.version).where(kept),
+        sa.select(drafted.wire, drafted.evidence, drafted.golden),
+    ):
+        found += [digest for row in connection.execute(query) for digest in row]
     return list(dict.fromkeys(found))
 
 

@@ -63,6 +63,9 @@ variants = sa.Table(
     sa.Column("wire", sa.String(64), nullable=False),
     sa.Column("installed", sa.String(64), nullable=False),
     sa.Column("evidence", sa.String(64), nullable=False),  # SHA-256 of the gate report
+    sa.Column(
+        "golden", sa.String(64), nullable=False, server_default=""
+    ),  # SHA-256; empty: nothing of it is in the store
 )
 devices = sa.Table(
     "devices",
@@ -194,6 +197,9 @@ draft_variants = sa.Table(
     sa.Column("tier", sa.String(32), primary_key=True),
     sa.Column("status", sa.String(16), nullable=False),  # waiting, refused, published
     sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("wire", sa.String(64), nullable=False),  # SHA-256 of an object in the store, as the two below
+    sa.Column("evidence", sa.String(64), nullable=False),
+    sa.Column("golden", sa.String(64), nullable=False),
     sa.Column("release", sa.ForeignKey("releases.version")),  # under which it was published
 )
 audit = sa.Table(

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +29,7 @@ from fedge_server.repository import (
     Lifetimes,
     Repository,
     RoleKeys,
+    RoleStatus,
     Signing,
     TopRole,
     create_key,
@@ -126,12 +127,14 @@ class ReleasePlace:
             if role.role.startswith("tier-")
         }
 
+    def is_ending(self, role: RoleStatus) -> bool:
+        """Whether a role ends so soon that a person should look: online ones are signed again by the hub."""
+        left = role.expires - datetime.now(UTC)
+        return left < (timedelta(hours=12) if role.role in ONLINE else timedelta(days=14))
+
     def at_hand(self) -> AtHand:
         """The keys in this home that lie open, and the signers that answer."""
-        top: dict[str, FileSigning] = {}
-        for role in (*OFFLINE, *ONLINE):
-            with suppress(UserError):  # carried away, or encrypted: then it is not at hand
-                top[role] = load_key(self._path(role))
+        top = self._open_keys((*OFFLINE, *ONLINE))
         tiers: dict[str, list[Signing]] = {}
         away = []
         for path in sorted(self.keys.glob("tier-*.key")):
@@ -146,6 +149,17 @@ class ReleasePlace:
             except SignerAwayError as error:
                 away.append(str(error))
         return AtHand(top, tiers, tuple(away))
+
+    def online(self) -> list[FileSigning]:
+        """The keys of snapshot and timestamp, as far as they are here."""
+        return list(self._open_keys(ONLINE).values())
+
+    def _open_keys(self, roles: Iterable[str]) -> dict[str, FileSigning]:
+        found = {}
+        for role in roles:
+            with suppress(UserError):  # carried away, or encrypted: then it is not at hand
+                found[role] = load_key(self._path(role))
+        return found
 
     def _path(self, role: str) -> Path:
         return self.keys / f"{role}.key"

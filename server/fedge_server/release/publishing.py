@@ -228,6 +228,7 @@ def _record(registry: Registry, draft: Draft, release: Release, who: str) -> Non
                 "wire": entry.wire_sha256,
                 "installed": entry.installed_sha256,
                 "evidence": entry.evidence_sha256,
+                "golden": entry.golden_sha256,
             }
             for entry in release.variants
         ],

@@ -90,6 +90,19 @@ class Repository:
         """Whether it has been created."""
         return bool(self._folder.roots())
 
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Nobody publishes meanwhile: for whoever copies the files.
+
+        Raises:
+            FedgeError: a publisher is at work for all the time that one waits.
+        """
+        if not self.is_there:
+            yield
+            return
+        with self._folder.locked(self._patience_s):
+            yield
+
     def create(self, keys: Mapping[TopRole, RoleKeys], signing: Sequence[Signing]) -> bytes:
         """Begin a repository without tiers.
 

@@ -95,7 +95,7 @@ class TestInit:
         assert ServerCertificate.load(home.tls).names >= {"localhost"}
         assert not Authority.open(home.ca).rotating
         modes = {path.name: path.stat().st_mode & 0o777 for path in home.root.iterdir()}
-        assert set(modes) == {"ca", "tls", "keys", "fedge.db", "server.toml"}
+        assert set(modes) == {"ca", "tls", "keys", "repository", "fedge.db", "server.toml"}
         assert modes["ca"] == modes["tls"] == modes["keys"] == 0o700
         assert modes["server.toml"] == 0o600
         assert home.root.stat().st_mode & 0o777 == 0o700

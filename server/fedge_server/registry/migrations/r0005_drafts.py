@@ -10,7 +10,8 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    """Add the tables; what was there stays as it is."""
+    """Add the tables; variants of earlier releases have no golden inputs."""
+    op.add_column("variants", sa.Column("golden", sa.String(64), nullable=False, server_default=""))
     op.create_table(
         "drafts",
         sa.Column("id", sa.String(16), primary_key=True),
@@ -24,5 +25,8 @@ def upgrade() -> None:
         sa.Column("tier", sa.String(32), primary_key=True),
         sa.Column("status", sa.String(16), nullable=False),
         sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("wire", sa.String(64), nullable=False),
+        sa.Column("evidence", sa.String(64), nullable=False),
+        sa.Column("golden", sa.String(64), nullable=False),
         sa.Column("release", sa.Integer, sa.ForeignKey("releases.version")),
     )
