@@ -257,8 +257,8 @@ def _repository(arguments: argparse.Namespace) -> Repository:
 
 def _public(paths: Sequence[Path], threshold: int) -> RoleKeys:
     from fedge.files import read_bounded
-    from fedge.signing import MAX_KEY_BYTES
     from fedge_server.repository import RoleKeys, load_public
+    from fedge_server.repository.keys import MAX_KEY_BYTES
 
     return RoleKeys(tuple(load_public(read_bounded(path, MAX_KEY_BYTES)) for path in paths), threshold)
 

@@ -30,7 +30,6 @@ from securesystemslib.signer import CryptoSigner, Key, Signature, SSlibKey
 
 from fedge.errors import FedgeError, FormatError, UserError
 from fedge.files import read_bounded, write_atomically
-from fedge.signing import MAX_KEY_BYTES
 from fedge_server.repository.signing import Request
 
 KeyKind = Literal["ed25519", "p256"]
@@ -38,6 +37,7 @@ PrivateKey = Ed25519PrivateKey | ec.EllipticCurvePrivateKey
 Passphrase = Callable[[], bytes]
 """Gives the passphrase of a key when it is needed; a function may ask a person or a keyring."""
 
+MAX_KEY_BYTES: Final = 16 * 1024  # of one PEM file
 MIN_PASSPHRASE_BYTES: Final = 12
 MAX_PASSPHRASE_BYTES: Final = 1024
 

@@ -69,7 +69,8 @@ def drafted(registry: Registry, tools: Any) -> Callable[..., str]:
                 registry.store.put(each)
         values: dict[str, Any] = {
             "version": 1, "task": "digits", "created": "2026-01-31T12:00:00Z", "spec": tools.images,
-            "lineage": Lineage("run-1", 7, registry.store.put(b"a model"), "b" * 64), "variants": tuple(entries),
+            "lineage": Lineage("run-1", 7, registry.store.put(b"a model"), "b" * 64),
+            "variants": tuple(entries),
         }  # fmt: skip
         return registry.drafts.add(Release(**{**values, **changes}))
 
