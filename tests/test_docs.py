@@ -218,7 +218,7 @@ def test_calls_are_found_in_console_blocks_without_what_the_shell_does() -> None
         ("fedge-sim dmeo", "no such subcommand"),
         ("fedge-sim", "no such subcommand"),
         ("fedge-sim demo --outt x", "--outt is not in its --help"),
-        ("fedge-client install /mnt/published --tier micro --trust signing.pub", None),
+        ("fedge-client install /mnt/published --tier micro --root 1.root.json", None),
     ],
 )
 def test_a_call_is_held_against_the_commands_own_help(call: str, wrong: str | None) -> None:

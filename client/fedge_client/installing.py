@@ -12,7 +12,7 @@ from fedge.errors import AbsentError, UserError
 from fedge.manifest import Release
 from fedge_client.device import INSTALLED, Device
 from fedge_client.updater.health import Check, anything, model_check
-from fedge_client.updater.installer import Installer, decide
+from fedge_client.updater.installer import Expand, Installer, decide
 from fedge_client.updater.releases import Offered, golden_of, mark_of, offer, unpacked
 from fedge_client.updater.streams import DEFAULT_PACE, Fetcher, Pace, within
 from fedge_client.updater.trust import Clock, Trust, utc_now
@@ -65,7 +65,8 @@ def install(
         return Outcome(before, offered, changed=False)
     # Before the trial is counted: an outage is no failure of the version.
     check = model_check(offered.release.spec, golden_of(offered, targets, pace=pace))
-    state = _installer(device, targets, check, pace).install(offered.artefact, again=again)
+    expand = _expand(device, offered, fetch, pace)
+    state = _installer(device, targets, check, pace, expand).install(offered.artefact, again=again)
     return Outcome(state, offered, changed=True)
 
 
@@ -98,8 +99,27 @@ def return_to_previous(device: Device) -> Release:
     return back
 
 
-def _installer(device: Device, targets: Fetcher, check: Check, pace: Pace) -> Installer:
-    return Installer(device.home / INSTALLED, targets, check, expand=unpacked, pace=pace)
+def _expand(device: Device, offered: Offered, fetch: Fetcher, pace: Pace) -> Expand:
+    """What makes the installed bytes of those that travelled: opened first where they are sealed."""
+    if offered.sealing is None:
+        return unpacked
+    from fedge_client.agent.identity import Identity, is_enrolled
+    from fedge_client.updater.sealed import content_keys, unsealed
+
+    if not is_enrolled(device.home):
+        raise UserError(
+            f"release {offered.release.version} is sealed for enrolled devices; "
+            "run: fedge-client enroll JOIN, or publish with [delivery] seal = false"
+        )
+    identity = Identity.open(device.home)
+    keys = content_keys(fetch, device.tier, identity.device_id, identity.keys.sealing, pace=pace)
+    return unsealed(offered.sealing, offered.release.variant(device.tier), keys)
+
+
+def _installer(
+    device: Device, targets: Fetcher, check: Check, pace: Pace, expand: Expand = unpacked
+) -> Installer:
+    return Installer(device.home / INSTALLED, targets, check, expand=expand, pace=pace)
 
 
 def _nowhere(name: str, maximum: int, offset: int = 0, /) -> Iterator[bytes]:

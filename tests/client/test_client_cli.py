@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from tuf_repository import Repository
 
 from fedge_client import cli

@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         commands,
         "install",
         _install,
-        summary="Install the newest release of a repository's folder. The first time, say which tier and root.",
+        summary="Install the newest release of a repository's folder. The first time, say tier and root.",
         examples="  fedge-client install /mnt/stick --tier micro --root 1.root.json   (first time)\n"
         "  fedge-client install /mnt/stick                                   (afterwards)",
     )

@@ -18,9 +18,9 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from fedge_client.updater.health import Check, Golden, anything, model_check
+    from fedge_client.updater.health import Check, anything, model_check
     from fedge_client.updater.installer import Artefact, Expand, Installer, Patch
-    from fedge_client.updater.releases import Offered, mark_of, offer, unpacked
+    from fedge_client.updater.releases import Offered, golden_of, mark_of, offer, unpacked
     from fedge_client.updater.store import Opened, Record, State, Store
     from fedge_client.updater.streams import Fetcher, Pace, chunks_of, folder, whole, within
     from fedge_client.updater.trust import Clock, Limits, Target, Trust, Trusted
@@ -31,7 +31,6 @@ __all__ = [
     "Clock",
     "Expand",
     "Fetcher",
-    "Golden",
     "Installer",
     "Limits",
     "Offered",
@@ -47,6 +46,7 @@ __all__ = [
     "anything",
     "chunks_of",
     "folder",
+    "golden_of",
     "mark_of",
     "model_check",
     "offer",
@@ -56,9 +56,9 @@ __all__ = [
 ]
 
 _PARTS: Final = {
-    "health": ("Check", "Golden", "anything", "model_check"),
+    "health": ("Check", "anything", "model_check"),
     "installer": ("Artefact", "Expand", "Installer", "Patch"),
-    "releases": ("Offered", "mark_of", "offer", "unpacked"),
+    "releases": ("Offered", "golden_of", "mark_of", "offer", "unpacked"),
     "store": ("Opened", "Record", "State", "Store"),
     "streams": ("Fetcher", "Pace", "chunks_of", "folder", "whole", "within"),
     "trust": ("Clock", "Limits", "Target", "Trust", "Trusted"),

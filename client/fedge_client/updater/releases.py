@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from fedge.artefact import unpack
-from fedge.delivery import MAX_MARK_BYTES, Kind, ReleaseNote, TierMark, mark_path, target_path
+from fedge.delivery import MAX_MARK_BYTES, Kind, ReleaseNote, Sealing, TierMark, mark_path, target_path
 from fedge.errors import DigestError, DowngradeError, FormatError, TrustError
 from fedge.files import sha256
 from fedge.golden import MAX_BYTES as MAX_GOLDEN_BYTES
 from fedge.golden import Golden
-from fedge.golden import read as read_golden
 from fedge.manifest import MAX_BYTES, Release, VariantEntry
 from fedge_client.updater.installer import Artefact
+from fedge_client.updater.sealed import check_sealing
 from fedge_client.updater.streams import DEFAULT_PACE, Fetcher, Pace, whole
 from fedge_client.updater.trust import Target, Trusted
 
@@ -31,6 +31,7 @@ class Offered:
     release: Release
     artefact: Artefact
     golden: Target  # inputs, and what the variant answered to them where it was gated
+    sealing: Sealing | None = None  # how the model travels; None: as the manifest describes it
 
 
 def mark_of(trusted: Trusted, tier: str) -> TierMark:
@@ -85,11 +86,15 @@ def offer(
         raise DigestError(f"{manifest.path}: the bytes fetched are not those that were signed")
     release = Release.from_bytes(data)
     entry = release.variant(tier)
-    if release.version != version or (entry.wire_sha256, entry.wire_bytes) != (model.sha256, model.length):
+    sealing = note.sealing
+    if sealing is not None:
+        check_sealing(sealing, entry, model.length)
+    described = sealing is not None or (entry.wire_sha256, entry.wire_bytes) == (model.sha256, model.length)
+    if release.version != version or not described:
         raise DigestError(f"{manifest.path}: speaks of another variant than {model.path}; publish it again")
     if entry.golden_sha256 != golden.sha256 or golden.length > MAX_GOLDEN_BYTES:
         raise DigestError(f"{manifest.path}: speaks of another trial than {golden.path}; publish it again")
-    return Offered(release, _artefact(model, entry, data, release.version, mark.floor), golden)
+    return Offered(release, _artefact(model, entry, data, release.version, mark.floor), golden, sealing)
 
 
 def golden_of(offered: Offered, fetch: Fetcher, *, pace: Pace = DEFAULT_PACE) -> Golden:
@@ -103,7 +108,7 @@ def golden_of(offered: Offered, fetch: Fetcher, *, pace: Pace = DEFAULT_PACE) ->
     data = whole(fetch, target.file, target.length, pace=pace)
     if sha256(data) != target.sha256:
         raise DigestError(f"{target.path}: the bytes fetched are not those that were signed")
-    return read_golden(data, offered.release.spec)
+    return Golden.from_bytes(data, offered.release.spec)
 
 
 def unpacked(data: bytes, artefact: Artefact) -> bytes:

@@ -29,8 +29,9 @@ from fedge.errors import (
     UserError,
 )
 from fedge.files import sha256
+from fedge.golden import Golden
 from fedge.inference import CompactModel
-from fedge_client.updater import Artefact, Golden, Installer, Pace, Record, State, anything, model_check
+from fedge_client.updater import Artefact, Installer, Pace, Record, State, anything, model_check
 from fedge_client.updater.health import compare
 from fedge_client.updater.installer import decide
 from fedge_client.updater.store import MAX_QUARANTINED, MAX_TRIALS
