@@ -19,11 +19,11 @@ from fedge_server.cli.place import add_home, show, table
 from fedge_server.hub.home import Home
 
 if TYPE_CHECKING:
-    from fedge_server.repository import FileSigning, Repository, RoleKeys
+    from fedge_server.repository import Repository, RoleKeys, Signing
     from fedge_server.repository.keys import Passphrase
 
-_SIGN = "a private key at hand, or KEY=FILE with the file of its passphrase; give it once for each key"
-_PUBLIC = "a public key of the role from now on; give it once for each key"
+_SIGN = "a private key, KEY=FILE with the file of its passphrase, or a signer's socket; once for each key"
+_PUBLIC = "a public key of the role from now on, or a signer's socket; once for each key"
 
 
 def add(commands: Any) -> None:
@@ -186,7 +186,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _add_tier(arguments: argparse.Namespace) -> int:
-    def change(repository: Repository, signing: Sequence[FileSigning]) -> None:
+    def change(repository: Repository, signing: Sequence[Signing]) -> None:
         keys = _public(arguments.public, arguments.threshold)
         repository.add_tier(arguments.tier, keys, signing, floor=arguments.floor)
 
@@ -194,7 +194,7 @@ def _add_tier(arguments: argparse.Namespace) -> int:
 
 
 def _rotate(arguments: argparse.Namespace) -> int:
-    def change(repository: Repository, signing: Sequence[FileSigning]) -> None:
+    def change(repository: Repository, signing: Sequence[Signing]) -> None:
         keys = _public(arguments.public, arguments.threshold)
         repository.rotate(arguments.role, keys, signing, is_lost=arguments.lost)
 
@@ -210,15 +210,13 @@ def _renew(arguments: argparse.Namespace) -> int:
 
 
 def _refresh(arguments: argparse.Namespace) -> int:
-    def change(repository: Repository, signing: Sequence[FileSigning]) -> None:
+    def change(repository: Repository, signing: Sequence[Signing]) -> None:
         repository.refresh(signing, force=arguments.force)
 
     return _changed(arguments, change)
 
 
-def _changed(
-    arguments: argparse.Namespace, change: Callable[[Repository, Sequence[FileSigning]], None]
-) -> int:
+def _changed(arguments: argparse.Namespace, change: Callable[[Repository, Sequence[Signing]], None]) -> int:
     repository = _repository(arguments)
     change(repository, _signing(arguments))
     return _status(arguments, repository)
@@ -259,15 +257,24 @@ def _public(paths: Sequence[Path], threshold: int) -> RoleKeys:
     from fedge.files import read_bounded
     from fedge_server.repository import RoleKeys, load_public
     from fedge_server.repository.keys import MAX_KEY_BYTES
+    from fedge_server.signer.remote import RemoteSigning
 
-    return RoleKeys(tuple(load_public(read_bounded(path, MAX_KEY_BYTES)) for path in paths), threshold)
+    keys = [
+        RemoteSigning(path).key if path.is_socket() else load_public(read_bounded(path, MAX_KEY_BYTES))
+        for path in paths
+    ]
+    return RoleKeys(tuple(keys), threshold)
 
 
-def _signing(arguments: argparse.Namespace) -> list[FileSigning]:
+def _signing(arguments: argparse.Namespace) -> list[Signing]:
     from fedge_server.repository import load_key, passphrase_in
+    from fedge_server.signer.remote import RemoteSigning
 
-    found = []
+    found: list[Signing] = []
     for text in arguments.sign:
+        if Path(text).is_socket():
+            found.append(RemoteSigning(Path(text)))
+            continue
         name, equals, file = text.partition("=")
         passphrase = passphrase_in(Path(file)) if equals else _asked(Path(name), twice=False)
         found.append(load_key(Path(name), passphrase=passphrase))
