@@ -28,7 +28,8 @@ from fedge_server.privacy import accounting
 from fedge_server.privacy.report import PrivacyReport, privacy_report
 from fedge_server.registry.database import Registry
 from fedge_server.registry.ledger import Ledger
-from fedge_server.release import REPOSITORY, publish_outcomes
+from fedge_server.release import REPOSITORY
+from fedge_server.release.outcomes import publish_outcomes
 from fedge_server.report import Report, write_report
 from fedge_server.rounds.loop import Learned, Observer
 from fedge_server.rounds.moments import kept_moments

@@ -58,7 +58,8 @@ def _of_run(arguments: argparse.Namespace) -> int:
     from fedge_server.compression.choose import source_of
     from fedge_server.data import data_of_run
     from fedge_server.pipeline import CANDIDATES
-    from fedge_server.release import REPOSITORY, publish_outcomes
+    from fedge_server.release import REPOSITORY
+    from fedge_server.release.outcomes import publish_outcomes
     from fedge_server.rounds.loop import recall
 
     opened, registry = open_registry(arguments.home)

@@ -1,6 +1,5 @@
 """From variants that passed their gate to signed releases in the repository, and back from a device."""
 
-from fedge_server.release.outcomes import publish_outcomes
 from fedge_server.release.place import KEYS, REPOSITORY, ReleasePlace
 from fedge_server.release.publishing import Published, Waiting, draft_again, publish_draft
 
@@ -12,5 +11,4 @@ __all__ = [
     "Waiting",
     "draft_again",
     "publish_draft",
-    "publish_outcomes",
 ]
