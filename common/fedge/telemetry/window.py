@@ -79,7 +79,7 @@ class Window:
             lost=self.lost,
             **numbers,
         )
-        return message.SerializeToString(deterministic=True)
+        return bytes(message.SerializeToString(deterministic=True))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:

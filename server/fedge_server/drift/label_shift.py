@@ -34,4 +34,5 @@ def class_shares(confusion: Floats, answers: Floats) -> Floats:
         raise FedgeError("label shift: the model does not tell all classes apart, so nothing follows")
     weights = np.linalg.solve(joint, np.maximum(answers, 0) / np.maximum(answers, 0).sum())
     shares = np.maximum(weights, 0.0) * joint.sum(0)
-    return shares / shares.sum()
+    found: Floats = shares / shares.sum()
+    return found

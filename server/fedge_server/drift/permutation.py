@@ -69,6 +69,6 @@ def paired(differences: Floats, seed: int = 0) -> Changes:
 def _signs(devices: int, seed: int) -> Floats:
     if devices <= _EXACT:
         codes = np.arange(2**devices)[:, None] >> np.arange(devices) & 1  # (2^D, D)
-        return 1.0 - 2.0 * codes
+        return (1.0 - 2.0 * codes).astype(np.float64)
     drawn = np.random.default_rng(seed).integers(0, 2, (PATTERNS, devices)) * 2.0 - 1.0
     return np.concatenate([np.ones((1, devices)), drawn])

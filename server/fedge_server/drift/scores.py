@@ -124,7 +124,8 @@ def _unordered(window: Floats, baseline: Floats) -> float:
 def _cumulative(counts: Floats) -> Floats:
     """(F, B) counts, which noise may have put below 0, to cumulative shares."""
     padded = counts + _PRIOR
-    return np.cumsum(padded, axis=1) / np.maximum(padded.sum(1, keepdims=True), 1.0)
+    found: Floats = np.cumsum(padded, axis=1) / np.maximum(padded.sum(1, keepdims=True), 1.0)
+    return found
 
 
 def _shares(counts: Floats) -> Floats:
@@ -134,4 +135,5 @@ def _shares(counts: Floats) -> Floats:
 
 def _size(counts: Floats) -> Floats:
     """(F, 1) answers in each histogram."""
-    return np.maximum(counts.sum(1, keepdims=True), 1.0)
+    found: Floats = np.maximum(counts.sum(1, keepdims=True), 1.0)
+    return found

@@ -22,4 +22,5 @@ def index(window: Floats, baseline: Floats) -> Floats:
 
 def _shares(counts: Floats) -> Floats:
     padded = np.maximum(counts, 0) + 0.5
-    return padded / padded.sum(-1, keepdims=True)
+    found: Floats = padded / padded.sum(-1, keepdims=True)
+    return found

@@ -1,0 +1,1 @@
+"""When to learn again, and what comes next: decided from values alone."""
