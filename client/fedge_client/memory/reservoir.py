@@ -2,8 +2,8 @@
 
 - `uniform`: J. S. Vitter, "Random sampling with a reservoir" (ACM TOMS 11, 1985), algorithm R: of n examples
   each is kept with probability size / n.
-- `balanced`: A. Chrysakis, M.-F. Moens, "Online continual learning from imbalanced data" (ICML 2020), algorithm
-  1: the same within each class, and classes get equal room as far as they have examples.
+- `balanced`: A. Chrysakis, M.-F. Moens, "Online continual learning from imbalanced data" (ICML 2020):
+  the same within each class, and classes get equal room as far as they have examples.
 
 Both are pure: they take counts and a source of randomness, and know nothing of what is kept.
 """

@@ -89,7 +89,8 @@ def reasons(policy: Policy, state: State) -> dict[str, str]:
 
 def waits_until(policy: Policy, state: State) -> float:
     """Before this time (Unix seconds) no cycle begins that nobody asked for."""
-    gap = min(policy.min_gap_s * 2 ** min(state.failures, 32), max(policy.max_gap_s, policy.min_gap_s))
+    doubled = policy.min_gap_s * 2.0 ** min(state.failures, 32)
+    gap = min(doubled, max(policy.max_gap_s, policy.min_gap_s))
     within = sorted(state.begun)[-policy.most_cycles :]
     budget = within[0] + policy.within_s if len(within) == policy.most_cycles else float("-inf")
     return max(state.ended + gap, budget)

@@ -12,6 +12,7 @@ REVISIONS: Final = (
     "0003",
     "0004",
     "0005",
+    "0007",
 )  # oldest first; a database at any other was written by a newer fedge
 HEAD: Final = REVISIONS[-1]
 
@@ -213,4 +214,31 @@ audit = sa.Table(
     sa.Column("why", sa.Text, nullable=False),
     sa.Column("previous", sa.String(64), nullable=False),  # digest of the entry before
     sa.Column("digest", sa.String(64), nullable=False),  # SHA-256 of all of the above as canonical JSON
+)
+telemetry_windows = sa.Table(
+    "telemetry_windows",
+    metadata,
+    sa.Column("device_id", sa.String(64), primary_key=True),
+    sa.Column("slot", sa.BigInteger, primary_key=True, autoincrement=False),  # names it among the device's
+    sa.Column("tier", sa.String(32), nullable=False),
+    sa.Column("version", sa.ForeignKey("releases.version"), nullable=False),  # that answered
+    sa.Column("tags", sa.JSON, nullable=False),  # of the device, when it came
+    sa.Column("received", sa.Double, nullable=False),  # Unix seconds
+    sa.Column("body", sa.LargeBinary, nullable=False),  # a serialised TelemetryWindow
+    sa.Index("ix_telemetry_windows_release", "tier", "version", "received"),
+    sa.Index("ix_telemetry_windows_received", "received"),
+)
+drift_watches = sa.Table(
+    "drift_watches",
+    metadata,
+    sa.Column("tier", sa.String(32), primary_key=True),
+    sa.Column("version", sa.ForeignKey("releases.version"), primary_key=True),
+    sa.Column("state", sa.JSON, nullable=False),
+)
+drift_tracks = sa.Table(
+    "drift_tracks",
+    metadata,
+    sa.Column("device_id", sa.String(64), primary_key=True),
+    sa.Column("version", sa.ForeignKey("releases.version"), primary_key=True),
+    sa.Column("state", sa.JSON, nullable=False),
 )
