@@ -46,6 +46,14 @@ class Model:
     # An earlier global model: a model file, a run folder, or "release:N" of this server.
     start: str | None = None  # whose weights the run begins with
     distil_from: str | None = None  # that teaches the run's first model, of whatever architecture
+    # Share of each client's loss that holds to the answers of `start` on its own examples; the rest is labels'
+    remember: Share = 0.0
+    remember_temperature: Positive = 2.0  # by which both networks' logits are divided
+
+    def __post_init__(self) -> None:
+        """Refuse to remember nothing."""
+        if self.remember and self.start is None:
+            raise ValueError("remember needs start, the earlier model whose answers are held to")
 
 
 @dataclass(frozen=True, slots=True, config=STRICT)

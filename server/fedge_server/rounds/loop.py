@@ -39,6 +39,7 @@ from fedge_server.rounds.grids import Simulated, nodes_of
 from fedge_server.rounds.moments import federated_moments, kept_moments
 from fedge_server.rounds.pace import Pace
 from fedge_server.rounds.record import RoundRecord
+from fedge_server.rounds.remembering import remembering
 from fedge_server.rounds.run import Run
 from fedge_server.rounds.sampling import cohort_size
 from fedge_server.rounds.secure import encoding_of
@@ -129,7 +130,9 @@ def _prepare(
     check_model(config, network)
     if config.privacy.secure_aggregation:
         encoding_of(config, cohort_size(len(nodes_of(grid)), config.rounds))
-    lesson = None if teaching is None else teaching.lesson
+    keep = not isinstance(grid, Simulated)  # simulated clients share the server's memory
+    lessons = teaching or remembering(config, task, data, registry, run_id, network=network, keep=keep)
+    lesson = None if lessons is None else lessons.lesson
     chosen = strategies.build(
         config, network=network, population=len(nodes_of(grid)), task=task, data=data, lesson=lesson
     )
@@ -163,7 +166,7 @@ def _prepare(
         grid, config, data, registry, run_id, told, model, chosen, protection, arrays, "", [],
         about(config, task, data.spec),
     )  # fmt: skip
-    _equip(run, teaching)
+    _equip(run, lessons)
     if last is None:
         scores, _ = run.evaluate_centrally()
         run.commit(RoundRecord(0, scores, simulated_s=run.simulated_s(), origin=start.origin))

@@ -88,7 +88,7 @@ class Run:
     choice: Choice | None = None  # of runs that choose clients by what is known of them
     frozen: Frozen | None = None  # of runs that leave parts of the model as they are
     look: Look | None = None  # at this round's answers, in runs that decide by them how much is worked
-    teaching: Teaching | None = None  # of rounds in which clients train a student
+    teaching: Teaching | None = None  # of rounds in which clients learn from a model's answers
 
     def next_round(self) -> RoundRecord:
         """One whole round: choose, configure, send, collect, aggregate, evaluate, commit."""
@@ -189,6 +189,7 @@ class Run:
             return list(self.configure(number, MessageType.TRAIN, nodes))
 
         came = under_way.replies(number, self.shared, make, collected)
+        came = came if self.teaching is None else self.teaching.teacher.noted(came)
         admit = under_way.admit(self.rules(number), number)
         admit = admit if self.frozen is None else self.frozen.around(admit)
         updates = collect(came, admit, collected, needed=strategy.buffer, once=self.at_once)
@@ -287,7 +288,7 @@ class Run:
         record = replace(self.instructions, train=train, frozen_sum=checksum).to_config()
         sent = list(make(number, messages.to_record(self.shared), record, Cohort(self.grid, nodes)))
         sent = sent if self.frozen is None else self.frozen.dressed(sent)
-        if self.teaching is None or self.chosen.terms.lesson is None:
+        if self.teaching is None or self.chosen.terms.lesson is None or kind != MessageType.TRAIN:
             return sent
         return self.teaching.teacher.sent_with(sent)
 
@@ -387,7 +388,7 @@ class Run:
 
     def commit(self, record: RoundRecord) -> None:
         """Make the round count."""
-        parts = (self.downlink, self.pace, self.choice, self.frozen)
+        parts = (self.downlink, self.pace, self.choice, self.frozen, self.teaching)
         memory = (dict(part.memory()) for part in parts if part is not None)
         state = capture(self.chosen.strategy, ChainMap(*memory))
         kept = {**self.arrays, **moments_arrays(self.instructions.moments)}

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
+import numpy.typing as npt
 from flwr.app import Message, RecordDict
 from torch import nn
 
@@ -17,6 +19,8 @@ from fedge.learning.messages import to_record
 from fedge.learning.state import NamedArrays, arrays_of, digest
 from fedge.learning.terms import TEACHER, Lesson
 from fedge.statistics import Moments
+
+REMEMBERED: Final = "remembered/"  # of the names under which a teacher is kept with the run's state
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,7 @@ class Teaching:
     student: nn.Module  # with the weights to start from; of the architecture that the run's model names
     teacher: Teacher
     settings: Distil  # mode, temperature and weight of the labels
+    lasts: bool = False  # the teacher is part of the run's state (`rounds.remembering`)
 
     @property
     def lesson(self) -> Lesson | None:
@@ -86,6 +91,10 @@ class Teaching:
         if self.settings.mode == "hard" or (self.settings.mode == "both" and self.settings.hard_weight == 1):
             return None
         return self.teacher.lesson(self.settings)
+
+    def memory(self) -> dict[str, npt.NDArray[Any]]:
+        """What must be there after a restart."""
+        return {REMEMBERED + name: value for name, value in self.teacher.arrays.items()} if self.lasts else {}
 
 
 def config_of(config: Config, model: str, settings: Distil, *, robust: bool) -> Config:
