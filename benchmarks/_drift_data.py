@@ -96,13 +96,13 @@ def images(path: Path) -> World:
         x, y = file["x_test"], file["y_test"].astype(np.int64)
         x_taught, y_taught = file["x_train"][:6000], file["y_train"][:6000]
     spec = Spec("image", (28, 28), "uint8", tuple("0123456789"))
-    model = LogisticRegression(max_iter=100).fit(_flat(x_taught), y_taught)
+    model = LogisticRegression(C=0.05, max_iter=300).fit(_flat(x_taught), y_taught)
     reference = Reference.of(x_taught, model.predict_proba(_flat(x_taught)), spec)
-    tilted = ndimage.rotate(x, 15, axes=(1, 2), reshape=False, order=1)
     altered = {
         "": x,
         "quarter": np.rot90(x, axes=(1, 2)),
-        "tilted": tilted,
+        "tilted": ndimage.rotate(x, 15, axes=(1, 2), reshape=False, order=1),
+        "slight": ndimage.rotate(x, 3, axes=(1, 2), reshape=False, order=1),
         "dark": (x * 0.7).astype(np.uint8),
     }
     conditions = {

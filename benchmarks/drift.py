@@ -4,9 +4,9 @@
              devices; a window holds 3 of a person's recordings, drawn anew, so that answers within it depend
              on each other. Changes: the sensor is turned (its axes change places), for all or a third of
              the people; a watch instead of the phone.
-    images   fashion_mnist.npz: 20 devices with classes of their own (Dirichlet .5), windows of 60 test images.
-             Changes: turned by a quarter, by 15 degrees; darker; other shares of the classes; with noise for
-             privacy in the counts (windows of 500); and new devices whose images are darker.
+    images   fashion_mnist.npz: 20 devices with classes of their own (Dirichlet .5), windows of 60 images.
+             Changes: turned by a quarter, by 15 and by 3 degrees, for some; darker; other shares of the
+             classes; with noise for privacy in the counts (windows of 500); new devices with darker images.
 
 Beside the watch, all at a stated 5 % for 100 periods: what looks right and is not, chi-square tests of all
 answers pooled, against the reference and against the first periods, with Bonferroni's correction over
@@ -187,6 +187,9 @@ def cases(asked: Options) -> list[Case]:
         Case("people, watch for phone", har, "watch"),
         Case("images, a quarter turn", fashion, "quarter"),
         Case("images, turned by 15 degrees", fashion, "tilted"),
+        Case("images, turned by 3 degrees", fashion, "slight"),
+        Case("images, turned by 3, a third", fashion, "slight", 1 / 3),
+        Case("images, turned by 15, a tenth", fashion, "tilted", 0.1),
         Case("images, darker by 30 %", fashion, "dark"),
         Case("images, other classes", fashion, "classes"),
         Case("images, 15 degrees, epsilon 8", fashion, "tilted", answers=500, epsilon=8.0),

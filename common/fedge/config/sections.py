@@ -46,7 +46,7 @@ class Model:
     # An earlier global model: a model file, a run folder, or "release:N" of this server.
     start: str | None = None  # whose weights the run begins with
     distil_from: str | None = None  # that teaches the run's first model, of whatever architecture
-    # Share of each client's loss that holds to the answers of `start` on its own examples; the rest is labels'
+    # Share of each client's loss that holds to the answers of `start` on its examples; the rest is labels'
     remember: Share = 0.0
     remember_temperature: Positive = 2.0  # by which both networks' logits are divided
 

@@ -4,11 +4,11 @@ A device's score is ranked among the scores it had before: p = (1 + number at or
 While a device's windows are exchangeable its ranks are independent and uniform, whatever their distribution
 is (V. Vovk et al., "Retrain or not retrain: conformal test martingales for change-point detection", COPA
 2021), so that for a falling f with integral 1 each f(p) is 1 on average or less. Devices are independent:
-their factors multiply. The bets are f(p) = k p^(k - 1), k in `BETS`.
+their factors multiply. A bet says that a share s of the devices has changed, and that their scores are
+among the highest b: f(p) = 1 - s + s / b where p <= b, else 1 - s.
 
 Nobody knows when a change begins, so bets begin in every period anew (J. Shin, A. Ramdas, A. Rinaldo,
-"E-detectors: a nonparametric framework for sequential change detection", New England Journal of Statistics in
-Data Science, 2024; after Shiryaev and Roberts):
+"E-detectors: a nonparametric framework for online change detection", 2024; after Shiryaev and Roberts):
 
     evidence_t = (evidence_(t-1) + 1) x product of the factors of period t.
 
@@ -16,8 +16,8 @@ Less t it is a supermartingale that begins with 0. So while nothing changes it t
 average until the evidence reaches N, and within T periods it does so with probability T / N at most
 (Lenglart 1977).
 
-No device moves the evidence by more than a room of its own, in logarithms, over its lowest point: a share
-of each bet is kept back, decided before the score is seen, which leaves its mean at 1 or less.
+No device moves a bet's evidence by more than a room of its own, in logarithms, over its lowest point: a part
+of the bet XX false alarms at most exp(k room) times as frequent.
 """
 
 from __future__ import annotations
@@ -26,14 +26,28 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Final
 
-BETS: Final = (
-    0.8,
-    0.5,
-    0.2,
-)  # exponents k: from many scores that are somewhat high to few that are very high
-LEAST_P: Final = 0.02  # lower ones count as this: one score is never worth more than 1.5, in logarithms
+
+@dataclass(frozen=True, slots=True)
+class Bet:
+    """What a factor is."""
+
+    share: float  # of the devices that have changed
+    below: float  # their ranks
+
+    def step(self, p: float, room: float) -> float:
+        """The logarithm of the factor of a rank p, with as much kept back as the room demands."""
+        if room <= 0:
+            return 0.0
+        largest = 1 - self.share + self.share / self.below
+        part = math.expm1(room) / (largest - 1) if room < math.log(largest) else 1.0
+        factor = largest if p <= self.below + 1e-12 else 1 - self.share
+        return math.log1p(part * (factor - 1))
+
+
+BETS: Final = tuple(Bet(share, below) for share, below in product((0.1, 0.3, 0.8), (0.05, 0.2)))
 MAX_SCORES: Final = 256  # of a device; then its ranks begin anew
 _NOTHING: Final = -700.0  # the logarithm of evidence, or less: exp of it is 0
 
@@ -53,16 +67,9 @@ class Evidence:
         """A period begins, and bets with it."""
         return Evidence(tuple(_log_sum((log, 0.0)) for log in self.logs))
 
-    def after(self, p: float, room: float) -> Evidence:
-        """After a score with rank p.
-
-        Args:
-            p: in (0, 1].
-            room: by how much, in logarithms, this device may still raise the evidence; from 0.
-        """
-        return Evidence(
-            tuple(max(log + step(k, p, room), _NOTHING) for log, k in zip(self.logs, BETS, strict=True))
-        )
+    def after(self, steps: Sequence[float]) -> Evidence:
+        """After a score, by its steps."""
+        return Evidence(tuple(max(log + step, _NOTHING) for log, step in zip(self.logs, steps, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,43 +77,39 @@ class Ranks:
     """What one device has sent so far, of one stream."""
 
     scores: tuple[float, ...] = ()  # rising
-    raised: float = 0.0  # by how much it has raised the evidence over its lowest point, in logarithms
+    # By how much it has raised each bet's evidence over its lowest point, in logarithms.
+    raised: tuple[float, ...] = (0.0,) * len(BETS)
 
     def rank(self, score: float) -> float:
         """The p of a new score."""
         above = len(self.scores) - bisect_left(self.scores, score)
         return (1 + above) / (1 + len(self.scores))
 
-    def after(self, score: float, p: float, most: float) -> Ranks:
-        """With a score in it.
+    def steps(self, score: float, most: float) -> tuple[float, ...]:
+        """By how much a new score moves the logarithm of each bet's evidence.
 
         Args:
             score: the new one.
-            p: its rank.
-            most: by which this device may raise the evidence in all.
+            most: by which this device may raise it in all.
         """
+        p = self.rank(score)
+        return tuple(bet.step(p, most - raised) for bet, raised in zip(BETS, self.raised, strict=True))
+
+    def after(self, score: float, steps: Sequence[float]) -> Ranks:
+        """With a score in it, by its steps."""
         scores = list(self.scores) if len(self.scores) < MAX_SCORES else []
         insort(scores, score)
-        best = max(step(k, p, most - self.raised) for k in BETS)
-        return Ranks(tuple(scores), min(max(self.raised + best, 0.0), most))
+        raised = tuple(max(own + step, 0.0) for own, step in zip(self.raised, steps, strict=True))
+        return Ranks(tuple(scores), raised)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return {"scores": list(self.scores), "raised": self.raised}
+        return {"scores": list(self.scores), "raised": list(self.raised)}
 
     @classmethod
     def from_json(cls, value: Any) -> Ranks:
         """Of `to_json`."""
-        return cls(tuple(map(float, value["scores"])), float(value["raised"]))
-
-
-def step(k: float, p: float, room: float) -> float:
-    """The logarithm of the factor of one bet: 1 - s + s f(p), with s as large as the room allows."""
-    if room <= 0:
-        return 0.0
-    largest = k * LEAST_P ** (k - 1)
-    share = min(math.expm1(room) / (largest - 1), 1.0) if room < math.log(largest) else 1.0
-    return math.log1p(share * (k * max(p, LEAST_P) ** (k - 1) - 1))
+        return cls(tuple(map(float, value["scores"])), tuple(map(float, value["raised"])))
 
 
 def log_mean(logs: Sequence[float]) -> float:

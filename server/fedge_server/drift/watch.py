@@ -25,7 +25,7 @@ from fedge_server.drift.scores import STREAMS, Shapes, distances
 
 NEWCOMERS: Final = "newcomers"
 ALL: Final = (*STREAMS, NEWCOMERS)
-_CHANCE: Final = math.log(20)
+SPOILT: Final = 100.0  # times as frequent as stated may `at_least` - 1 devices that lie make false alarms
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Settings:
 
     false_alarms: float = 0.01  # chance of an alarm within `periods` in which nothing changes
     periods: int = 100
-    at_least: int = 3  # devices: fewer can raise no alarm, whatever they send
+    at_least: int = 3  # devices: fewer raise no alarm by themselves, whatever they send (see SPOILT)
     baseline: int = 5  # windows of a device that it is compared with
     least_answers: int = 30  # in a window; one with fewer is not looked at
 
@@ -57,11 +57,8 @@ class Settings:
 
     @property
     def room(self) -> float:
-        """By how much one device may raise the logarithm, so that fewer than `at_least` do not suffice.
-
-        Some is left for bets that began in several periods, and for what chance does meanwhile.
-        """
-        return math.inf if self.at_least == 1 else max(self.threshold - _CHANCE, 0.0) / (self.at_least - 1)
+        """By how much one device may raise the logarithm of the evidence."""
+        return math.inf if self.at_least == 1 else math.log(SPOILT) / (self.at_least - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +193,11 @@ def _in_baseline(
     if track.windows < settings.baseline or reference is None or not baseline.fits(reference):
         return watch, track
     score = sum(distances(baseline, reference).values())
-    p = watch.newcomers.rank(score)
     # Each device is here once: what it may raise is its own, and not what is left by those before it.
-    evidence = {**watch.evidence, NEWCOMERS: watch.evidence[NEWCOMERS].after(p, settings.room)}
-    newcomers = replace(watch.newcomers.after(score, p, settings.room), raised=0.0)
-    return replace(watch, evidence=evidence, newcomers=newcomers), track
+    fresh = Ranks(watch.newcomers.scores)
+    steps = fresh.steps(score, settings.room)
+    evidence = {**watch.evidence, NEWCOMERS: watch.evidence[NEWCOMERS].after(steps)}
+    return replace(watch, evidence=evidence, newcomers=fresh.after(score, steps)), track
 
 
 def _compared(settings: Settings, watch: Watch, track: Track, window: Shapes) -> Observed:
@@ -208,8 +205,7 @@ def _compared(settings: Settings, watch: Watch, track: Track, window: Shapes) ->
     assert track.baseline is not None  # noqa: S101 - it has one after its first window
     evidence, ranks = dict(watch.evidence), dict(track.ranks)
     for name, score in distances(window, track.baseline).items():
-        own = ranks[name]
-        p = own.rank(score)
-        evidence[name] = evidence[name].after(p, settings.room - own.raised)
-        ranks[name] = own.after(score, p, settings.room)
+        steps = ranks[name].steps(score, settings.room)
+        evidence[name] = evidence[name].after(steps)
+        ranks[name] = ranks[name].after(score, steps)
     return replace(watch, evidence=evidence), replace(track, ranks=ranks)

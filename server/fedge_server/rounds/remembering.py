@@ -1,9 +1,9 @@
 """Rounds in which clients learn something new, and hold to what an earlier model answered.
 
 Z. Li, D. Hoiem, "Learning without Forgetting" (IEEE TPAMI 2018), with one head: the loss is (1 - r) of the
-labels' and r of the distillation loss (`fedge.learning.lessons`) from the model that the run began with, frozen,
-on the client's own examples. Old ones are not needed. Where devices keep some, they only have to be among a
-client's own (rehearsal).
+labels' and r of the distillation loss (`fedge.learning.lessons`) from the frozen model that the run began
+with, on the client's own examples. Old ones are not needed. Where devices keep some, they only have to be
+among a client's own (rehearsal).
 
 That model is a lesson's teacher like any other; it is part of the run's state, since its file may be gone
 when the run is taken up again.
