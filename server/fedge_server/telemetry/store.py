@@ -141,10 +141,18 @@ class Telemetry:
         return [each for each, size in zip(found, sizes, strict=True) if size == usual]
 
     def prune(self) -> int:
-        """Drop what is older than is kept; how many windows."""
+        """Drop what is older than is kept, and what is known of drift under releases without a window.
+
+        Returns:
+            How many windows.
+        """
         before = self._now() - self._settings.keep_s
         with writing(self._engine) as connection:
-            return int(connection.execute(_windows.delete().where(_windows.c.received < before)).rowcount)
+            count = connection.execute(_windows.delete().where(_windows.c.received < before)).rowcount
+            used = sa.select(_windows.c.version)
+            for table in (_watches, _tracks):
+                connection.execute(table.delete().where(table.c.version.not_in(used)))
+        return int(count)
 
     def forget(self, device: str) -> int:
         """Drop all that a device has sent; how many windows. What it has moved in a watch stays."""

@@ -135,8 +135,11 @@ def test_old_windows_go_by_age_and_by_number(registry: Registry, telemetry: Tele
     assert [w.slot - FIRST for _, w in bounded.windows("micro", 1)] == [3, 4, 5]
     clock.now += 9 * HOUR
     assert bounded.prune() == 1
+    assert bounded.watch("micro", 1).windows == 6
     assert bounded.forget(ANN.device) == 2
     assert bounded.summary("micro", 1) is None
+    assert bounded.prune() == 0
+    assert bounded.watch("micro", 1) == drift.Watch()
 
 
 def test_a_change_of_the_world_raises_the_alarm_and_a_quiet_one_does_not(
