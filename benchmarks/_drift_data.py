@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 
 from fedge.spec import Spec
 from fedge.telemetry.reference import Reference
-from fedge.telemetry.sketch import CELLS, CONFIDENCE_BINS, binned, counted
+from fedge.telemetry.sketch import CELLS, CONFIDENCE_BINS, binned, counted, padded
 from fedge.telemetry.views import features_of
 from fedge_server.drift.scores import Shapes
 
@@ -127,5 +127,5 @@ def _flat(x: Array) -> Array:
 
 def _condition(x: Array, probabilities: Array, reference: Reference, spec: Spec) -> Condition:
     places = np.minimum((probabilities.max(1) * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
-    bins = binned(features_of(x, spec), reference.edges)
+    bins = binned(features_of(x, spec), padded(reference.edges))
     return Condition(bins, probabilities.argmax(1).astype(np.int64), places)

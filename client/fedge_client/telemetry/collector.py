@@ -108,25 +108,35 @@ class Collector:
             seconds: that each took.
             route: of `ROUTES`.
         """
+        answering = self._answering
         usable = np.isfinite(probabilities).all(1)
-        added = self._nothing()
-        added.routes[ROUTES.index("error")] += int((~usable).sum())
-        added.routes[ROUTES.index(route)] += int(usable.sum())
-        added.latency[latency_bin(seconds)] += len(x)
-        if usable.any():
-            answers, confidence = answers_of(probabilities[usable])
-            added.answers[:] += answers
-            added.confidence[:] += confidence
-            reference = self._answering.reference
-            if reference is not None:
-                added.inputs[:] += reference.sketched(x[usable], self._answering.spec)
-        self._add(added)
+        if not usable.all():
+            self.failed(int((~usable).sum()))
+            x, probabilities = x[usable], probabilities[usable]
+        if not len(x):
+            return
+        answers, confidence = answers_of(probabilities)
+        reference = answering.reference
+        inputs = None if reference is None else reference.sketched(x, answering.spec)
+        with self._lock:
+            self._turn()
+            if self._answering is not answering:
+                return  # another release has been installed meanwhile: its windows are another model's
+            sketch = self._sketch
+            sketch.routes[ROUTES.index(route)] += len(x)
+            sketch.latency[latency_bin(seconds)] += len(x)
+            sketch.answers[:] += answers
+            sketch.confidence[:] += confidence
+            if inputs is not None:
+                sketch.inputs[:] += inputs
+            self._keep_at_times()
 
     def failed(self, count: int = 1) -> None:
         """Count requests that got no answer."""
-        added = self._nothing()
-        added.routes[ROUTES.index("error")] += count
-        self._add(added)
+        with self._lock:
+            self._turn()
+            self._sketch.routes[ROUTES.index("error")] += count
+            self._keep_at_times()
 
     def installed(self, answering: Answering) -> None:
         """Another release answers from now on: the window under way is closed."""
@@ -182,14 +192,11 @@ class Collector:
             self._close(before)
             self._slot = self._begin()
 
-    def _add(self, added: Sketch) -> None:
-        with self._lock:
-            self._turn()
-            for own, more in zip(self._sketch.parts().values(), added.parts().values(), strict=True):
-                own += more
-            if self._now() - self._kept >= self._settings.keep_every_s:
-                self._outgoing.keep_open(self._window())
-                self._kept = self._now()
+    def _keep_at_times(self) -> None:
+        now = self._now()
+        if not 0 <= now - self._kept < self._settings.keep_every_s:
+            self._outgoing.keep_open(self._window())
+            self._kept = now
 
     def _turn(self) -> None:
         """Close the window if its time is over."""

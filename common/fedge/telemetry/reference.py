@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import numpy as np
@@ -33,6 +33,7 @@ from fedge.telemetry.sketch import (
     answers_of,
     binned,
     counted,
+    padded,
 )
 from fedge.telemetry.views import MAX_FEATURES, features_of, names_of
 
@@ -56,6 +57,7 @@ class Reference:
     inputs: Whole  # (F, CELLS)
     confidence: Whole  # (CONFIDENCE_BINS,)
     answers: Whole  # (min(classes, MAX_ANSWERS),)
+    _grid: Floats = field(init=False, repr=False)  # the edges, as `binned` takes them
 
     def __post_init__(self) -> None:
         """Refuse nonsense on construction."""
@@ -66,6 +68,7 @@ class Reference:
         for name, own in zip(self.names, self.edges, strict=True):
             if len(own) >= BINS or not np.isfinite(own).all() or (np.diff(own) <= 0).any():
                 raise FormatError(f"reference: the edges of {name!r} are not rising, or too many")
+        object.__setattr__(self, "_grid", padded(self.edges))
         shapes = ((self.inputs, (len(self.names), CELLS)), (self.confidence, (CONFIDENCE_BINS,)))
         if any(values.shape != shape for values, shape in shapes):
             raise FormatError("reference: its histograms have other sizes")
@@ -92,12 +95,12 @@ class Reference:
         features = features_of(x, spec)
         edges = tuple(_deciles(column) for column in features.T)
         answers, confidence = answers_of(probabilities)
-        inputs = counted(binned(features, edges), CELLS)
+        inputs = counted(binned(features, padded(edges)), CELLS)
         return cls(names_of(spec), edges, inputs, confidence, answers)
 
     def sketched(self, x: npt.NDArray[Any], spec: Spec) -> Whole:
         """Histograms (F, CELLS) of raw examples (N, *spec.shape)."""
-        return counted(binned(features_of(x, spec), self.edges), CELLS)
+        return counted(binned(features_of(x, spec), self._grid), CELLS)
 
     def to_bytes(self) -> bytes:
         """Canonical."""

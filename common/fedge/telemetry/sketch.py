@@ -107,16 +107,22 @@ class Sketch:
         )
 
 
-def binned(features: Floats, edges: Sequence[Floats]) -> Whole:
+def padded(edges: Sequence[Floats]) -> Floats:
+    """Edges of each feature as one array (F, BINS - 1), for `binned`: those that are absent are infinite."""
+    found = np.full((len(edges), BINS - 1), np.inf)
+    for row, own in zip(found, edges, strict=True):
+        row[: len(own)] = own
+    return found
+
+
+def binned(features: Floats, edges: Floats) -> Whole:
     """Which bin each value falls in, (N, F); CELLS - 1 is missing.
 
     Args:
         features: (N, F).
-        edges: of each feature, rising, at most BINS - 1: bin i holds what is at or above edge i - 1.
+        edges: (F, BINS - 1), rising: bin i holds what is at or above edge i - 1.
     """
-    found = np.empty(features.shape, np.int64)
-    for i, own in enumerate(edges):
-        found[:, i] = np.searchsorted(own, features[:, i], side="right")
+    found: Whole = (features[:, :, None] >= edges).sum(2, dtype=np.int64)  # NaN is at or above nothing
     found[np.isnan(features)] = CELLS - 1
     return found
 

@@ -19,12 +19,13 @@ from fedge.telemetry.sketch import (
     latency_bin,
     latency_quantile,
     mean_confidence,
+    padded,
 )
 
 
 def test_a_value_at_an_edge_belongs_to_the_bin_above_it() -> None:
     features = np.array([[0.9], [1.0], [2.5], [np.nan]])
-    bins = binned(features, [np.array([1.0, 2.0])])
+    bins = binned(features, padded([np.array([1.0, 2.0])]))
     assert bins.ravel().tolist() == [0, 1, 2, CELLS - 1]
     assert counted(bins, CELLS).tolist() == [[1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1]]
 
