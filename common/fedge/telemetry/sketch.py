@@ -27,7 +27,9 @@ BINS: Final = 10  # of a feature
 CELLS: Final = BINS + 1  # the last one: missing
 CONFIDENCE_BINS: Final = 20
 MAX_ANSWERS: Final = 256
-ROUTES: Final = ("local", "cloud", "cloud_timeout", "error")  # one for each request
+# One for each request: the device answered; the cloud did; the device, since the cloud was late, or failed;
+# nobody.
+ROUTES: Final = ("local", "cloud", "cloud_timeout", "cloud_failed", "error")
 OCTAVES: Final = (-17, 7)  # of seconds: 8 microseconds to 2 minutes; beyond counts as the last bin
 PER_OCTAVE: Final = 4
 LATENCY_BINS: Final = (OCTAVES[1] - OCTAVES[0]) * PER_OCTAVE

@@ -60,7 +60,7 @@ class Summary:
             "noisy": self.noisy,
             "requests": self.requests,
             "errors": self.share("error"),
-            "sent_to_cloud": self.share("cloud", "cloud_timeout"),
+            "sent_to_cloud": self.share("cloud", "cloud_timeout", "cloud_failed"),
             "cloud_timeouts": self.share("cloud_timeout"),
             "confidence": mean_confidence(self.sketch.confidence),
             "answers": self.sketch.answers.tolist(),

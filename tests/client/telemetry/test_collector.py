@@ -75,7 +75,7 @@ def test_answers_are_counted_in_the_window_of_their_hour(make: Make, clock: Cloc
     assert windows(collector) == []
     clock.now += HOUR
     (found,) = windows(collector)
-    assert found.sketch.routes.tolist() == [20, 10, 0, 1]
+    assert found.sketch.routes.tolist() == [20, 10, 0, 0, 1]
     assert (found.sketch.inputs == REFERENCE.sketched(x, SPEC)).all()
     assert found.sketch.answers.tolist() == [int((p[:, 0] > 0.5).sum()), int((p[:, 0] <= 0.5).sum())]
     assert latency_quantile(found.sketch.latency, 0.5) == pytest.approx(0.01, rel=0.1)
@@ -136,7 +136,7 @@ def test_numbers_that_are_none_count_as_errors(make: Make, clock: Clock) -> None
     collector.answered(x, p, 0.01)
     clock.now += HOUR
     (found,) = windows(collector)
-    assert (found.sketch.routes.tolist(), found.sketch.count) == ([1, 0, 0, 1], 1)
+    assert (found.sketch.routes.tolist(), found.sketch.count) == ([1, 0, 0, 0, 1], 1)
 
 
 def test_a_clock_that_is_set_back_repeats_no_slot_of_the_last_hours(make: Make, clock: Clock) -> None:

@@ -96,7 +96,7 @@ def test_a_window_out_of_range_is_refused(fields: dict[str, object], reason: str
         ({"inputs": [1] * 12}, "telemetry"),
         ({"confidence": [1] * 19}, "confidence"),
         ({"answers": [1] * 300}, "answers"),
-        ({"routes": [2**50, 0, 0, 0]}, "counts more"),
+        ({"routes": [2**50, 0, 0, 0, 0]}, "counts more"),
     ],
 )
 def test_a_message_with_other_sizes_is_refused(fields: dict[str, object], reason: str) -> None:

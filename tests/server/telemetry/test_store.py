@@ -48,7 +48,7 @@ def window(slot: int, n: int = 50, seed: int = 0, shift: float = 0.0, version: i
     sketch.inputs[:] = REFERENCE.sketched(x, SPEC)
     sketch.answers[:], sketch.confidence[:] = answers_of(p)
     sketch.latency[latency_bin(0.01)] = n
-    sketch.routes[:] = [n - 10, 10, 1, 2]
+    sketch.routes[:] = [n - 10, 10, 1, 0, 2]
     return Window(FIRST + slot, HOUR, version, sketch, REFERENCE.digest, cpu_s=1.0, memory_bytes=100 + slot)
 
 
