@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,6 +40,23 @@ def test_a_lessons_loss_mixes_labels_and_answers_as_the_formula_says():
     np.testing.assert_allclose(found, 0.25 * hard + 0.75 * soft, rtol=1e-12)
 
 
+def test_where_the_teacher_is_wrong_the_label_alone_counts():
+    rng = np.random.default_rng(1)
+    student, teacher, y = rng.normal(size=(40, 4)), rng.normal(size=(40, 4)), rng.integers(0, 4, 40)
+    targets = torch.from_numpy(np.column_stack([y, teacher]))
+    plain, always, right = (
+        local.losses(Train(), lesson)(torch.from_numpy(student), truth).numpy()
+        for lesson, truth in (
+            (None, torch.from_numpy(y)),
+            (LESSON, targets),
+            (replace(LESSON, where_right=True), targets),
+        )
+    )
+    is_right = teacher.argmax(1) == y
+    assert 0 < is_right.sum() < 40
+    np.testing.assert_allclose(right, np.where(is_right, always, plain), rtol=1e-12)
+
+
 def test_a_step_of_a_lesson_goes_down_its_gradient():
     torch.manual_seed(0)
     model, teacher = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
@@ -70,8 +88,10 @@ def test_a_teacher_who_answers_each_altered_batch_is_the_same_where_nothing_is_a
 
 
 def test_what_a_strategy_says_of_a_lesson_a_client_reads():
-    terms = Terms(lesson=LESSON)
-    assert Terms.of(terms.said()) == terms
+    for lesson in (LESSON, replace(LESSON, where_right=True)):
+        terms = Terms(lesson=lesson)
+        assert Terms.of(terms.said()) == terms
+    assert "lesson-where-right" not in Terms(lesson=LESSON).said()  # as devices of before know it
     assert not terms.keeps
     assert Terms.of({}).lesson is None
 

@@ -1,7 +1,9 @@
 """A student learns a teacher's answers to a client's own examples (Hinton, Vinyals, Dean 2015).
 
 "Distilling the Knowledge in a Neural Network", arXiv:1503.02531. Where a loss takes classes (B,), that of a
-lesson takes *targets* (B, 1 + K): each example's class, and what the teacher answered to it.
+lesson takes *targets* (B, 1 + K): each example's class, and what the teacher answered to it. A lesson may
+leave out what the teacher answers wrongly (Meng, Li, Zhao, Gong 2019, "Conditional Teacher-Student
+Learning").
 
 Legend: B batch, N examples, K classes.
 """
@@ -45,13 +47,19 @@ def taught(own: Loss, lesson: Lesson) -> Loss:
     """
     weight = lesson.hard_weight
 
+    def where_right(answers: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        classes = targets[:, 0].long()
+        right = targets[:, 1:].argmax(1) == classes
+        hard, soft = own(answers, classes), softened(answers, targets[:, 1:], lesson.temperature)
+        return torch.where(right, weight * hard + (1 - weight) * soft, hard)
+
     def loss(answers: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         soft = softened(answers, targets[:, 1:], lesson.temperature)
         if not weight:
             return soft
         return weight * own(answers, targets[:, 0].long()) + (1 - weight) * soft
 
-    return loss
+    return where_right if lesson.where_right else loss
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ class Lesson:
     temperature: float = 2.0  # by which both networks' logits are divided
     hard_weight: float = 0.0  # of the client's labels in the loss; the rest is the teacher's
     keep: bool = True  # the client keeps the teacher: it is not sent again
+    where_right: bool = False  # an example that the teacher answers wrongly is learned from its label alone
 
     def __post_init__(self) -> None:
         """Refuse a lesson in which nothing is learned from the teacher."""
@@ -53,13 +54,14 @@ class Lesson:
 
     def said(self) -> dict[str, bool | float | str | list[str]]:
         """The keys of a config."""
-        return {
+        found: dict[str, bool | float | str | list[str]] = {
             "lesson-model": self.model,
             "lesson-digest": self.digest,
             "lesson-temperature": self.temperature,
             "lesson-hard-weight": self.hard_weight,
             "lesson-keep": self.keep,
         }
+        return found | ({"lesson-where-right": True} if self.where_right else {})
 
     @classmethod
     def of(cls, config: Mapping[str, object]) -> Lesson | None:
@@ -74,7 +76,8 @@ class Lesson:
         if not isinstance(model, str) or not isinstance(digest, str):
             raise ValueError("lesson: model and digest must be text")
         temperature, weight = (_number(config, f"lesson-{key}") for key in ("temperature", "hard-weight"))
-        return cls(model, digest, temperature, weight, config.get("lesson-keep") is True)
+        keep, right = (config.get(f"lesson-{key}") is True for key in ("keep", "where-right"))
+        return cls(model, digest, temperature, weight, keep, right)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,12 @@
 """Rounds in which clients learn something new, and hold to what an earlier model answered.
 
 Z. Li, D. Hoiem, "Learning without Forgetting" (IEEE TPAMI 2018), with one head: the loss is (1 - r) of the
-labels' and r of the distillation loss (`fedge.learning.lessons`) from the frozen model that the run began
-with, on the client's own examples. Old ones are not needed. Where devices keep some, they only have to be
-among a client's own (rehearsal).
+labels' and r of the distillation loss from the frozen model that the run began with, on the client's own
+examples. Their tasks had other classes. Here the classes are the same and the inputs have changed, so that
+the earlier model may be wrong, and surely so: where it is, the label alone counts
+(`fedge.learning.lessons`).
+
+Old examples are not needed. Where devices keep some (rehearsal), they only have to be among a client's own.
 
 That model is a lesson's teacher like any other; it is part of the run's state, since its file may be gone
 when the run is taken up again.

@@ -47,12 +47,12 @@ class Teacher:
         arrays = arrays_of(network)
         return cls(model, arrays, digest(arrays), moments, keep)
 
-    def lesson(self, settings: Distil | None = None) -> Lesson:
+    def lesson(self, settings: Distil | None = None, *, where_right: bool = False) -> Lesson:
         """What clients are told; without settings they only hold the teacher against others."""
         if settings is None:
             return Lesson(self.model, self.digest, keep=self.keep)
         hard = 0.0 if settings.mode == "soft" else settings.hard_weight
-        return Lesson(self.model, self.digest, settings.temperature, hard, self.keep)
+        return Lesson(self.model, self.digest, settings.temperature, hard, self.keep, where_right)
 
     def sent_with(self, messages: Sequence[Message]) -> list[Message]:
         """The messages, with the teacher for those that do not hold it."""
@@ -83,14 +83,16 @@ class Teaching:
     student: nn.Module  # with the weights to start from; of the architecture that the run's model names
     teacher: Teacher
     settings: Distil  # mode, temperature and weight of the labels
-    lasts: bool = False  # the teacher is part of the run's state (`rounds.remembering`)
+    # The teacher is an earlier model of the run's own kind, part of its state, and right or not listened to
+    # (`rounds.remembering`).
+    lasts: bool = False
 
     @property
     def lesson(self) -> Lesson | None:
         """What clients are told; None: they learn from their labels alone."""
         if self.settings.mode == "hard" or (self.settings.mode == "both" and self.settings.hard_weight == 1):
             return None
-        return self.teacher.lesson(self.settings)
+        return self.teacher.lesson(self.settings, where_right=self.lasts)
 
     def memory(self) -> dict[str, npt.NDArray[Any]]:
         """What must be there after a restart."""
