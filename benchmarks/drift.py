@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 from _drift_data import World, images, people
-from _harness import Options, Row, machine, options, publish
+from _harness import Row, machine, options, publish
 from scipy.stats import chi2
 
 from fedge_server.drift.scores import Shapes
