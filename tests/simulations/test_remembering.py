@@ -28,19 +28,20 @@ BASE = {
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """The folder of a run on upright digits, and the files of upright and of turned ones."""
+    """The folder of a run on digits, and the files of these, and of moved ones."""
     folder = tmp_path_factory.mktemp("worlds")
     x, y = load_digits(return_X_y=True)
     x = (x.reshape(-1, 8, 8) * 15).astype(np.uint8)
-    for name, images in (("upright", x), ("turned", np.rot90(x, axes=(1, 2)))):
+    for name, images in (("upright", x), ("moved", np.roll(x, 1, axis=2))):
         np.savez(folder / f"{name}.npz", x=images, y=y)
     config = {**BASE, "data": str(folder / "upright.npz"), "rounds": {"count": 8}}
     run(Config.from_mapping(config), folder / "earlier")
-    return folder / "earlier", folder / "upright.npz", folder / "turned.npz"
+    return folder / "earlier", folder / "upright.npz", folder / "moved.npz"
 
 
 def config_of(worlds: tuple[Path, Path, Path], remember: float, **sections: object) -> Config:
     model = {"name": "mlp", "start": str(worlds[0]), "remember": remember}
+    model |= sections.pop("model", {})  # type: ignore[call-overload]
     return Config.from_mapping({**BASE, "data": str(worlds[2]), "model": model, **sections})
 
 
@@ -55,9 +56,9 @@ def accuracy(result: Result, data: Path) -> float:
 
 @pytest.mark.slow
 def test_what_was_learned_before_is_forgotten_less(worlds: tuple[Path, Path, Path]) -> None:
-    plain, held = (run(config_of(worlds, remember)) for remember in (0.0, 0.7))
-    assert accuracy(held, worlds[1]) > accuracy(plain, worlds[1]) + 0.02
-    assert accuracy(held, worlds[2]) > 0.75
+    plain, held = (run(config_of(worlds, remember)) for remember in (0.0, 0.8))
+    assert accuracy(held, worlds[1]) > accuracy(plain, worlds[1]) + 0.05
+    assert accuracy(held, worlds[2]) > 0.9
 
 
 @pytest.mark.slow
@@ -84,10 +85,14 @@ def test_engines_agree(worlds: tuple[Path, Path, Path]) -> None:
     sequential, vector = (
         run(config_of(worlds, 0.5, simulation={"engine": engine})) for engine in ("sequential", "vector")
     )
-    for one, two in zip(
-        sequential.learned.model.network.parameters(), vector.learned.model.network.parameters(), strict=True
-    ):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    one, two = (
+        np.concatenate([p.detach().numpy().ravel() for p in each.learned.model.network.parameters()])
+        for each in (sequential, vector)
+    )
+    start, _ = tensors.load(worlds[0] / "model.safetensors")
+    names = [name for name, _ in sequential.learned.model.network.named_parameters()]
+    moved = np.linalg.norm(one - np.concatenate([start[name].ravel() for name in names]))
+    assert np.linalg.norm(two - one) < 1e-3 * moved
 
 
 @pytest.mark.slow
@@ -129,7 +134,10 @@ def test_a_step_is_that_of_both_losses_worked_out_apart(
     ("sections", "reason"),
     [
         ({"strategy": {"name": "fedsgd"}}, "only sends gradients"),
-        ({"privacy": {"mechanism": "local"}}, "protect plain training"),
+        (
+            {"privacy": {"mechanism": "local"}, "model": {"standardise": False}},
+            "protect plain training",
+        ),
     ],
 )
 @pytest.mark.slow
