@@ -99,6 +99,12 @@ def sealed_bytes(length: int) -> int:
     return HEADER_BYTES + length + TAG_BYTES * max(1, -(-length // CHUNK_BYTES))
 
 
+def room_within(sealed: int) -> int:
+    """The most bytes whose sealed form has no more than so many; 0 where not even none has."""
+    whole, rest = divmod(max(0, sealed - HEADER_BYTES), CHUNK_BYTES + TAG_BYTES)
+    return whole * CHUNK_BYTES + max(0, rest - TAG_BYTES)
+
+
 def seal(data: bytes, key: bytes, place: Place) -> bytes:
     """The sealed form of a file; two of the same file differ.
 

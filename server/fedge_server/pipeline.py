@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from fedge_server.privacy import accounting
 from fedge_server.privacy.report import PrivacyReport, privacy_report
 from fedge_server.registry.database import Registry
 from fedge_server.registry.ledger import Ledger
-from fedge_server.release import REPOSITORY
+from fedge_server.release import REPOSITORY, ReleasePlace
 from fedge_server.release.outcomes import publish_outcomes
 from fedge_server.report import Report, write_report
 from fedge_server.rounds.loop import Learned, Observer
@@ -122,13 +122,14 @@ def release(place: Place, learned: Learned) -> tuple[tuple[TierOutcome, ...], bo
     outcomes: tuple[TierOutcome, ...] = ()
     if place.config.tiers:
         source = place.source(learned)
+        config = replace(place.config, tiers=ReleasePlace.of(place.home).leaving_room(place.config.tiers))
         place.say(f"compress: {source.describe()}")
         outcomes = compress(
             learned.model,
             place.task,
             place.server.spec,
             source,
-            place.config,
+            config,
             place.say,
             folder=place.home / CANDIDATES,
         )
@@ -171,6 +172,7 @@ def conclude(
         place.config,
         learned,
         outcomes,
+        travels=ReleasePlace.of(place.home).travels,
         clients=clients,
         seconds=time.perf_counter() - place.started,
         privacy=privacy,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,7 @@ def summarise(
     learned: Learned,
     outcomes: Sequence[TierOutcome],
     *,
+    travels: Callable[[int], int],
     clients: int,
     seconds: float,
     privacy: PrivacyReport,
@@ -34,6 +35,7 @@ def summarise(
         config: of the run.
         learned: its rounds and global model.
         outcomes: one per tier.
+        travels: how many bytes a variant of so many takes on the network.
         clients: how many there were.
         seconds: wall time of the whole run.
         privacy: who could see what.
@@ -65,7 +67,7 @@ def summarise(
         "on_clients": dict(last.client_metrics),
         "privacy": privacy.to_json(),
         **further,
-        "variants": [tier_row(outcome) for outcome in outcomes],
+        "variants": [tier_row(outcome, travels) for outcome in outcomes],
         "seconds": round(seconds, 2),
     }
     return {key: value for key, value in summary.items() if value not in (None, [], {})}
@@ -77,15 +79,20 @@ def fp32_bytes(network: nn.Module) -> int:
     return sum(map(len, tensors.dump_chunks({name: state[name] for name in names_of(network)})))
 
 
-def tier_row(outcome: TierOutcome) -> dict[str, Any]:
-    """A tier's variant, or why it has none, as plain JSON values."""
+def tier_row(outcome: TierOutcome, travels: Callable[[int], int] = int) -> dict[str, Any]:
+    """A tier's variant, or why it has none, as plain JSON values.
+
+    Args:
+        outcome: of the tier.
+        travels: how many bytes a variant of so many takes on the network.
+    """
     variant = outcome.variant
     if variant is None:
         return {"tier": outcome.tier, "gate": f"failed: {outcome.reason}"}
     return {
         "tier": outcome.tier,
         "recipe": variant.recipe,
-        "wire_bytes": len(variant.wire),
+        "wire_bytes": travels(len(variant.wire)),
         "installed_bytes": len(variant.installed),
         "memory_bytes": variant.memory_bytes,
         "parameters": variant.parameters,

@@ -85,6 +85,13 @@ def test_a_file_of_the_first_format_opens_for_ever() -> None:
     assert unseal(written, KEY, PLACE) == b"a model"
 
 
+@given(st.integers(72, 400_000))
+def test_what_fits_into_a_budget_is_the_most_that_does(budget: int) -> None:
+    most = sealing.room_within(budget)
+    assert sealed_bytes(most) <= budget < sealed_bytes(most + 1)
+    assert [sealing.room_within(few) for few in (0, 55, 71)] == [0, 0, 0]
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(0, 3 * CHUNK_BYTES),

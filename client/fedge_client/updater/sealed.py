@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedge.artefact import unpack
 from fedge.delivery import Sealing, key_path
-from fedge.errors import DigestError, FormatError
+from fedge.errors import AbsentError, DigestError, FormatError
 from fedge.files import sha256
 from fedge.manifest import VariantEntry
 from fedge.sealing import FORMAT, WRAPPED_BYTES, Place, sealed_bytes, unseal, unwrap
@@ -42,7 +42,13 @@ def content_keys(
     """
 
     def key(version: int, expected: str) -> bytes:
-        wrapped = whole(fetch, key_path(tier, version, device_id), WRAPPED_BYTES, pace=pace)
+        try:
+            wrapped = whole(fetch, key_path(tier, version, device_id), WRAPPED_BYTES, pace=pace)
+        except AbsentError as error:
+            raise AbsentError(
+                f"version {version} is sealed, and there is no key for this device ({error}); a stick is "
+                f"made by: fedge-server release export FOLDER --device {device_id[:16]}"
+            ) from error
         return unwrap(wrapped, private, tier=tier, version=version, device_id=device_id, expected=expected)
 
     return key

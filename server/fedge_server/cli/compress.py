@@ -58,7 +58,7 @@ def _of_run(arguments: argparse.Namespace) -> int:
     from fedge_server.compression.choose import source_of
     from fedge_server.data import data_of_run
     from fedge_server.pipeline import CANDIDATES
-    from fedge_server.release import REPOSITORY
+    from fedge_server.release import REPOSITORY, ReleasePlace
     from fedge_server.release.outcomes import publish_outcomes
     from fedge_server.rounds.loop import recall
 
@@ -83,6 +83,7 @@ def _of_run(arguments: argparse.Namespace) -> int:
         say = _silent if arguments.format == "json" else _say
         source = source_of(config, task, data, learned.model)
         say(f"compress: {source.describe()}")
+        config = replace(config, tiers=ReleasePlace.of(home).leaving_room(config.tiers))
         outcomes = compress(learned.model, task, data.spec, source, config, say, folder=home / CANDIDATES)
         published = publish_outcomes(
             home, registry, run["id"], learned, config.task, data.spec, outcomes, config.tiers

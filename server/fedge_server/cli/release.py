@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add the subcommands."""
-    about = "what devices can install: ls, show, publish"
+    about = "what devices can install: ls, show, publish, export"
     group = commands.add_parser("release", help=about, description=about)
     inner = group.add_subparsers(required=True, metavar="COMMAND")
     example = "  fedge-server release ls --home out/digits"
@@ -49,6 +49,19 @@ def add(commands: Any) -> None:
     made.add_argument("draft", metavar="DRAFT", nargs="?", help="as release ls shows it")
     made.add_argument("--again", type=int, metavar="VERSION", help="publish its content as a new version")
     made.add_argument("--tier", action="append", metavar="TIER", help="with --again: for these tiers alone")
+    _common(made)
+    made = cli.subcommand(
+        inner,
+        "export",
+        _export,
+        summary="write a stick for devices without a network, with keys wrapped for them alone",
+        examples="  fedge-server release export /mnt/stick --device 3fa9c2d4 --device 771518e6\n"
+        "  fedge-client install /mnt/stick      (on each of them)",
+    )
+    made.add_argument("folder", type=Path, metavar="FOLDER", help="a folder that is empty, or made")
+    made.add_argument(
+        "--device", action="append", required=True, metavar="ID", help="for whom; give it once for each"
+    )
     _common(made)
 
 
@@ -193,3 +206,29 @@ def _publish(arguments: argparse.Namespace) -> int:
     }
     show(arguments, value, done.lines(home.root / REPOSITORY) or ["nothing to do: it is published"])
     return 1 if done.waiting else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from fedge_server.release import REPOSITORY, ReleasePlace
+    from fedge_server.repository.stick import write_stick
+
+    home, registry = open_registry(arguments.home)
+    with registry:
+        rows = [registry.devices.get(_device_id(registry, given)) for given in arguments.device]
+    devices = [row for row in rows if row is not None]
+    keys = ReleasePlace.of(home.root).content_keys
+    stick = write_stick(home.root / REPOSITORY, keys, arguments.folder, devices)
+    expires = stick.expires.strftime("%Y-%m-%dT%H:%M:%SZ")
+    value = {
+        "folder": str(arguments.folder),
+        "tiers": list(stick.tiers),
+        "devices": [device.id for device in devices],
+        "keys": stick.keys,
+        "bytes": stick.size,
+        "expires": expires,
+    }
+    line = (
+        f"written to {arguments.folder}: tiers {', '.join(stick.tiers)}, {stick.keys} wrapped keys for "
+        f"{len(devices)} devices, {stick.size:,} bytes; devices take it until {expires}"
+    )
+    return show(arguments, value, [line])

@@ -75,6 +75,7 @@ class Delivery:
 
     signers: tuple[str, ...] = ()  # unix sockets of signer processes, one for each tier's key
     signer_timeout_s: Seconds = 30  # for one answer of a signer
+    seal: bool = True  # whether models are encrypted for the devices of their tier, see docs/sealing.md
     keep: Annotated[int, Field(ge=1, le=16, strict=True)] = 4  # releases that a tier offers at a time
     root_days: Days = 365  # lifetimes of what is signed from now on
     targets_days: Days = 365

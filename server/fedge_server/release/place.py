@@ -5,6 +5,7 @@
     keys/targets.key     offline: needed to add tiers and to change their keys
     keys/snapshot.key    online, as is timestamp.key
     keys/tier-NAME.key   of a tier, where no signer process has it
+    keys/content/        of sealed models, one for each version of each tier
 
 A server's home has `server.toml` and gets its keys by `fedge-server init`. Any other home is the folder of a
 simulation, which makes all keys itself.
@@ -12,19 +13,22 @@ simulation, which makes all keys itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
+from fedge.config import Tier
 from fedge.delivery import role_of
 from fedge.errors import FedgeError, SignerAwayError, UserError
 from fedge.files import sole_holder, write_atomically
+from fedge.sealing import room_within, sealed_bytes
 from fedge_server.hub.home import Home
 from fedge_server.hub.settings import Delivery, Settings
 from fedge_server.repository import (
+    ContentKeys,
     FileSigning,
     Lifetimes,
     Repository,
@@ -36,6 +40,7 @@ from fedge_server.repository import (
     load_key,
     public_pem,
 )
+from fedge_server.repository.content_keys import FOLDER
 from fedge_server.repository.keys import Passphrase
 from fedge_server.signer.remote import RemoteSigning
 
@@ -89,7 +94,35 @@ class ReleasePlace:
             role: timedelta(days=getattr(self.delivery, f"{role}_days"))
             for role in ("root", "targets", "tier", "snapshot", "timestamp")
         }
-        return Repository(self.home / REPOSITORY, lifetimes=Lifetimes(**lives), keep=self.delivery.keep)
+        return Repository(
+            self.home / REPOSITORY,
+            lifetimes=Lifetimes(**lives),
+            keep=self.delivery.keep,
+            content_keys=self.content_keys if self.seals else None,
+        )
+
+    @property
+    def seals(self) -> bool:
+        """Whether models are sealed; in a simulation no device is enrolled, so there is nobody to seal to."""
+        return self.is_server and self.delivery.seal
+
+    @property
+    def content_keys(self) -> ContentKeys:
+        """The keys of what is sealed, whether or not what comes next is."""
+        return ContentKeys(self.keys / FOLDER)
+
+    def travels(self, length: int) -> int:
+        """How many bytes a variant of so many takes on the network."""
+        return sealed_bytes(length) if self.seals else length
+
+    def leaving_room(self, tiers: Mapping[str, Tier]) -> dict[str, Tier]:
+        """Tiers whose budgets of bytes on the network leave room for what sealing adds."""
+        return {
+            name: tier
+            if not self.seals or tier.max_wire_bytes is None
+            else replace(tier, max_wire_bytes=max(1, room_within(tier.max_wire_bytes)))
+            for name, tier in tiers.items()
+        }
 
     def make(self, tiers: Iterable[str] = (), *, passphrase: Passphrase | None = None) -> None:
         """Make what is missing: keys, the repository, and tiers with keys of their own.
