@@ -39,6 +39,7 @@ from fedge_server.hub.home import Home
 from fedge_server.hub.keeping import keep_repository
 from fedge_server.hub.link import LinkServicer
 from fedge_server.hub.listening import DEVICE_OPTIONS, LINK_OPTIONS, LOCAL_OPTIONS, age, bind, describe
+from fedge_server.hub.returning import take_back_always
 from fedge_server.hub.roster import Roster
 from fedge_server.hub.runs import AdminServicer, RunsServicer
 from fedge_server.hub.settings import Settings
@@ -146,6 +147,9 @@ class Hub:
         self._tasks = [
             asyncio.create_task(self._keep_house()),
             asyncio.create_task(keep_repository(self.home)),
+            asyncio.create_task(
+                take_back_always(self.home, self._registry, self._shelf, self._distribution.look)
+            ),
         ]
         _log.info(
             "hub is up: devices on %s, enrolment on %s",

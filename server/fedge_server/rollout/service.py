@@ -148,6 +148,11 @@ class Rollouts:
         with reading(self._engine) as connection:
             return records.read_rollouts(connection)
 
+    def newest(self) -> list[State]:
+        """The newest rollout of each tier: no other one is under way."""
+        with reading(self._engine) as connection:
+            return records.read_newest(connection)
+
     def channel(self, tier: str) -> Channel:
         """Where a tier stands."""
         with reading(self._engine) as connection:
