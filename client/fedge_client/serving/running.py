@@ -29,7 +29,7 @@ LOOK_S: Final = 1.0  # between two looks at what is installed
 MODE: Final = 0o660  # of the sockets: programs of the same user or group may ask
 _MAX_SOCKET_PATH: Final = 100  # bytes; the kernel's limit is 107
 _LOOPBACK: Final = re.compile(r"(127\.0\.0\.1|localhost|\[::1\]):(\d{1,5})")
-_COMMITTED: Final = ("installed/current", "current.json")  # replaced as a whole by each installation
+_COMMITTED: Final = ("installed/current",)  # replaced as a whole by each installation
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,17 @@ that is in the repository already, and not written down, is recognised by its co
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Final
 
 import sqlalchemy as sa
 
 from fedge.delivery import tier_of
-from fedge.errors import RefusedError, SignerAwayError
+from fedge.errors import FedgeError, RefusedError, SignerAwayError
+from fedge.files import sole_holder
 from fedge.manifest import Release, VariantEntry
 from fedge_server.registry.database import Registry
 from fedge_server.registry.drafts import VERSION, Draft, Status, mark
@@ -24,7 +27,8 @@ from fedge_server.release.place import ONLINE, AtHand, ReleasePlace
 from fedge_server.repository import RoleKeys
 from fedge_server.rollout.audit import append
 
-PUBLISHER = "publisher"  # who, in the audit trail, unless a person asked
+PATIENCE_S: Final = 120.0  # for another publisher, and the signers that it asks
+PUBLISHER: Final = "publisher"  # who, in the audit trail, unless a person asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +75,13 @@ def publish_draft(
 
     Raises:
         UserError: there is no such draft.
-        FedgeError: the repository or the disk refuses; nothing was published.
+        FedgeError: the repository or the disk refuses, or another process publishes; nothing was published.
     """
+    with _alone(place):
+        return _publish_alone(place, registry, draft_id, who)
+
+
+def _publish_alone(place: ReleasePlace, registry: Registry, draft_id: str, who: str) -> Published:
     draft = registry.drafts.get(draft_id)
     if (done := _finished(place, registry, draft, who)) is not None:
         draft = registry.drafts.get(draft_id)
@@ -110,8 +119,23 @@ def draft_again(registry: Registry, version: int, tiers: Sequence[str] | None = 
     """
     release = release_of(registry, version)
     entries = release.variants if tiers is None else tuple(release.variant(tier) for tier in tiers)
-    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return registry.drafts.add(replace(release, version=VERSION, created=created, variants=entries))
+    moment = datetime.now(UTC)
+    while True:  # until nothing of this very second is published: a draft is told by its content
+        created = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+        name = registry.drafts.add(replace(release, version=VERSION, created=created, variants=entries))
+        if registry.drafts.get(name).open:
+            return name
+        moment += timedelta(seconds=1)
+
+
+@contextmanager
+def _alone(place: ReleasePlace) -> Iterator[None]:
+    """One process at a time publishes drafts of a home: two would publish the same one twice."""
+    try:
+        with sole_holder(place.home / "publishing.lock", patience_s=PATIENCE_S):
+            yield
+    except BlockingIOError as error:
+        raise FedgeError(f"{place.home}: another process publishes a draft; try again later") from error
 
 
 def _publish(

@@ -12,8 +12,9 @@ from fedge_server.repository.keys import (
 )
 from fedge_server.repository.lifetimes import Lifetimes
 from fedge_server.repository.policy import Policy, reasons_against
-from fedge_server.repository.repository import Repository, RoleStatus
+from fedge_server.repository.repository import Repository
 from fedge_server.repository.signing import Evidence, Request, RoleKeys, Sealed, Signing
+from fedge_server.repository.status import RoleStatus
 
 __all__ = [
     "ContentKeys",

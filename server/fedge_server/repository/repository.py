@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC
 from pathlib import Path
 from typing import Final
 
-from tuf.api.metadata import Signed
-
 from fedge.artefact import unpack
-from fedge.delivery import KINDS, Kind, ReleaseNote, lineage_digest, mark_path, role_of, target_path, tier_of
+from fedge.delivery import KINDS, Kind, ReleaseNote, lineage_digest, mark_path, target_path, tier_of
 from fedge.errors import FedgeError, FormatError, UserError
 from fedge.files import sha256
 from fedge.manifest import Release, VariantEntry
@@ -29,25 +26,14 @@ from fedge_server.repository.edits import TopRole
 from fedge_server.repository.folder import Folder
 from fedge_server.repository.lifetimes import Clock, Lifetimes, utc_now
 from fedge_server.repository.policy import Policy, reasons_against
-from fedge_server.repository.signing import RoleKeys, Signing, role_in
+from fedge_server.repository.signing import RoleKeys, Signing
 from fedge_server.repository.state import State, kept, load
+from fedge_server.repository.status import RoleStatus, statuses
 
 Draft = Callable[[int], Release]
 """Make the release of a given version; it is called once the version is known."""
 
 MAX_REPORT_BYTES: Final = 16 * 1024**2  # of one gate report
-
-
-@dataclass(frozen=True, slots=True)
-class RoleStatus:
-    """A role as it is published."""
-
-    role: str
-    version: int
-    expires: datetime
-    keys: tuple[str, ...]  # key ids; none: a tier that is suspended
-    threshold: int
-    is_due: bool  # whether it should be signed again now
 
 
 class Repository:
@@ -249,7 +235,7 @@ class Repository:
             Whether anything was signed.
         """
         with self._open() as state:
-            due = {role.role for role in self._status(state) if role.is_due}
+            due = {role.role for role in statuses(state, self._lifetimes, self._clock()) if role.is_due}
             if not force and due.isdisjoint({"snapshot", "timestamp"}):
                 return False
             self._commit(state, Change(snapshot=force or "snapshot" in due), signing)
@@ -258,7 +244,7 @@ class Repository:
     def status(self) -> list[RoleStatus]:
         """Every role as it is published, the four of the root first."""
         with self._open() as state:
-            return self._status(state)
+            return statuses(state, self._lifetimes, self._clock())
 
     def content(self, tier: str) -> TierContent:
         """Floor, newest version and releases of a tier.
@@ -369,24 +355,6 @@ class Repository:
         if role == "targets":
             change.targets = deepcopy(state.targets.signed)
         return change
-
-    def _status(self, state: State) -> list[RoleStatus]:
-        found: list[RoleStatus] = []
-        for role, signed in self._signed(state):
-            delegator = state.root if role in edits.TOP_ROLES else state.targets.signed
-            held = role_in(delegator, role)
-            due = self._lifetimes.is_due(role, signed.expires, self._clock()) or not state.is_signed(role)
-            found.append(
-                RoleStatus(role, signed.version, signed.expires, tuple(held.keyids), held.threshold, due)
-            )
-        return found
-
-    def _signed(self, state: State) -> Iterator[tuple[str, Signed]]:
-        yield "root", state.root
-        for role in ("targets", "snapshot", "timestamp"):
-            yield role, getattr(state, role).signed
-        for tier, metadata in sorted(state.tiers.items()):
-            yield role_of(tier), metadata.signed
 
     def _commit(self, state: State | None, change: Change, signing: Sequence[Signing]) -> None:
         root = change.root if change.root is not None or state is None else state.root
