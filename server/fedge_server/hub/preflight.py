@@ -105,7 +105,8 @@ def _repository(home: Home) -> str:
     missing = [role for role in ONLINE if role not in place.at_hand().top]
     if missing:
         raise FedgeError(f"{place.keys / missing[0]}.key is not here: nothing can be published or refreshed")
-    return f"{len(found) - 4} tiers, next end {min(role.expires for role in found):%Y-%m-%d %H:%M}"
+    tiers = ", ".join(sorted(place.tiers())) or "none yet"
+    return f"tiers: {tiers}; the first role ends {min(role.expires for role in found):%Y-%m-%d %H:%M}"
 
 
 def _signers(home: Home) -> str:

@@ -20,18 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
 from places import Client, Place, release_of, report_of
 from tuf.api.metadata import Metadata
 
 from fedge.errors import FedgeError, RefusedError, SignerAwayError, UserError
+from fedge.wire.v1 import signer_pb2 as pb
 from fedge_server.cli import main
-from fedge_server.repository import RoleKeys, create_key, load_key
+from fedge_server.repository import FileSigning, RoleKeys, create_key, load_key
 from fedge_server.repository.content_keys import ContentKeys
 from fedge_server.signer import frames
 from fedge_server.signer.judging import Judge
 from fedge_server.signer.memory import Memory, version_of
 from fedge_server.signer.remote import RemoteSigning
-from fedge_server.signer.service import serving
+from fedge_server.signer.service import answer, serving
 
 NOBODY = 65534
 
@@ -149,6 +153,27 @@ def test_no_bytes_stop_a_signer(place, folder, data):
                 while channel.recv(4096):
                     pass
         assert place.publish(1, "micro", signing=[remote, *online(place)]).version == 1
+
+
+@given(st.binary(max_size=200), st.integers(0, 5))
+def test_any_request_gets_a_reply_and_none_but_a_good_one_a_signature(data, cut):
+    key = FileSigning(Ed25519PrivateKey.from_private_bytes(bytes(32)))
+    judge = Judge("micro", key, Memory(Path("/nonexistent"), "tier-micro"))
+    asked = pb.SignerRequest(sign=pb.SignRole(role="tier-micro", payload=data, previous=data[cut:]))
+    for request in (data, asked.SerializeToString(), asked.SerializeToString()[cut:]):
+        assert answer(judge, request).WhichOneof("answered") in ("refusal", "failure", "description")
+
+
+def test_a_signer_loads_neither_a_network_stack_nor_what_learns():
+    code = (
+        "import sys, fedge_server.cli.signer, fedge_server.signer.service, fedge_server.signer.limits;"
+        "print(sorted({'grpc', 'torch', 'flwr', 'onnx', 'onnxruntime'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
 
 
 def test_peers_that_stall_keep_nobody_out_for_long(place, folder, monkeypatch):
