@@ -44,6 +44,7 @@ class CompactModel:
         except Exception as error:  # onnxruntime raises bare RuntimeErrors of many kinds
             raise FormatError(f"model: onnxruntime cannot load it ({_first_line(error)})") from error
         self.spec = spec
+        self._shape, self._dtype, self._classes = spec.shape, np.dtype(spec.dtype), spec.classes
         self._check_signature()
 
     def _check_signature(self) -> None:
@@ -69,7 +70,7 @@ class CompactModel:
             FormatError: x has another shape or dtype than the spec, the graph fails on it, or its answer
                 is not one label and `classes` probabilities for each example.
         """
-        if x.ndim == 0 or x.shape[1:] != self.spec.shape or x.dtype != np.dtype(self.spec.dtype):
+        if x.shape[1:] != self._shape or x.dtype != self._dtype:  # a shape has a dimension or more
             raise FormatError(
                 f"input: {x.dtype} {x.shape} does not fit; "
                 f"this model takes {self.spec.dtype} (B, *{self.spec.shape})"
@@ -78,7 +79,7 @@ class CompactModel:
             labels, probabilities = self._session.run([LABEL, PROBABILITIES], {INPUT: x})
         except Exception as error:  # onnxruntime raises bare RuntimeErrors of many kinds
             raise FormatError(f"model: cannot be run ({_first_line(error)})") from error
-        if len(labels) != len(x) or probabilities.shape != (len(x), self.spec.classes):
+        if len(labels) != len(x) or probabilities.shape != (len(x), self._classes):
             raise FormatError(
                 f"model: {len(x)} examples give {len(labels)} labels and probabilities "
                 f"{probabilities.shape}, not {(len(x), self.spec.classes)}"
