@@ -1,30 +1,10 @@
-"""A grpc.aio server with the Inference service, real certificates and the hub's own gate."""
-
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.hashes import SHA256
-
-from fedge.identity import device_id_of, node_id_of
-from fedge.wire.v1 import inference_pb2_grpc
-from fedge.wire.v1.inference_pb2_grpc import InferenceStub
-from fedge_server.hub.gate import Gate
-from fedge_server.identity.authority import Authority
-from fedge_server.inference.limits import Limits
-from fedge_server.inference.models import Models
-from fedge_server.inference.service import InferenceServicer
-from fedge_server.registry.database import Registry
+from inference_site import Site
 
 
 @pytest.fixture(autouse=True)
@@ -32,81 +12,8 @@ def quick_databases(copied_schema: None) -> None:
     """No test of this folder is about making a database."""
 
 
-class Device:
-    """Credentials as the agent's identity has them."""
-
-    def __init__(self, authority: Authority, registry: Registry, tier: str) -> None:
-        key = ec.generate_private_key(ec.SECP256R1())
-        request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, SHA256())
-        self.certificate = authority.issue_device(request.public_bytes(serialization.Encoding.DER), 24.0)
-        self.key_pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        self.bundle = authority.bundle
-        self.id = device_id_of(key.public_key())
-        token = os.urandom(8).hex()
-        registry.devices.create_token(
-            token_id=token, secret_sha256="0" * 64, tier=tier, expires=time.time() + 60
-        )
-        registry.devices.enrol(
-            device_id=self.id,
-            node_id=node_id_of(self.id),
-            public_key="",
-            sealing_key="",
-            tier=tier,
-            token_id=token,
-            fedge_version="0",
-            wire_version=2,
-            not_after=time.time() + 86400,
-        )
-
-
-class Site:
-    """A home with an authority and a registry, and what is up on it."""
-
-    def __init__(self, root: Path) -> None:
-        self.authority = Authority.create(root / "ca")
-        self.registry = Registry.open(root)
-        self.gate = Gate(self.authority, self.registry.devices)
-        self.port = 0
-
-    def device(self, tier: str = "micro") -> Device:
-        return Device(self.authority, self.registry, tier)
-
-    @property
-    def address(self) -> str:
-        return f"localhost:{self.port}"
-
-    @asynccontextmanager
-    async def up(
-        self, load: Callable[[int], Any], newest: Callable[[str], int] = lambda tier: 1, **limits: Any
-    ) -> AsyncIterator[Models]:
-        found = Limits(**limits)
-        models = Models(load, newest, found)
-        server = grpc.aio.server(options=[("grpc.max_receive_message_length", 4 * 1024**2)])
-        inference_pb2_grpc.add_InferenceServicer_to_server(
-            InferenceServicer(self.gate, models, found), server
-        )
-        key, chain = self.authority.issue_server(["localhost"], 1)
-        credentials = grpc.ssl_server_credentials([(key, chain)], self.authority.bundle, True)
-        self.port = server.add_secure_port("localhost:0", credentials)
-        await server.start()
-        try:
-            yield models
-        finally:
-            await server.stop(None)
-            models.close()
-
-    @asynccontextmanager
-    async def stub(self, device: Device) -> AsyncIterator[Any]:
-        credentials = grpc.ssl_channel_credentials(device.bundle, device.key_pem, device.certificate)
-        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
-        async with grpc.aio.secure_channel(self.address, credentials, options=options) as channel:
-            yield InferenceStub(channel)
-
-
 @pytest.fixture
-def site(tmp_path: Path) -> Any:
+def site(tmp_path: Path) -> Iterator[Site]:
     made = Site(tmp_path)
     yield made
     made.registry.close()
