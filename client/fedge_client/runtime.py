@@ -85,5 +85,7 @@ class Runtime:
         probabilities = dict(zip(spec.labels, values, strict=True))
         confidence = probabilities.get(label)
         if confidence is None or not math.isfinite(sum(values)):
-            raise FormatError(f"model: gives no usable answer ({label[:40]!r}); go back or install another release")
+            raise FormatError(
+                f"model: gives no usable answer ({label[:40]!r}); go back or install another release"
+            )
         return Prediction(label, confidence, probabilities)

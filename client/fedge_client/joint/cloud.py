@@ -25,7 +25,7 @@ _OPTIONS: Final = (
     ("grpc.enable_retries", 0),  # a second attempt would come too late
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 10_000),  # how often to try at all is the breaker's business
+    ("grpc.max_reconnect_backoff_ms", 1_000),  # how often to try at all is the breaker's business
 )
 _WHY: Final[dict[grpc.StatusCode, Failure]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: "late",

@@ -61,6 +61,7 @@ class JointSettings:
     private: bool = False  # no input ever leaves this device, in whatever form
     deadline_s: float = 0.5  # of a request that names none
     reserve_s: float = 0.02  # before the deadline, when the cloud is waited for no more
+    at_once: int = 8  # questions that are open; others wait, within their deadline
     budget: Budget = field(default_factory=Budget)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
 
@@ -68,8 +69,12 @@ class JointSettings:
         """Refuse nonsense on construction.
 
         Raises:
-            UserError: times that leave no time for the cloud.
+            UserError: times that leave no time for the cloud, or no question at all.
         """
+        if self.at_once < 1:
+            raise UserError(
+                f"joint: at_once is {self.at_once}; it must be 1 or more, or the rule DEVICE_ONLY"
+            )
         if not 0 < self.reserve_s < self.deadline_s:
             raise UserError(
                 f"joint: reserve_s ({self.reserve_s}) must be above 0, below deadline_s ({self.deadline_s})"
@@ -124,6 +129,7 @@ class Joint:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="joint")
         self._bucket = Bucket(settings.budget.burst, clock())
         self._breaker = Breaker()
+        self._places = asyncio.Semaphore(settings.at_once)
         self._asking: set[asyncio.Task[CloudAnswer]] = set()
         self.counts: Counter[str] = Counter()  # examples by `why`
 
@@ -220,14 +226,18 @@ class Joint:
         self._bucket = bucket
         return chosen(doubts, settings.rule.threshold, granted), None
 
+    async def _question(self, local: _Local, sent: npt.NDArray[np.intp], until: float) -> CloudAnswer:
+        if self._cloud is None:
+            raise AssertionError
+        async with self._places:
+            wait_s = until - self._clock()
+            return await self._cloud.ask(local.x[sent], local.spec, local.version, max(wait_s, 0.001))
+
     async def _asked(
         self, local: _Local, sent: npt.NDArray[np.intp], wait_s: float
     ) -> tuple[CloudAnswer | None, Why]:
         """The cloud's answer, or why there is none; whatever it does, not later than `wait_s` from now."""
-        if self._cloud is None:
-            raise AssertionError
-        asking = self._cloud.ask(local.x[sent], local.spec, local.version, wait_s)
-        task: asyncio.Task[CloudAnswer] = asyncio.ensure_future(asking)
+        task = asyncio.create_task(self._question(local, sent, self._clock() + wait_s))
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)
         task.add_done_callback(_seen)

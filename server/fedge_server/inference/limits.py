@@ -15,7 +15,7 @@ class Limits:
     batch_examples: int = 64  # that go through a model at once; more wait for the next batch
     batch_wait_s: float = 0.002  # that the first of a batch waits for others to come
     waiting_examples: int = 1024  # of one model; beyond that requests are refused at once
-    in_flight: int = 4  # requests of one device at a time
+    in_flight: int = 16  # requests of one device at a time
     models: int = 4  # releases that are open at a time
     model_bytes: int = 1024**3  # of their files together
     threads: int = 1  # that run models, one batch each at a time
