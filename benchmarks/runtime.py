@@ -1,11 +1,11 @@
-"""Inference at the edge: a device's process, what surrounds onnxruntime's own call, device and cloud together.
+"""Inference at the edge: a device's process, what surrounds its model, device and cloud together.
 
-The model is the smallest variant of Fashion-MNIST's search (cnn3-12); where only speed and memory matter, with
-weights as they are drawn. Parts:
+The model is the smallest variant of Fashion-MNIST's search (cnn3-12); where only speed and memory matter,
+with weights as they are drawn. Parts:
 
 process   memory of `fedge-client serve` with the model open, after 500 requests; seconds of an `infer`
 overhead  a request's time: onnxruntime's bare call, `Runtime.infer`, the local service over HTTP
-hostile   the service with 1,000 silent connections, 200 stalled readers, 5 MB bodies: memory, others served
+hostile   the service with 1,000 silent connections, 50 stalled readers, 5 MB bodies: memory, others served
 cloud     examples a second of the teacher, torch beside its ONNX export, by batch
 joint     accuracy against the share that is sent, on data of your own copy (`--data-dir DIR` with
           `fashion_mnist.npz`); trains a teacher and searches, minutes each, kept in `--cache DIR`; draws a
@@ -93,7 +93,7 @@ def hostile(asked: Options, home: Path) -> Found:
         rows.append(_row("at rest", memory_mb(up.pid), "MB"))
         for name, trouble in (
             ("1,000 silent connections", _silent),
-            ("200 that read nothing", _stalled),
+            ("50 that read nothing", _stalled),
             ("100 bodies of 4 MB that do not end", _endless),
             ("100 bodies of 5 MB", _oversized),
         ):
@@ -122,7 +122,7 @@ def _silent(up: Serving) -> list[Any]:
 
 def _stalled(up: Serving) -> list[Any]:
     """Ask for 256 answers again and again, and read none."""
-    made = [up.socket() for _ in range(200)]
+    made = [up.socket() for _ in range(50)]  # more would fill the queue by right
     body = npy(np.zeros((256, 28, 28), np.uint8))
     head = (
         f"POST /v1/infer HTTP/1.1\r\nContent-Type: application/x-npy\r\nContent-Length: {len(body)}\r\n\r\n"
