@@ -63,7 +63,12 @@ class Published:
 
 
 def publish_draft(
-    place: ReleasePlace, registry: Registry, draft_id: str, *, who: str = PUBLISHER
+    place: ReleasePlace,
+    registry: Registry,
+    draft_id: str,
+    *,
+    who: str = PUBLISHER,
+    is_floor: bool = False,
 ) -> Published:
     """Publish a draft for all its tiers that are not published and can be signed.
 
@@ -72,16 +77,19 @@ def publish_draft(
         registry: that holds the draft.
         draft_id: which.
         who: asks for it, for the audit trail.
+        is_floor: whether devices of its tiers may run nothing below it any more.
 
     Raises:
         UserError: there is no such draft.
         FedgeError: the repository or the disk refuses, or another process publishes; nothing was published.
     """
     with _alone(place):
-        return _publish_alone(place, registry, draft_id, who)
+        return _publish_alone(place, registry, draft_id, who, is_floor)
 
 
-def _publish_alone(place: ReleasePlace, registry: Registry, draft_id: str, who: str) -> Published:
+def _publish_alone(
+    place: ReleasePlace, registry: Registry, draft_id: str, who: str, is_floor: bool
+) -> Published:
     draft = registry.drafts.get(draft_id)
     if (done := _finished(place, registry, draft, who)) is not None:
         draft = registry.drafts.get(draft_id)
@@ -92,7 +100,7 @@ def _publish_alone(place: ReleasePlace, registry: Registry, draft_id: str, who: 
     left = [tier for tier in draft.open if tier not in {each.tier for each in waiting}]
     while left and release is None:
         try:
-            release = _publish(place, registry, draft, left, at_hand)
+            release = _publish(place, registry, draft, left, at_hand, is_floor)
         except (RefusedError, SignerAwayError) as error:
             tier = tier_of(error.role)
             if tier not in left:
@@ -139,12 +147,17 @@ def _alone(place: ReleasePlace) -> Iterator[None]:
 
 
 def _publish(
-    place: ReleasePlace, registry: Registry, draft: Draft, tiers: Sequence[str], at_hand: AtHand
+    place: ReleasePlace,
+    registry: Registry,
+    draft: Draft,
+    tiers: Sequence[str],
+    at_hand: AtHand,
+    is_floor: bool,
 ) -> Release:
     content = _part(draft.release, tiers)
     objects = [registry.store.get(digest) for entry in content.variants for digest in _objects(entry)]
     return place.repository.publish(
-        lambda version: replace(content, version=version), objects, at_hand.of(*tiers)
+        lambda version: replace(content, version=version), objects, at_hand.of(*tiers), is_floor=is_floor
     )
 
 

@@ -1,7 +1,8 @@
 """The way back of halted rollouts, without a hand on it: old content signed anew, and floors that follow.
 
 A rollout that was halted wants the content of the release before under a new version. This publishes it, if
-it can be signed now, tells the rollout, and raises the signed floor of each tier to that of its rollouts.
+it can be signed now, as the tier's floor, and tells the rollout. Where that floor is not signed, as after a
+way back that a person has published, it is raised.
 Each step looks at what is there, so that whoever was killed between two of them goes on.
 """
 
@@ -57,7 +58,8 @@ def _replaced(place: ReleasePlace, registry: Registry, rollouts: Rollouts, state
     """Publish the old content above the bad version, unless that was done, and say so to the rollout."""
     version = _there(registry, state, wanted)
     if version is None:
-        done = publish_draft(place, registry, _draft(registry, state.tier, wanted), who=ROLLOUT)
+        draft = _draft(registry, state.tier, wanted)
+        done = publish_draft(place, registry, draft, who=ROLLOUT, is_floor=True)
         if done.release is None:
             why = "; ".join(each.why for each in done.waiting)
             return Step(

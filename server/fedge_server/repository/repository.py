@@ -132,6 +132,7 @@ class Repository:
         signing: Sequence[Signing],
         *,
         floors: Mapping[str, int] | None = None,
+        is_floor: bool = False,
     ) -> Release:
         """Offer a release to all tiers that it has variants for, under the next version.
 
@@ -142,6 +143,7 @@ class Repository:
             objects: wire bytes, gate reports and goldens that it names, unless the tier offers them already.
             signing: keys of the tiers, snapshot and timestamp.
             floors: new floors of its tiers, by tier; at most the new version.
+            is_floor: whether the new version is the floor of its tiers, as a way back is.
 
         Raises:
             RefusedError: a rule or a signer is against it; the message has the reasons.
@@ -158,7 +160,8 @@ class Repository:
                 raise UserError(f"publish: a floor for tier {unknown[0]!r}, which the release does not serve")
             change = Change(release=version)
             for entry in release.variants:
-                self._offer(state, change, release, entry, offered, (floors or {}).get(entry.tier))
+                floor = version if is_floor else (floors or {}).get(entry.tier)
+                self._offer(state, change, release, entry, offered, floor)
             self._commit(state, change, signing)
         return release
 
