@@ -7,7 +7,7 @@ made of the manifest's digest, so the same draft is never there twice.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
@@ -78,6 +78,18 @@ class Drafts:
                 ]
                 connection.execute(_variants.insert(), rows)
         return name
+
+    def untouched(self, release: Release) -> str | None:
+        """The draft of this very content of which nothing is published yet, whenever it was made.
+
+        A run that was killed, or asked for its variants again, goes on with the one it has.
+        """
+        for draft in self.all(unpublished=True):
+            if len(draft.open) == len(draft.variants) and draft.release == replace(
+                release, version=draft.release.version, created=draft.release.created
+            ):
+                return draft.id
+        return None
 
     def get(self, draft: str) -> Draft:
         """One draft.

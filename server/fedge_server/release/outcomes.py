@@ -16,6 +16,7 @@ from pathlib import Path
 from fedge import golden
 from fedge.artefact import unpack
 from fedge.config import Tier
+from fedge.errors import FedgeError
 from fedge.files import sha256
 from fedge.inference import CompactModel
 from fedge.manifest import Lineage, Release, VariantEntry
@@ -24,7 +25,7 @@ from fedge_server.compression import TierOutcome, Variant
 from fedge_server.registry.database import Registry
 from fedge_server.registry.drafts import VERSION
 from fedge_server.release.place import ReleasePlace
-from fedge_server.release.publishing import Published, publish_draft
+from fedge_server.release.publishing import Published, postpone, publish_draft
 from fedge_server.rounds.loop import Learned
 
 
@@ -87,6 +88,9 @@ def publish_outcomes(
 
     Returns:
         None when no tier has a variant.
+
+    Raises:
+        FedgeError: it cannot be published in a folder of a simulation; on a server the draft waits.
     """
     counted = next(record for record in reversed(learned.records) if record.counted)
     lineage = Lineage(run_id, counted.round, learned.model_sha256, counted.updates)
@@ -105,7 +109,14 @@ def publish_outcomes(
     for item in ready:
         for data in item.objects:
             registry.store.put(data)
-    return publish_draft(ReleasePlace.of(home), registry, registry.drafts.add(draft))
+    name = registry.drafts.untouched(draft) or registry.drafts.add(draft)
+    place = ReleasePlace.of(home)
+    try:
+        return publish_draft(place, registry, name)
+    except FedgeError as error:
+        if not place.is_server:
+            raise
+        return postpone(registry, name, str(error))  # the run is whole: a person can publish it later
 
 
 def _ready(variant: Variant, spec: Spec, lineage: Lineage, tier: Tier) -> _Ready:

@@ -109,7 +109,7 @@ def _publish_alone(
             waiting.append(Waiting(tier, str(error), isinstance(error, RefusedError)))
     if release is not None:
         _record(registry, draft, release, who)
-    _set_aside(registry, draft, waiting, who)
+    _set_aside(registry, draft.id, waiting, who)
     return Published(draft_id, release, tuple(waiting))
 
 
@@ -134,6 +134,13 @@ def draft_again(registry: Registry, version: int, tiers: Sequence[str] | None = 
         if registry.drafts.get(name).open:
             return name
         moment += timedelta(seconds=1)
+
+
+def postpone(registry: Registry, draft_id: str, why: str, *, who: str = PUBLISHER) -> Published:
+    """Let a draft wait that could not be published for a reason that has nothing to do with its tiers."""
+    waiting = tuple(Waiting(tier, why) for tier in registry.drafts.get(draft_id).open)
+    _set_aside(registry, draft_id, waiting, who)
+    return Published(draft_id, None, waiting)
 
 
 @contextmanager
@@ -273,18 +280,18 @@ def _record(registry: Registry, draft: Draft, release: Release, who: str) -> Non
     )
 
 
-def _set_aside(registry: Registry, draft: Draft, waiting: Sequence[Waiting], who: str) -> None:
+def _set_aside(registry: Registry, draft_id: str, waiting: Sequence[Waiting], who: str) -> None:
     """Keep why tiers were not published; a refusal goes into the audit trail."""
     with writing(registry.engine) as connection:
         for each in waiting:
             status: Status = "refused" if each.is_refused else "waiting"
-            mark(connection, draft.id, each.tier, status, reason=each.why)
+            mark(connection, draft_id, each.tier, status, reason=each.why)
             if each.is_refused:
                 append(
                     connection,
                     at=time.time(),
                     who=who,
                     what="signature refused",
-                    subject=f"draft {draft.id}",
+                    subject=f"draft {draft_id}",
                     why=f"tier {each.tier}: {each.why}",
                 )

@@ -1,0 +1,100 @@
+"""From what compression gives to a draft: golden inputs of what ships, and a run that is never lost."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedge import golden
+from fedge.artefact import unpack
+from fedge.config import Tier
+from fedge.errors import FedgeError
+from fedge.golden import Golden
+from fedge.inference import CompactModel
+from fedge_server.release import ReleasePlace, publish_draft
+from fedge_server.release.outcomes import publish_outcomes
+
+TIERS = {"micro": Tier(max_latency_ms=250.0), "board": Tier()}
+LEARNED = SimpleNamespace(
+    records=[
+        SimpleNamespace(counted=True, round=3, updates="b" * 64),
+        SimpleNamespace(counted=False, round=4, updates=""),
+    ],
+    model_sha256="0f" * 32,
+)
+
+
+class Gate(SimpleNamespace):
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {"reasons": [], "max_class_drop": None}
+
+
+def outcome(tools: Any, tier: str, answer: int = 1) -> Any:
+    model = tools.linear_model(
+        tools.images, np.random.default_rng(answer).normal(size=(64, 3)) / 99, np.zeros(3)
+    )
+    gate = Gate(passed=True, accuracy=0.9, drop=0.0, drop_upper=0.01, max_drop=0.02, confidence=0.95, n=300)
+    _, wire = tools.entry_of(tier, model)
+    return SimpleNamespace(
+        tier=tier, variant=SimpleNamespace(tier=tier, recipe="int8", wire=wire, installed=model, gate=gate)
+    )
+
+
+@pytest.fixture
+def publish(home, registry, tools):
+    def go(*outcomes: Any) -> Any:
+        return publish_outcomes(home, registry, "run-1", LEARNED, "digits", tools.images, outcomes, TIERS)  # type: ignore[arg-type]  # stand-ins with what is read of them
+
+    return go
+
+
+def test_golden_answers_are_those_of_the_decoded_shipping_bytes_one_at_a_time(publish, home, registry, tools):
+    made = outcome(tools, "micro")
+    done = publish(made, outcome(tools, "board"), SimpleNamespace(tier="gateway", variant=None))
+    assert [entry.tier for entry in done.release.variants] == ["micro", "board"]
+    assert (done.release.lineage.round, done.release.lineage.updates) == (3, "b" * 64)
+    entry = done.release.variant("micro")
+    found = Golden.from_bytes(registry.store.get(entry.golden_sha256), tools.images)
+    model = CompactModel(unpack(made.variant.wire, entry.installed_bytes), tools.images)
+    assert found.x.tobytes() == golden.inputs_of(tools.images, 0x0F0F0F0F0F0F0F0F).tobytes()
+    assert np.abs(found.probabilities - model.run_each(found.x)).max() < 1e-5
+    assert found.latency_s == 0.25
+    assert len({tuple(row) for row in found.probabilities.round(3).tolist()}) > 3  # they tell models apart
+    offered = ReleasePlace.of(home).repository.content("micro").releases[1].files["golden"]
+    assert offered.sha256 == entry.golden_sha256
+
+
+def test_without_a_variant_there_is_no_draft(publish, registry):
+    assert publish(SimpleNamespace(tier="micro", variant=None)) is None
+    assert registry.drafts.all() == []
+
+
+def test_a_run_that_is_asked_again_goes_on_with_the_draft_it_has(server, publish, registry, tools):
+    first, again = (publish(outcome(tools, "micro")) for _ in range(2))
+    assert first.draft == again.draft
+    assert len(registry.drafts.all()) == 1
+    server.make(["micro"])
+    assert publish(outcome(tools, "micro")).release.version == 1
+    assert publish(outcome(tools, "micro", answer=2)).release.version == 2
+
+
+def test_a_repository_that_fails_leaves_the_run_whole_and_its_draft_waiting(server, publish, registry, tools):
+    server.make(["micro"])
+    damaged = server.home / "repository/metadata/timestamp.json"
+    whole = damaged.read_bytes()
+    damaged.write_text("{}")
+    done = publish(outcome(tools, "micro"))
+    assert done.release is None
+    assert "timestamp.json: no TUF metadata" in done.waiting[0].why
+    damaged.write_bytes(whole)
+    assert publish_draft(server, registry, done.draft).release.version == 1
+
+
+def test_in_a_simulation_it_is_an_error(publish, home, tools):
+    publish(outcome(tools, "micro"))
+    (home / "repository/metadata/timestamp.json").write_text("{}")
+    with pytest.raises(FedgeError, match="no TUF metadata"):
+        publish(outcome(tools, "micro", answer=2))
