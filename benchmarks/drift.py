@@ -241,7 +241,7 @@ def main() -> None:
     drawn: dict[str, list[Found]] = {}
     for case in kinds:
         periods, times = (BEGINS + AFTER, runs) if case.changed else (PERIODS, without)
-        found = [run(case, seed, periods) for seed in range(runs if case.epsilon else times)]
+        found = [run(case, seed, periods) for seed in range(times)]
         rows.append(row_of(case, found))
         claims |= claims_of(case, found)
         drawn[case.name] = found
