@@ -6,7 +6,7 @@
 
 The second run begins with the first's model (`model.start`) and sees the new data, with nothing besides,
 `model.remember`, a class-balanced reservoir of a client's old examples (`fedge_client.memory`; a tenth, a
-third or as many as it has new ones), or both. Beside it, what nobody has on devices: all old and all new data.
+third or as many as it has new ones), or both. Beside it, what nobody has on devices: all old and new data.
 """
 
 from __future__ import annotations

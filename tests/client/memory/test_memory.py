@@ -172,6 +172,7 @@ def test_kills_at_any_moment_leave_a_whole_memory(tmp_path: Path) -> None:
             child.stdout.readline()
         child.send_signal(signal.SIGKILL)
         child.wait()
+        child.stdout.close()
         memory = Memory(tmp_path / "m", SPEC, Settings(size=50))
         found = memory.examples()
         assert len(found) <= 50

@@ -289,6 +289,7 @@ def test_windows_are_whole_and_rise_after_kills_at_any_moment(tmp_path: Path) ->
             child.stdout.readline()
         child.send_signal(signal.SIGKILL)
         child.wait()
+        child.stdout.close()
         kept = Outgoing(folder)
         found = [kept.read(slot) for slot in kept.waiting()]
         assert all(data is not None for data in found)
