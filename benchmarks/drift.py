@@ -17,6 +17,9 @@ the watch the device.
 from __future__ import annotations
 
 import statistics
+import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -27,6 +30,11 @@ from _drift_data import World, images, people
 from _harness import Row, machine, options, publish
 from scipy.stats import chi2
 
+from fedge.spec import Spec
+from fedge.telemetry.reference import Reference
+from fedge.telemetry.window import Window
+from fedge_client.telemetry.collector import Answering, Collector
+from fedge_client.telemetry.collector import Settings as Collecting
 from fedge_server.drift.scores import Shapes
 from fedge_server.drift.stability import index
 from fedge_server.drift.watch import Settings, Track, Watch, observe
@@ -39,6 +47,7 @@ LEVEL, PERIODS, BASELINE = 0.05, 100, 5
 BEGINS, AFTER = 30, 30  # periods before a change, and after it
 SETTINGS: Final = Settings(false_alarms=LEVEL, periods=PERIODS, baseline=BASELINE)
 Floats = npt.NDArray[np.float64]
+PARTS: Final = ("quiet", "changes", "cost")
 NAMES: Final = ("watch", "pooled to reference", "pooled to baseline", "PSI > 0.2")
 
 
@@ -217,10 +226,15 @@ def claims_of(case: Case, found: list[Found]) -> dict[str, float]:
     return {}
 
 
-def joining(world: World, runs: int) -> list[Row]:
+def joining(har: World, fashion: World, runs: int) -> list[Row]:
     """New devices, like those before and unlike them."""
     rows: list[Row] = []
-    for name, changed in (("new devices, all alike", ""), ("new devices, darker by 30 %", "dark")):
+    for name, world, changed in (
+        ("new people, all alike", har, ""),
+        ("new people with a watch", har, "watch"),
+        ("new devices, all alike", fashion, ""),
+        ("new devices, darker by 30 %", fashion, "dark"),
+    ):
         joined = [newcomers(world, changed, seed) for seed in range(runs)]
         some = [each for each in joined if each is not None]
         after = f", after {statistics.median(some):.0f} devices" if some else ""
@@ -229,13 +243,57 @@ def joining(world: World, runs: int) -> list[Row]:
     return rows
 
 
+def cost() -> tuple[dict[str, float], list[Row]]:
+    """What an answer costs a device, with and without its inputs counted, and a window the server."""
+    rng, spec = np.random.default_rng(0), Spec("signal", (50, 6), "float32", tuple("abcde"))
+    x, p = rng.normal(size=(500, 50, 6)).astype(np.float32), rng.dirichlet(np.ones(5), 500)
+    reference = Reference.of(x, p, spec)
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="fedge-drift-") as folder:
+        for name, known in (("us_per_answer", reference), ("us_per_answer_without_inputs", None)):
+            place = Path(folder) / name
+            collector = Collector(place, Answering(1, spec, known), Collecting(period_s=604_800))
+
+            def count(collector: Collector = collector) -> None:
+                for i in range(100):
+                    collector.answered(x[i : i + 1], p[i : i + 1], 0.01)
+
+            figures[name] = median_s(count) / 100 * 1e6
+            collector.keep()
+            if known is not None:
+                window = Window.from_bytes((place / "open").read_bytes())
+                figures["window_bytes"] = float(len(window.to_bytes()))
+    shapes, slots = Shapes.of(window.sketch), iter(range(10**6))
+    states = [(Watch(), Track())]
+
+    def watched() -> None:
+        for slot in (next(slots) for _ in range(20)):
+            states[0] = observe(SETTINGS, *states[0], period=slot, slot=slot, window=shapes, reference=None)
+
+    figures["ms_per_window_watched"] = median_s(watched) / 20 * 1e3
+    return figures, [{"cost": name, "value": value} for name, value in figures.items()]
+
+
+def median_s(work: Callable[[], None]) -> float:
+    """CPU seconds."""
+    found = []
+    for _ in range(15):
+        started = time.process_time()
+        work()
+        found.append(time.process_time() - started)
+    return statistics.median(found)
+
+
 def main() -> None:
     """Measure, print, write, draw."""
-    asked, before = options(__doc__ or "", parts=("quiet", "changes"), data=True), machine()
+    asked, before = options(__doc__ or "", parts=PARTS, data=True), machine()
     runs, without = (3, 6) if asked.quick else (12, 40)
-    worlds = people(asked.data / "uji_har.npz"), images(asked.data / "fashion_mnist.npz")
-    only = asked.only or ("quiet", "changes")
-    kinds = [*(quiet(*worlds) if "quiet" in only else ()), *(changes(*worlds) if "changes" in only else ())]
+    only = asked.only or PARTS
+    kinds: list[Case] = []
+    if set(only) - {"cost"}:
+        worlds = people(asked.data / "uji_har.npz"), images(asked.data / "fashion_mnist.npz")
+        kinds += quiet(*worlds) if "quiet" in only else []
+        kinds += changes(*worlds) if "changes" in only else []
     rows: list[Row] = []
     claims: dict[str, float] = {"false_alarms_stated": LEVEL}
     drawn: dict[str, list[Found]] = {}
@@ -246,8 +304,12 @@ def main() -> None:
         claims |= claims_of(case, found)
         drawn[case.name] = found
     if "changes" in only:
-        rows += joining(worlds[1], runs)
-    _plot(asked.json.with_suffix(".svg"), drawn)
+        rows += joining(*worlds, runs)
+    if "cost" in only:
+        figures, more = cost()
+        claims, rows = claims | figures, rows + more
+    if drawn:
+        _plot(asked.json.with_suffix(".svg"), drawn)
     publish(asked, before, claims, rows)
 
 
