@@ -11,14 +11,26 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from places import Place
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from places import Place, model_of
 
+from fedge.artefact import pack
+from fedge.delivery import target_path
+from fedge.errors import SealError
+from fedge.sealing import Place as Sealed
+from fedge.sealing import key_id, unseal, unwrap
 from fedge.wire.v1 import distribution_pb2 as pb
 from fedge.wire.v1 import enrolment_pb2 as enrolment
 from fedge.wire.v1.distribution_pb2_grpc import DistributionStub
 from fedge.wire.v1.enrolment_pb2_grpc import EnrolmentStub
 from fedge_server.delivery import service
+from fedge_server.delivery.sealing import Sealing
+from fedge_server.delivery.shelf import Shelf
 from fedge_server.identity.tokens import new_join_string
+from fedge_server.registry import schema
+from fedge_server.registry.engine import writing
+from fedge_server.repository import ContentKeys
+from fedge_server.repository.folder import hashed_path
 from fedge_server.rollout.evidence import Criterion
 from fedge_server.rollout.plan import Plan, Stage
 from fedge_server.rollout.service import Rollouts
@@ -375,5 +387,77 @@ def test_enrolment_hands_out_the_root_and_the_floor_of_the_tier(hub: Any, tools:
         async with grpc.aio.secure_channel(f"localhost:{rig.hub.enrolment_port}", credentials) as channel:
             reply = await EnrolmentStub(channel).Enrol(request, timeout=WAIT_S)
         assert (reply.trusted_root, reply.floor) == (place.first_root, version)
+
+    hub(play)
+
+
+def sealing(rig: Any) -> tuple[Place, ContentKeys]:
+    keys = ContentKeys(rig.home.keys / "content")
+    return Place(rig.home.repository, options={"content_keys": keys}).make(), keys
+
+
+def enrolled(rig: Any, tier: str = "micro") -> tuple[Any, X25519PrivateKey]:
+    """A device with a sealing key."""
+    device, private = rig.device(tier=tier), X25519PrivateKey.generate()
+    table = schema.devices
+    with writing(rig.registry.engine) as connection:
+        changed = {"sealing_key": private.public_key().public_bytes_raw().hex()}
+        connection.execute(table.update().where(table.c.id == device.id).values(**changed))
+    return device, private
+
+
+def test_a_device_fetches_a_ciphertext_and_a_key_that_only_it_unwraps(hub: Any) -> None:
+    async def play(rig: Any) -> None:
+        place, keys = sealing(rig)
+        version = released(rig, place, 1)
+        await rig.hub.refresh()
+        device, private = enrolled(rig)
+        stub = stub_of(device)
+        wrapped = (await stub.Key(pb.KeyRequest(version=version))).wrapped
+        name = {"tier": "micro", "version": version, "device_id": device.id}
+        key = unwrap(wrapped, private, **name, expected=key_id(keys.key("micro", version)))
+        entry = place.repository.content("micro").releases[version].files["model"]
+        path = hashed_path(target_path("micro", version, "model"), entry.sha256)
+        ciphertext = await fetched(stub, f"targets/{path}")
+        assert unseal(ciphertext, key, Sealed("micro", version)) == pack(model_of(1))
+        with pytest.raises(SealError):
+            unwrap(wrapped, enrolled(rig)[1], **name, expected=key_id(key))
+
+    hub(play)
+
+
+def test_no_key_is_given_for_another_tier_a_version_not_on_offer_or_to_a_revoked_device(hub: Any) -> None:
+    async def play(rig: Any) -> None:
+        place, _ = sealing(rig)
+        version = released(rig, place, 1, "micro")
+        await rig.hub.refresh()
+        (device, _), (other, _) = enrolled(rig), enrolled(rig, "board")
+        stub = stub_of(device)
+        assert (await refused(stub_of(other).Key(pb.KeyRequest(version=version))))[0] == CODE.NOT_FOUND
+        assert (await refused(stub.Key(pb.KeyRequest(version=version + 1))))[0] == CODE.NOT_FOUND
+        assert (await stub.Key(pb.KeyRequest(version=version))).wrapped
+        rig.registry.devices.revoke(device.id, "stolen")
+        await rig.hub.refresh()
+        assert (await refused(stub.Key(pb.KeyRequest(version=version))))[0] == CODE.PERMISSION_DENIED
+
+    hub(play)
+
+
+def test_what_is_made_for_deltas_is_opened_and_sealed_as_the_version_is(hub: Any) -> None:
+    async def play(rig: Any) -> None:
+        place, keys = sealing(rig)
+        released(rig, place, 1, "micro")
+        place.options = {}
+        released(rig, place, 2, "micro")
+        shelf = Shelf(rig.home.repository)
+        shelf.refresh()
+        opens = Sealing(shelf, keys)
+        assert [opens.content("micro", version)[0] for version in (1, 2)] == [
+            pack(model_of(n)) for n in (1, 2)
+        ]
+        sealed = opens.delta("micro", 1, b"made")
+        assert unseal(sealed, keys.key("micro", 1), Sealed("micro", 1, "delta")) == b"made"
+        assert opens.delta("micro", 2, b"made") == b"made"
+        assert opens.key_for(rig.registry.devices, enrolled(rig)[0].id, "micro", 2) is None
 
     hub(play)
