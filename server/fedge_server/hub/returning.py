@@ -33,6 +33,8 @@ async def take_back_always(
         await asyncio.sleep(pause)
         try:
             done, why = await asyncio.to_thread(_take_back, home, registry, shelf)
+            if done:
+                await tell()
         except Exception:  # noqa: BLE001 - a hub that cannot publish still keeps its devices
             _log.exception("halted rollouts: cannot be looked at")
             done, why = [], "failed"
@@ -41,8 +43,6 @@ async def take_back_always(
         if why and why != said:
             _log.warning("%s", why)
         pause, said = (min(2 * pause, AWAY_S) if why else look_s), why
-        if done:
-            await tell()
 
 
 def _take_back(home: Home, registry: Registry, shelf: Shelf) -> tuple[list[str], str]:
