@@ -8,7 +8,7 @@ other.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -28,6 +28,7 @@ References = Callable[[str, int], Reference | None]
 """By tier and version; None: the release has none."""
 
 _windows, _watches, _tracks = schema.telemetry_windows, schema.drift_watches, schema.drift_tracks
+_AT_ONCE: Final = 500  # rows that are read together
 _AHEAD: Final = 4  # slots by which a device may be ahead of the server's clock
 
 
@@ -123,22 +124,19 @@ class Telemetry:
 
     def windows(
         self, tier: str, version: int, *, tag: str | None = None, since: float = 0.0, until: float = 1e12
-    ) -> list[tuple[str, Window]]:
-        """Device and window, the oldest slot first; of one size: that of most, if a device differs."""
+    ) -> Iterator[tuple[str, Window]]:
+        """Device and window, the oldest slot first; read as they are taken, so that memory does not grow."""
         query = (
             sa.select(_windows.c.device_id, _windows.c.tags, _windows.c.body)
             .where(_windows.c.tier == tier, _windows.c.version == version)
             .where(_windows.c.received >= since, _windows.c.received < until)
             .order_by(_windows.c.slot, _windows.c.device_id)
+            .execution_options(yield_per=_AT_ONCE)
         )
         with reading(self._engine) as connection:
-            rows = connection.execute(query).all()
-        found = [
-            (device, Window.from_bytes(body)) for device, tags, body in rows if tag is None or tag in tags
-        ]
-        sizes = [(len(w.sketch.inputs), len(w.sketch.answers)) for _, w in found]
-        usual = max(set(sizes), key=sizes.count, default=(0, 0))
-        return [each for each, size in zip(found, sizes, strict=True) if size == usual]
+            for device, tags, body in connection.execute(query):
+                if tag is None or tag in tags:
+                    yield device, Window.from_bytes(body)
 
     def prune(self) -> int:
         """Drop what is older than is kept, and what is known of drift under releases without a window.
@@ -192,10 +190,13 @@ class Telemetry:
             raise FormatError("telemetry: the window lies in the future; set the device's clock")
         if (slot - window.slot) * window.period_s > self._settings.keep_s:
             raise FormatError("telemetry: the window is older than is kept")
-        if window.reference:
-            known = self._references(sender.tier, window.version)
-            if known is None or known.digest != window.reference:
-                raise FormatError("telemetry: inputs were counted by another reference than the release's")
+        known = self._references(sender.tier, window.version)
+        if window.reference and (known is None or known.digest != window.reference):
+            raise FormatError("telemetry: inputs were counted by another reference than the release's")
+        if known is not None and len(window.sketch.answers) != len(known.answers):
+            raise FormatError(
+                f"telemetry: {len(window.sketch.answers)} classes, and the release has {len(known.answers)}"
+            )
 
     def _keep(self, connection: sa.Connection, sender: Sender, window: Window, data: bytes) -> None:
         own = _windows.c.device_id == sender.device
@@ -228,11 +229,6 @@ class Telemetry:
             return
         _write(connection, _watches, {"tier": sender.tier, "version": window.version}, watch.to_json())
         _write(connection, _tracks, {"device_id": sender.device, "version": window.version}, track.to_json())
-
-
-def reporting(devices: Collection[str], windows: Sequence[tuple[str, Window]]) -> float:
-    """The share of devices of which there is a window."""
-    return len({device for device, _ in windows} & set(devices)) / max(len(devices), 1)
 
 
 def _watch(connection: sa.Connection, tier: str, version: int) -> Watch:

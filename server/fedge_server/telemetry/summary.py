@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fedge.telemetry.sketch import ROUTES, Sketch, latency_quantile, mean_confidence
@@ -12,33 +12,43 @@ from fedge.telemetry.window import Window
 QUANTILES: Final = (0.5, 0.95, 0.99)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Summary:
     """Of windows of one release: their sums."""
 
-    devices: int
-    windows: int
-    lost: int  # windows that devices could not keep
-    noisy: int  # windows with noise in their counts
-    cpu_s: float
-    memory_bytes: int  # the largest of any device
     sketch: Sketch
+    devices: set[str] = field(default_factory=set)
+    windows: int = 0
+    lost: int = 0  # windows that devices could not keep
+    noisy: int = 0  # windows with noise in their counts
+    cpu_s: float = 0.0
+    memory_bytes: int = 0  # the largest of any device
 
     @classmethod
-    def of(cls, windows: Sequence[tuple[str, Window]]) -> Summary | None:
-        """Add up windows (device, window) whose sketches are of one size; None without any."""
-        if not windows:
-            return None
-        found = [window for _, window in windows]
-        return cls(
-            devices=len({device for device, _ in windows}),
-            windows=len(found),
-            lost=sum(window.lost for window in found),
-            noisy=sum(window.epsilon > 0 for window in found),
-            cpu_s=sum(window.cpu_s for window in found),
-            memory_bytes=max(window.memory_bytes for window in found),
-            sketch=Sketch.sum([window.sketch for window in found]),
-        )
+    def of(cls, windows: Iterable[tuple[str, Window]]) -> Summary | None:
+        """Add up windows (device, window), one after the other; None without any.
+
+        Of windows whose sketches are of different sizes, which one release does not give, those of the size
+        that most have.
+        """
+        found: dict[tuple[int, int], Summary] = {}
+        for device, window in windows:
+            size = len(window.sketch.inputs), len(window.sketch.answers)
+            if size not in found:
+                found[size] = cls(Sketch.empty(*size))
+            found[size].add(device, window)
+        return max(found.values(), key=lambda each: each.windows, default=None)
+
+    def add(self, device: str, window: Window) -> None:
+        """One more."""
+        self.devices.add(device)
+        self.windows += 1
+        self.lost += window.lost
+        self.noisy += window.epsilon > 0
+        self.cpu_s += window.cpu_s
+        self.memory_bytes = max(self.memory_bytes, window.memory_bytes)
+        for own, more in zip(self.sketch.parts().values(), window.sketch.parts().values(), strict=True):
+            own += more
 
     @property
     def requests(self) -> int:
@@ -54,7 +64,7 @@ class Summary:
         """What a person or a program looks at; figures that are not known are left out."""
         latency = {f"p{round(q * 100)}_s": latency_quantile(self.sketch.latency, q) for q in QUANTILES}
         found: dict[str, Any] = {
-            "devices": self.devices,
+            "devices": len(self.devices),
             "windows": self.windows,
             "lost": self.lost,
             "noisy": self.noisy,

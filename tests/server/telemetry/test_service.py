@@ -94,7 +94,7 @@ def test_what_a_device_has_counted_arrives_once(telemetry: Telemetry, collector:
     assert over(telemetry, twice) == (3, 0)
     found = telemetry.summary("micro", 1, tag="lab")
     assert found is not None
-    assert (found.devices, found.windows, found.requests) == (1, 3, 120)
+    assert (len(found.devices), found.windows, found.requests) == (1, 3, 120)
 
 
 def test_a_window_that_is_refused_is_not_sent_again(telemetry: Telemetry, collector: Collector) -> None:
