@@ -70,6 +70,17 @@ def install(
     return Outcome(state, offered, changed=True)
 
 
+def refresh(device: Device, fetch: Fetcher, *, clock: Clock = utc_now, pace: Pace = DEFAULT_PACE) -> None:
+    """Follow the repository's metadata and keep the tier's floor; install nothing.
+
+    Raises:
+        TrustError, FetchError, FedgeError: as `install`.
+    """
+    trusted = device.trust(fetch, clock=clock, pace=pace).refresh()
+    floor = mark_of(trusted, device.tier).floor
+    _installer(device, within("targets", fetch), anything, pace).raise_floor(floor)
+
+
 def look(tier: str, root: bytes, fetch: Fetcher, *, clock: Clock = utc_now) -> Offered | None:
     """What a device would be offered; leaves nothing behind, so it can be asked before there is one.
 
@@ -97,6 +108,16 @@ def return_to_previous(device: Device) -> Release:
         raise UserError("the previous version is damaged on the disk; install another one")
     _installer(device, _nowhere, model_check(back.spec), DEFAULT_PACE).return_to_previous()
     return back
+
+
+def reject_current(device: Device) -> None:
+    """What runs turned out bad: put it in quarantine, and go back if there is a way.
+
+    Raises:
+        UserError: there is nothing to return to; it is in quarantine none the less.
+        FedgeError: the disk refuses it.
+    """
+    _installer(device, _nowhere, anything, DEFAULT_PACE).reject_current()
 
 
 def _expand(device: Device, offered: Offered, fetch: Fetcher, pace: Pace) -> Expand:

@@ -110,6 +110,7 @@ def test_mistakes_exit_with_2_and_leave_no_device_behind(
             ["install", str(publisher.folder), "--tier", "micro", "--root", str(tmp_path)],
             "cannot be read",
         ),
+        (["install"], "not enrolled; give the FOLDER"),
         (["status"], "no device at"),
         (["rollback"], "no device at"),
         (["infer", "x.npy"], "no device at"),

@@ -19,6 +19,7 @@ from fedge.wire.v1 import link_pb2 as pb
 from fedge_client.agent import status
 from fedge_client.agent.child import TrainingChild
 from fedge_client.agent.connection import Closed, Link, backoff, said
+from fedge_client.agent.delivery import Keeper
 from fedge_client.agent.diagnosis import diagnose
 from fedge_client.agent.enrolment import renew
 from fedge_client.agent.identity import Identity
@@ -60,6 +61,8 @@ class Agent:
             linked=self._linked,
             changed=self._work_changed,
         )
+        self._delivery = ""  # in words
+        self._keeper = Keeper(home, settings, linked=self._linked, changed=self._delivery_changed)
         self._last_work = time.monotonic()
         self._diagnosed = self._renewed = float("-inf")  # when, by the monotonic clock
         if self._outbox.waiting():
@@ -69,7 +72,9 @@ class Agent:
         """Work until cancelled; with `once`, until there is nothing to do. Returns the exit code."""
         self._status.show(state="connecting", detail="", working=[], outbox=len(self._outbox.waiting()))
         status.notify("READY=1\nSTATUS=connecting")
-        others = [asyncio.create_task(self._workshop.run()), asyncio.create_task(self._send_all())]
+        others = [
+            asyncio.create_task(work) for work in (self._workshop.run(), self._send_all(), self._keeper.run())
+        ]
         ours = asyncio.create_task(self._once() if once else self._connect_for_ever())
         try:
             done, _ = await asyncio.wait([ours, *others], return_when=asyncio.FIRST_COMPLETED)
@@ -105,7 +110,7 @@ class Agent:
         while not session.done():
             await asyncio.wait([session], timeout=0.2)
             idle = time.monotonic() - self._last_work
-            busy = self._workshop.held() or self._outbox.waiting()
+            busy = self._workshop.held() or self._outbox.waiting() or self._keeper.is_busy
             if self._linked.is_set and not busy and idle > ONCE_QUIET_S:
                 session.cancel()
                 await asyncio.wait([session])
@@ -297,6 +302,12 @@ class Agent:
         self._status.show(working=self._workshop.held(), outbox=len(waiting))
         if waiting:
             self._to_send.set()
+
+    def _delivery_changed(self, words: str) -> None:
+        if words != self._delivery:  # a question that brings nothing is no work
+            self._last_work = time.monotonic()
+        self._delivery = words
+        self._status.show(delivery=words)
 
     def _child_changed(self, words: str) -> None:
         log.info("training process: %s", words)

@@ -131,9 +131,10 @@ def _clock(reached: Callable[[], float]) -> str:
 
 def _settings(home: Path) -> str:
     found = settings.load(home / settings.FILE)
-    if not found.tasks:
-        raise FedgeError(f"{home / settings.FILE}: offers no task; name one as [tasks.NAME]")
-    return f"{home / settings.FILE}: {len(found.tasks)} task(s)"
+    if not found.tasks and not found.delivery.enabled:
+        raise FedgeError(f"{home / settings.FILE}: offers no task and takes no releases; see docs/agent.md")
+    releases = "takes releases" if found.delivery.enabled else "takes no releases"
+    return f"{home / settings.FILE}: {len(found.tasks)} task(s), {releases}"
 
 
 def _probe(home: Path, task: OfferedTask) -> dict[str, Any]:

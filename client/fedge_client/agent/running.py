@@ -30,8 +30,10 @@ def run(home: Path, *, once: bool = False) -> int:
     _log_to_stderr()
     with status.only_agent(home):
         digests = digests_of(found.tasks, home)
-        if not found.tasks:
-            log.warning("%s offers no task: this device answers nothing", home / settings.FILE)
+        if not found.tasks and not found.delivery.enabled:
+            log.warning(
+                "%s offers no task and takes no releases: there is nothing to do", home / settings.FILE
+            )
         for name, digest in digests.items():
             log.info("offers task %s, digest %s", name, digest)
         return asyncio.run(_until_signal(Agent(home, found, digests, identity), once))

@@ -1,4 +1,4 @@
-"""The agent's own file `agent.toml`: the tasks that this device offers, and the limits of training here.
+"""The agent's own file `agent.toml`: the tasks that this device offers, and limits of training and delivery.
 
 Checked by hand: a device need not have pydantic.
 """
@@ -20,6 +20,8 @@ FILE: Final = "agent.toml"
 MAX_FILE_BYTES: Final = 1024**2
 MAX_TAGS = MAX_TASKS = 64
 LEAST_MEMORY_BYTES: Final = 500_000_000  # torch and flwr alone take about 350 MB of data segment
+
+LEAST_INSTALL_BYTES: Final = 200_000_000  # onnxruntime and the TUF library, and a small model
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -69,6 +71,18 @@ class LinkSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class DeliverySettings:
+    """How this device gets its releases."""
+
+    enabled: bool = True
+    poll_s: float = 300.0  # that the server may let a question wait; 1 .. 600
+    retry_s: float = 3600.0  # before a release that was refused here is tried again, about
+    max_memory_bytes: int = 1_000_000_000  # of the installing process's data segment; 0: no limit
+    nice: int = 10  # of the installing process, 0 .. 19
+    answers: int = 20  # that the mean confidence must be of before it is reported; 0: it never is
+
+
+@dataclass(frozen=True, slots=True)
 class AgentSettings:
     """The whole file."""
 
@@ -76,6 +90,7 @@ class AgentSettings:
     tasks: tuple[OfferedTask, ...] = ()
     training: Training = field(default_factory=Training)
     link: LinkSettings = field(default_factory=LinkSettings)
+    delivery: DeliverySettings = field(default_factory=DeliverySettings)
 
 
 def load(path: Path) -> AgentSettings:
@@ -104,7 +119,7 @@ def parse(found: Mapping[str, Any], folder: Path) -> AgentSettings:
     Raises:
         ConfigError: a key is unknown, or a value is not possible.
     """
-    _known("", found, ("tags", "tasks", "training", "link"))
+    _known("", found, ("tags", "tasks", "training", "link", "delivery"))
     tables = _table("tasks", found.get("tasks", {}))
     if len(tables) > MAX_TASKS:
         raise ConfigError(f"tasks: {len(tables)} are given, at most {MAX_TASKS} can be offered")
@@ -117,6 +132,7 @@ def parse(found: Mapping[str, Any], folder: Path) -> AgentSettings:
         tasks,
         _training(_table("training", found.get("training", {}))),
         _link(_table("link", found.get("link", {}))),
+        _delivery(_table("delivery", found.get("delivery", {}))),
     )
 
 
@@ -181,6 +197,32 @@ def _link(table: Mapping[str, Any]) -> LinkSettings:
     )
     if made.backoff_max_s < 1:
         raise ConfigError(f"link.backoff_max_s = {made.backoff_max_s}: must be 1 or more")
+    return made
+
+
+def _delivery(table: Mapping[str, Any]) -> DeliverySettings:
+    usual = DeliverySettings()
+    _known("delivery", table, tuple(usual.__dataclass_fields__))
+    enabled = table.get("enabled", usual.enabled)
+    if not isinstance(enabled, bool):
+        raise ConfigError(f"delivery.enabled = {enabled!r}: must be true or false")
+    made = DeliverySettings(
+        enabled,
+        _seconds("delivery.poll_s", table, usual.poll_s),
+        _seconds("delivery.retry_s", table, usual.retry_s),
+        _whole("delivery.max_memory_bytes", table, usual.max_memory_bytes, 0, 2**62),
+        _whole("delivery.nice", table, usual.nice, 0, 19),
+        _whole("delivery.answers", table, usual.answers, 0, 2**31),
+    )
+    if not 1 <= made.poll_s <= 600:
+        raise ConfigError(f"delivery.poll_s = {made.poll_s}: must be 1 to 600")
+    if made.retry_s < 1:
+        raise ConfigError(f"delivery.retry_s = {made.retry_s}: must be 1 or more")
+    if 0 < made.max_memory_bytes < LEAST_INSTALL_BYTES:
+        raise ConfigError(
+            f"delivery.max_memory_bytes = {made.max_memory_bytes}: an installation needs "
+            f"{LEAST_INSTALL_BYTES} or more; 0 sets no limit"
+        )
     return made
 
 

@@ -6,10 +6,7 @@ network connection; it reads this device's own data and the object file that it 
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import resource
 import signal
 import socket
 import sys
@@ -20,8 +17,7 @@ from types import FrameType
 from fedge_client.agent import answering, frames
 from fedge_client.agent.answering import Answer
 from fedge_client.agent.frames import Job
-
-_PR_SET_PDEATHSIG = 1
+from fedge_client.agent.limits import limit
 
 
 class Cancelled(BaseException):
@@ -47,24 +43,12 @@ def main() -> int:
     descriptor, parent, memory, threads, nice = (int(value) for value in sys.argv[2:7])
     sys.path.append(home)  # modules of the device's own tasks may lie there; they hide no installed one
     switch = _Switch()
-    _limit(parent, memory, nice)
+    limit(parent, memory, nice)
     answer = _loaded(threads, Path(home))
     with socket.socket(fileno=descriptor) as agent:
         while (frame := _received(agent)) is not None:
             agent.sendall(frames.result_frame(_result(switch, answer, *frame)))
     return 0
-
-
-def _limit(parent: int, memory: int, nice: int) -> None:
-    """Bound this process before anything heavy is loaded, and end it with the agent, also while it works."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the agent ended before the line above
-        raise SystemExit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent
-    if memory:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the device's data
-    os.nice(nice)
 
 
 def _loaded(threads: int, home: Path) -> Answer:

@@ -69,6 +69,7 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def _infer(arguments: argparse.Namespace) -> int:
+    from fedge_client.answers import count
     from fedge_client.runtime import Runtime, read_input, read_text
 
     if (arguments.file is None) == (arguments.text is None):
@@ -82,6 +83,7 @@ def _infer(arguments: argparse.Namespace) -> int:
         except DataError as error:
             raise DataError(f"--text {error}") from error
     predictions = runtime.infer(examples)
+    count(arguments.home, runtime.release.version, (prediction.confidence for prediction in predictions))
     if arguments.format == "json":
         answers = [
             {"label": p.label, "confidence": p.confidence, "probabilities": dict(p.probabilities)}

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedge import cli
 from fedge.delivery import MAX_ROOT_BYTES
-from fedge.errors import FormatError, UserError
+from fedge.errors import FedgeError, FormatError, UserError
 from fedge.files import read_bounded
 from fedge_client.cli.agent import add_home
 from fedge_client.device import Device, exists, root_version
@@ -21,12 +21,17 @@ def add(commands: Any) -> None:
         commands,
         "install",
         _install,
-        summary="Install the newest release of a repository's folder. The first time, say tier and root.",
-        examples="  fedge-client install /mnt/stick --tier micro --root 1.root.json   (first time)\n"
+        summary="Install what the server has for this device, or the newest release of a repository.",
+        examples="  fedge-client install                                              (an enrolled device)\n"
+        "  fedge-client install /mnt/stick --tier micro --root 1.root.json   (from a folder, first time)\n"
         "  fedge-client install /mnt/stick                                   (afterwards)",
     )
     made.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="a repository: it holds metadata/ and targets/"
+        "folder",
+        type=Path,
+        nargs="?",
+        metavar="FOLDER",
+        help="a repository: it holds metadata/ and targets/; without it an enrolled device asks its server",
     )
     made.add_argument("--tier", help="the class of devices that this one belongs to; first time only")
     made.add_argument(
@@ -48,6 +53,48 @@ def add(commands: Any) -> None:
 
 
 def _install(arguments: argparse.Namespace) -> int:
+    return _from_server(arguments) if arguments.folder is None else _from_folder(arguments)
+
+
+def _from_server(arguments: argparse.Namespace) -> int:
+    """Ask once which version is for this device, install it, and say what became of it."""
+    from fedge_client.agent.identity import Identity, is_enrolled
+    from fedge_client.agent.installation import bring
+    from fedge_client.agent.standing import standing
+    from fedge_client.delivery import Delivery
+    from fedge_client.reports import Reports
+
+    if not is_enrolled(arguments.home):
+        raise UserError(
+            f"{arguments.home}: not enrolled; give the FOLDER of a repository, or run fedge-client enroll"
+        )
+    if arguments.tier or arguments.root or arguments.again:
+        raise UserError("install: --tier, --root and --again are for a FOLDER; the server says which version")
+    device, reports = Device.open(arguments.home), Reports(arguments.home)
+    with Delivery(lambda: Identity.open(arguments.home)) as service:
+        told = service.poll(standing(device, tags=_tags(arguments.home))).version
+        done = bring(device, service.fetch, told)
+        if waiting := reports.waiting():
+            service.note(waiting)
+            reports.drop(waiting)
+    if done.fault:
+        raise FedgeError(f"release {told}: {done.fault}" if told else done.fault)
+    if done.changed:
+        _say(f"installed release {done.version} (tier {device.tier}) from the server")
+    elif done.version:
+        _say(f"nothing to do: release {done.version} runs (tier {device.tier})")
+    else:
+        _say(f"nothing to install: the server has no release for this device now (tier {device.tier})")
+    return 0
+
+
+def _tags(home: Path) -> tuple[str, ...]:
+    from fedge_client.agent import settings
+
+    return settings.load(home / settings.FILE).tags
+
+
+def _from_folder(arguments: argparse.Namespace) -> int:
     from fedge_client.installing import install
     from fedge_client.updater.streams import folder
 

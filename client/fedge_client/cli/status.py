@@ -68,6 +68,7 @@ def agent_facts(home: Path) -> dict[str, Any] | None:
         return None
     from fedge_client.agent import status
     from fedge_client.agent.identity import Identity
+    from fedge_client.reports import Reports
 
     identity = Identity.open(home)
     facts: dict[str, Any] = {
@@ -81,7 +82,8 @@ def agent_facts(home: Path) -> dict[str, Any] | None:
     except FedgeError as error:
         return {**facts, "state": "unknown", "detail": str(error)}
     running = status.is_running(home)
-    return facts | _state(said, running) | _work(said, running) | {"tasks": _tasks(home, said, running)}
+    facts |= _state(said, running) | _work(said, running)
+    return facts | {"reports_to_send": len(Reports(home).waiting()), "tasks": _tasks(home, said, running)}
 
 
 def _state(said: Mapping[str, Any], running: bool) -> dict[str, Any]:
@@ -101,6 +103,7 @@ def _work(said: Mapping[str, Any], running: bool) -> dict[str, Any]:
         "training_process": said.get("child") if running else None,
         "messages": ", ".join(map(str, working)) if working else None,
         "answers_to_send": said.get("outbox", 0),
+        "delivery": said.get("delivery") if running else None,
     }
 
 

@@ -20,11 +20,13 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+from stub_distribution import StubDistribution
 
 from fedge.identity import node_id_of
 from fedge.task_digest import task_digest
 from fedge.wire import CHUNK_BYTES
 from fedge.wire.v1 import link_pb2 as pb
+from fedge.wire.v1.distribution_pb2_grpc import add_DistributionServicer_to_server
 from fedge.wire.v1.link_pb2_grpc import LinkServicer, add_LinkServicer_to_server
 from fedge.wire.v1.records_pb2 import Content, Object, Record, Result
 from fedge_client.agent import identity as device_identity
@@ -51,6 +53,7 @@ class StubHub(LinkServicer):
         self.authority.ensure_server_certificate(folder / "tls", ["localhost"], 90)
         self.tls = ServerCertificate.load(folder / "tls")
         self.port = 0
+        self.releases: StubDistribution | None = StubDistribution(folder.parent / "published")
         self.hellos: list[pb.Hello] = []
         self.objects: dict[bytes, bytes] = {}
         self.fetches: list[tuple[str, int]] = []  # message, offset
@@ -87,6 +90,8 @@ class StubHub(LinkServicer):
             options=[("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000), ("grpc.so_reuseport", 0)]
         )
         add_LinkServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        if self.releases is not None:
+            add_DistributionServicer_to_server(self.releases, self._server)  # type: ignore[no-untyped-call]
         credentials = grpc.ssl_server_credentials(
             [(self.tls.key, self.tls.chain)], self.authority.bundle, require_client_auth=True
         )

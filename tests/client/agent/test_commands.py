@@ -84,7 +84,7 @@ def test_preflight_says_when_the_server_refuses_this_device(
     hub: Any, agent: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.refuse = grpc.StatusCode.PERMISSION_DENIED
-    agent.write({}, training={"threads": 1})
+    agent.write({}, delivery={"enabled": False})
     results = shown(capsys, agent.home, "preflight", code=1)
     assert "device: revoked" in results["server"]["detail"]
-    assert "offers no task" in results["settings"]["detail"]
+    assert "offers no task and takes no releases" in results["settings"]["detail"]

@@ -34,10 +34,15 @@ def test_the_documented_file_is_read(tmp_path: Path) -> None:
 
 def test_every_key_stands_in_the_table_with_its_default(tmp_path: Path) -> None:
     rows = dict(re.findall(r"^\| `([a-z.A-Z_]+)` \| ([^|]*) \|", DOCUMENT.read_text("utf-8"), re.MULTILINE))
-    for name, table in (("training", settings.Training()), ("link", settings.LinkSettings())):
+    tables = {
+        "training": settings.Training(),
+        "link": settings.LinkSettings(),
+        "delivery": settings.DeliverySettings(),
+    }
+    for name, table in tables.items():
         for key in table.__dataclass_fields__:
-            shown = rows.pop(f"{name}.{key}").replace(",", "")
-            assert float(shown) == getattr(table, key)
+            shown = rows.pop(f"{name}.{key}").replace(",", "").strip()
+            assert float({"true": "1", "false": "0"}.get(shown, shown)) == getattr(table, key)
     assert set(rows) == {"tags"} | {
         f"tasks.NAME.{key}" for key in ("task", "data", "label", "size", "digest")
     }
