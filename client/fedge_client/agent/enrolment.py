@@ -44,6 +44,7 @@ from fedge_client.agent.identity import (
     load_or_create_keys,
     locked,
 )
+from fedge_client.device import Device
 
 TIMEOUT_S: Final = 20.0
 _MAX_REPLY_BYTES: Final = 256 * 1024
@@ -93,6 +94,7 @@ def enrol(
             raise UserError(str(error)) from error
         if join.pin not in pins_of(load_certificates(reply.ca_bundle)):
             raise IdentityError("enrolment: the server's CAs do not hold the one that the join string pins")
+        _trust(home, reply)
         return _keep(folder, keys, reply)
 
 
@@ -123,6 +125,8 @@ def _renewed(identity: Identity, now: float, timeout_s: float) -> Identity:
     )
     with _service(identity.hub.enrolment_address, identity.bundle, timeout_s) as stub:
         reply = stub.Renew(request, timeout=timeout_s)
+    with suppress(FedgeError):  # a certificate is needed more
+        _trust(identity.folder.parent, reply)
     return _keep(identity.folder, identity.keys, reply)
 
 
@@ -197,6 +201,12 @@ def _enrolled(home: Path, join: JoinString) -> Identity | None:
             f"or remove {home / FOLDER} to leave that one"
         )
     return found
+
+
+def _trust(home: Path, reply: pb.EnrolReply) -> None:
+    """Begin to trust the server's repository of releases, if it has one and this device trusts none yet."""
+    if reply.trusted_root:
+        Device.create(home, reply.tier, reply.trusted_root, floor=reply.floor)
 
 
 def _keep(folder: Path, keys: Keys, reply: pb.EnrolReply) -> Identity:
