@@ -60,7 +60,7 @@ def _from_server(arguments: argparse.Namespace) -> int:
     """Ask once which version is for this device, install it, and say what became of it."""
     from fedge_client.agent.identity import Identity, is_enrolled
     from fedge_client.agent.installation import bring
-    from fedge_client.agent.standing import standing
+    from fedge_client.agent.standing import Done, standing
     from fedge_client.delivery import Delivery
     from fedge_client.reports import Reports
 
@@ -72,8 +72,11 @@ def _from_server(arguments: argparse.Namespace) -> int:
         raise UserError("install: --tier, --root and --again are for a FOLDER; the server says which version")
     device, reports = Device.open(arguments.home), Reports(arguments.home)
     with Delivery(lambda: Identity.open(arguments.home)) as service:
-        told = service.poll(standing(device, tags=_tags(arguments.home))).version
-        done = bring(device, service.fetch, told)
+        here = standing(device, tags=_tags(arguments.home))
+        answer = service.poll(here)
+        told = answer.version
+        news = answer.root > here.root or answer.tier_role > here.tier_role
+        done = bring(device, service.fetch, told) if told or news else Done(here.has)
         if waiting := reports.waiting():
             service.note(waiting)
             reports.drop(waiting)
