@@ -29,6 +29,7 @@ from fedge_client.agent.identity import Identity
 from fedge_client.delivery import Delivery
 from fedge_client.device import Device
 from fedge_client.runtime import Runtime
+from fedge_client.updater import whole
 from fedge_server.release import ReleasePlace
 
 TIER, OTHER = "edge", "other"
@@ -191,7 +192,7 @@ def test_a_flipped_bit_on_the_wire_costs_a_connection_and_one_on_the_servers_dis
 @pytest.mark.slow
 def test_another_tiers_files_are_not_given_to_a_device(federation: Federation, device: Agent) -> None:
     with Delivery(lambda: Identity.open(device.home)) as service, pytest.raises(ForbiddenError):
-        b"".join(service.fetch(f"targets/{OTHER}/{'0' * 64}.1.model", 1000))
+        whole(service.fetch, f"targets/{OTHER}/{'0' * 64}.1.model", 1000)
 
 
 # Kills
