@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ from fedge.errors import DataError
 from fedge.spec import Spec
 
 Array = npt.NDArray[Any]
+_BYTES: Final = np.dtype(np.uint8)
 
 
 def fit(x: Array, spec: Spec) -> Array:
@@ -19,6 +20,8 @@ def fit(x: Array, spec: Spec) -> Array:
     Raises:
         DataError: another shape, no numbers, or values that the dtype or the model cannot take.
     """
+    if x.dtype == _BYTES and spec.dtype == "uint8" and spec.kind != "text" and x.shape[1:] == spec.shape:
+        return x  # a byte cannot be out of range
     batch = x[np.newaxis] if x.shape == spec.shape else x  # (B, *spec.shape)
     if batch.shape[1:] != spec.shape or batch.ndim == 0:
         raise DataError(f"has shape {x.shape}; this model takes {spec.shape}, or a batch (B, *{spec.shape})")
@@ -31,8 +34,6 @@ def _whole(batch: Array, spec: Spec) -> Array:
     if batch.dtype.kind == "f":
         raise DataError(f"holds {batch.dtype} values; this model takes whole numbers 0 .. 255")
     highest = spec.classes - 1 if spec.kind == "text" else 255
-    if batch.dtype == np.uint8 and highest >= 255:
-        return batch  # a byte cannot be out of range
     if batch.size and (batch.min() < 0 or batch.max() > highest):
         raise DataError(f"holds values {batch.min()} .. {batch.max()}; this model takes 0 .. {highest}")
     return batch.astype(np.uint8, copy=False)
