@@ -12,7 +12,8 @@ from fedge.errors import AbsentError, UserError
 from fedge.manifest import Release
 from fedge_client.device import INSTALLED, Device
 from fedge_client.updater.health import Check, anything, model_check
-from fedge_client.updater.installer import Expand, Installer, decide
+from fedge_client.updater.installer import Expand, Installer, Patch, decide
+from fedge_client.updater.patching import patching
 from fedge_client.updater.releases import Offered, golden_of, mark_of, offer, unpacked
 from fedge_client.updater.streams import DEFAULT_PACE, Fetcher, Pace, within
 from fedge_client.updater.trust import Clock, Trust, utc_now
@@ -65,8 +66,8 @@ def install(
         return Outcome(before, offered, changed=False)
     # Before the trial is counted: an outage is no failure of the version.
     check = model_check(offered.release.spec, golden_of(offered, targets, pace=pace))
-    expand = _expand(device, offered, fetch, pace)
-    state = _installer(device, targets, check, pace, expand).install(offered.artefact, again=again)
+    expand, patch = _ways(device, offered, fetch, pace)
+    state = _installer(device, targets, check, pace, expand, patch).install(offered.artefact, again=again)
     return Outcome(state, offered, changed=True)
 
 
@@ -120,27 +121,39 @@ def reject_current(device: Device) -> None:
     _installer(device, _nowhere, anything, DEFAULT_PACE).reject_current()
 
 
-def _expand(device: Device, offered: Offered, fetch: Fetcher, pace: Pace) -> Expand:
-    """What makes the installed bytes of those that travelled: opened first where they are sealed."""
-    if offered.sealing is None:
-        return unpacked
+def _ways(device: Device, offered: Offered, fetch: Fetcher, pace: Pace) -> tuple[Expand, Patch]:
+    """What makes the installed bytes of the whole, and of a delta: opened first where they are sealed."""
+    sealing, tier, version = offered.sealing, device.tier, offered.release.version
+    if sealing is None:
+        return unpacked, patching(fetch, tier, pace=pace)
+    from fedge.sealing import DELTA, Place, unseal
     from fedge_client.agent.identity import Identity, is_enrolled
     from fedge_client.updater.sealed import content_keys, unsealed
 
     if not is_enrolled(device.home):
         raise UserError(
-            f"release {offered.release.version} is sealed for enrolled devices; "
+            f"release {version} is sealed for enrolled devices; "
             "run: fedge-client enroll JOIN, or publish with [delivery] seal = false"
         )
     identity = Identity.open(device.home)
-    keys = content_keys(fetch, device.tier, identity.device_id, identity.keys.sealing, pace=pace)
-    return unsealed(offered.sealing, offered.release.variant(device.tier), keys)
+    keys = content_keys(fetch, tier, identity.device_id, identity.keys.sealing, pace=pace)
+
+    def opened(made: bytes) -> bytes:
+        return unseal(made, keys(version, sealing.key), Place(tier, version, DELTA))
+
+    expand = unsealed(sealing, offered.release.variant(tier), keys)
+    return expand, patching(fetch, tier, opened, pace=pace)
 
 
 def _installer(
-    device: Device, targets: Fetcher, check: Check, pace: Pace, expand: Expand = unpacked
+    device: Device,
+    targets: Fetcher,
+    check: Check,
+    pace: Pace,
+    expand: Expand = unpacked,
+    patch: Patch | None = None,
 ) -> Installer:
-    return Installer(device.home / INSTALLED, targets, check, expand=expand, pace=pace)
+    return Installer(device.home / INSTALLED, targets, check, expand=expand, patch=patch, pace=pace)
 
 
 def _nowhere(name: str, maximum: int, offset: int = 0, /) -> Iterator[bytes]:

@@ -80,6 +80,13 @@ def target_path(tier: str, version: int, kind: Kind) -> str:
     return f"{check_tier(tier)}/{version}.{kind}"
 
 
+def delta_path(tier: str, base: int, version: int) -> str:
+    """What makes the installed bytes of a version out of those of another: no target, asked for by name."""
+    _check_version("base", base, 1)
+    _check_version("version", version, 1)
+    return f"deltas/{check_tier(tier)}/{base}/{version}"
+
+
 def key_path(tier: str, version: int, device_id: str) -> str:
     """Where the content key of a sealed version lies, or is asked for, that is wrapped for one device."""
     _check_version("version", version, 1)

@@ -36,6 +36,7 @@ from fedge.errors import FormatError, SealError
 from fedge.manifest import MAX_VERSION, TIER_NAME
 
 FORMAT: Final = 1
+DELTA: Final = "delta"  # what is sealed, where it is the way from another version
 CHUNK_BYTES: Final = 64 * 1024  # of plaintext
 TAG_BYTES: Final = 16
 KEY_BYTES: Final = 32

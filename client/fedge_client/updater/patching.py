@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedge import delta
+from fedge.delivery import delta_path
 from fedge.errors import FedgeError
 from fedge_client.updater.installer import Artefact, Patch
 from fedge_client.updater.store import Opened
@@ -17,14 +18,14 @@ LEAST_BYTES = 10_000  # of what travels: less is fetched whole at once
 
 
 def patching(
-    fetch: Fetcher, tier: str, open_: Callable[[bytes], bytes] = bytes, *, pace: Pace = DEFAULT_PACE
+    fetch: Fetcher, tier: str, opened: Callable[[bytes], bytes] = bytes, *, pace: Pace = DEFAULT_PACE
 ) -> Patch:
     """The `Patch` of fedge's variants.
 
     Args:
         fetch: gets `deltas/TIER/BASE/VERSION`.
         tier: of this device.
-        open_: makes the delta from what travels, where the tier is sealed.
+        opened: makes the delta from what travels, where the tier is sealed.
         pace: how slow a stream may be.
     """
 
@@ -33,9 +34,9 @@ def patching(
             return None
         if runs.record.installed_sha256 == offered.installed_sha256:
             return runs.data  # old content under a new version: nothing need travel
-        name = f"deltas/{tier}/{runs.record.version}/{offered.version}"
+        name = delta_path(tier, runs.record.version, offered.version)
         try:
-            made = open_(whole(fetch, name, offered.length, pace=pace))
+            made = opened(whole(fetch, name, offered.length, pace=pace))
             return delta.apply(runs.data, made, offered.installed_bytes)
         except FedgeError:  # there is none, or it is for another base: the whole will do
             return None

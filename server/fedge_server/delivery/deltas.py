@@ -9,16 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
-from fedge import delta
-from fedge.artefact import unpack
 from fedge.delivery import target_path
-from fedge.errors import FedgeError, TrustError
+from fedge.delta_process import framed
+from fedge.errors import FedgeError
 from fedge.files import sha256, write_atomically
 from fedge.manifest import Release
 from fedge_server.delivery.shelf import Shelf
@@ -34,7 +32,6 @@ MOST_BYTES: Final = 256 * 1024**2  # of all deltas that are kept
 LEAST_WIRE_BYTES: Final = 10_000  # of a version that a delta is made to: less is not worth a second request
 WORTH: Final = 0.9  # of the whole, at most: else the whole is fetched
 MAKE_S: Final = 120.0
-_FRAME: Final = struct.Struct("<QQ")  # length as it travels, length when unpacked
 _log = logging.getLogger("fedge.hub")
 
 
@@ -157,11 +154,11 @@ async def _in_process(old: tuple[bytes, int], new: tuple[bytes, int]) -> bytes:
     Raises:
         FedgeError: the process failed, or took too long.
     """
-    sent = b"".join((_FRAME.pack(len(old[0]), old[1]), old[0], _FRAME.pack(len(new[0]), new[1]), new[0]))
+    sent = b"".join(framed(*each) for each in (old, new))
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "fedge_server.delivery.deltas",
+        "fedge.delta_process",
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -179,24 +176,3 @@ async def _in_process(old: tuple[bytes, int], new: tuple[bytes, int]) -> bytes:
     if process.returncode:
         raise FedgeError(f"delta: {said.decode(errors='replace').strip()[-200:]}")
     return made
-
-
-def _read(source: BinaryIO) -> bytes:
-    length, installed = _FRAME.unpack(source.read(_FRAME.size))
-    return unpack(source.read(length), installed)
-
-
-def main() -> int:
-    """Read two versions as they travel from standard input; write the delta to standard output."""
-    os.nice(5)
-    base, new = _read(sys.stdin.buffer), _read(sys.stdin.buffer)
-    try:
-        sys.stdout.buffer.write(delta.make(base, new))
-    except TrustError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from fedge.delivery import target_path
 from fedge.errors import ForbiddenError
 from fedge.manifest import Release
-from fedge.sealing import Place, seal
+from fedge.sealing import DELTA, Place, seal
 from fedge_server.delivery.shelf import Shelf
 from fedge_server.registry.devices import Devices
 from fedge_server.repository.content_keys import ContentKeys
 from fedge_server.repository.wrapping import wrapped_key
-
-DELTA = "delta"  # kind of what is sealed, see `fedge.sealing.Place`
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from fedge_server.hub.gate import Gate, refuse
 from fedge_server.hub.lanes import Few
 from fedge_server.identity.admission import Peer
 from fedge_server.registry.devices import DeviceRow
+from fedge_server.rollout.records import Standing
 from fedge_server.rollout.reports import Report
 from fedge_server.rollout.service import Rollouts
 
@@ -76,6 +77,7 @@ class Distribution(distribution_pb2_grpc.DistributionServicer):
         self._looking = asyncio.Lock()
         self._stands: dict[str, object] = {}
         self._view = View()
+        self._standing: dict[str, Standing] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._ticked = time.monotonic()
 
@@ -103,7 +105,7 @@ class Distribution(distribution_pb2_grpc.DistributionServicer):
                 tier: (view.root, view.tiers.get(tier), standing.get(tier)) for tier in tiers
             }
             changed = {tier for tier in tiers if stands[tier] != self._stands.get(tier)}
-            self._view, self._stands = view, stands
+            self._view, self._standing, self._stands = view, standing, stands
         if changed:
             self._waiting.wake(changed)
 
@@ -162,9 +164,10 @@ class Distribution(distribution_pb2_grpc.DistributionServicer):
 
     def _version_for(self, device: str, tier: str, has: int, tags: tuple[str, ...]) -> int:
         """What rollouts say; the newest release where the tier never had one. Never what is not on offer."""
-        view = self._view
-        offered = self._rollouts.offer(device, has, tags)
-        if offered is None and not self._rollouts.channel(tier).rollout:
+        view, standing = self._view, self._standing.get(tier)
+        if standing is not None and standing.channel.rollout:
+            offered = self._rollouts.offer(device, has, tags)
+        else:
             offered = view.newest(tier)
         if offered is None or offered <= has:
             return 0

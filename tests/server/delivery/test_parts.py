@@ -18,9 +18,12 @@ from onnx import numpy_helper
 from places import Place
 
 from fedge import delta
-from fedge.errors import AbsentError, FedgeError, ForbiddenError
+from fedge.errors import AbsentError, FedgeError, ForbiddenError, SealError
+from fedge.sealing import DELTA, unseal
+from fedge.sealing import Place as PlaceOf
 from fedge_server.delivery import deltas as module
 from fedge_server.delivery.deltas import Deltas
+from fedge_server.delivery.sealing import Sealing
 from fedge_server.delivery.shelf import Shelf, View, place_of
 from fedge_server.delivery.streams import (
     BUDGET_BYTES,
@@ -30,6 +33,7 @@ from fedge_server.delivery.streams import (
     read,
 )
 from fedge_server.delivery.waiting import PER_DEVICE, Waiting
+from fedge_server.repository.content_keys import ContentKeys
 
 DIGEST = "a" * 64
 
@@ -184,12 +188,13 @@ def test_a_fleet_that_is_woken_comes_back_over_seconds() -> None:
 # --- streams
 
 
-def test_chunks_begin_small_and_double_within_the_share_of_all() -> None:
+def test_chunks_begin_small_and_grow_within_the_share_of_all() -> None:
     streams = Streams()
     with streams.one("d1") as first:
         assert first is not None
-        sizes = [first.next_bytes() for _ in range(6)]
-    assert sizes == [FIRST_CHUNK_BYTES, 2 * FIRST_CHUNK_BYTES, 4 * FIRST_CHUNK_BYTES, *[MAX_CHUNK_BYTES] * 3]
+        assert [first.next_bytes() for _ in range(3)] == [FIRST_CHUNK_BYTES, *[MAX_CHUNK_BYTES] * 2]
+        streams.open = 500
+        assert first.next_bytes() == BUDGET_BYTES // 500
 
 
 def test_all_chunks_together_stay_within_the_budget() -> None:
@@ -241,18 +246,18 @@ def models(count: int) -> list[bytes]:
 MODELS = models(3)
 
 
-@pytest.fixture
-def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shelf:
-    """A repository with three large versions of micro, and a small one of board."""
-    monkeypatch.setattr(
-        places, "model_of", lambda number: MODELS[number - 1] if number < 4 else b"small" * 50
-    )
-    place = Place(tmp_path / "repository").make()
-    for number in (1, 2, 3):
-        place.publish(number, "micro")
-    place.publish(4, "board")
-    place.publish(5, "board")
-    found = Shelf(tmp_path / "repository")
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    """A repository with three large versions of micro, and two small ones of board."""
+    folder = tmp_path_factory.mktemp("deltas") / "repository"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(places, "model_of", lambda n: MODELS[n - 1] if n < 4 else b"small" * 50)
+        place = Place(folder).make()
+        for number in (1, 2, 3):
+            place.publish(number, "micro")
+        for number in (4, 5):
+            place.publish(number, "board")
+    found = Shelf(folder)
     found.refresh()
     return found
 
@@ -324,6 +329,30 @@ def test_one_that_is_not_worth_it_is_remembered(
         assert await whole(Deltas(shelf, tmp_path / "deltas"), 1, 2) is None
         monkeypatch.setattr(module, "_in_process", None)  # would fail
         assert await whole(Deltas(shelf, tmp_path / "deltas"), 1, 2) is None
+
+    asyncio.run(play())
+
+
+@pytest.mark.slow
+def test_the_delta_of_a_sealed_tier_opens_with_its_versions_key(tmp_path: Path) -> None:
+    keys = ContentKeys(tmp_path / "keys")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(places, "model_of", lambda n: MODELS[n - 1])
+        place = Place(tmp_path / "repository", options={"content_keys": keys}).make()
+        for number in (1, 2):
+            place.publish(number, "micro")
+    shelf = Shelf(tmp_path / "repository")
+    shelf.refresh()
+    sealing = Sealing(shelf, keys)
+
+    async def play() -> None:
+        made = await whole(Deltas(shelf, tmp_path / "d", content=sealing.content, seal=sealing.delta), 1, 2)
+        assert made is not None
+        assert not made.startswith(delta.MAGIC)
+        plain = unseal(made, keys.key("micro", 2), PlaceOf("micro", 2, DELTA))
+        assert delta.apply(MODELS[0], plain, len(MODELS[1])) == MODELS[1]
+        with pytest.raises(SealError):
+            unseal(made, keys.key("micro", 1), PlaceOf("micro", 2, DELTA))
 
     asyncio.run(play())
 
