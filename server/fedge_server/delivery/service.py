@@ -80,17 +80,23 @@ class Distribution(distribution_pb2_grpc.DistributionServicer):
         self._standing: dict[str, Standing] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._ticked = time.monotonic()
+        self._ending = False
 
     async def start(self) -> None:
         """Look at the repository and the rollouts, and go on doing so."""
         await self.look()
         self._tasks = [asyncio.create_task(self._keep_looking())]
 
-    async def stop(self) -> None:
-        """End what `start` began."""
+    async def end(self) -> None:
+        """Answer those who wait, and look no more: the hub stops."""
+        self._ending = True
+        self._waiting.end_of(self._waiting.devices())
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def close(self) -> None:
+        """Give back what calls needed, once there are none."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # --- what is new
@@ -135,13 +141,13 @@ class Distribution(distribution_pb2_grpc.DistributionServicer):
             seen = self._waiting.news(row.tier)
             reply = await self._reply(request, row, context)
             left = until - time.monotonic()
-            if _is_news(reply, request) or left <= 0:
+            if _is_news(reply, request) or left <= 0 or self._ending:
                 reply.again_s = self._rng.uniform(0.0, AGAIN_S)
                 return reply
             if not self._waiting.has_room(row.id):
                 reply.again_s = self._rng.uniform(AGAIN_FULL_S / 2, AGAIN_FULL_S)
                 return reply
-            if await self._waiting.wait(row.tier, row.id, seen, left):
+            if await self._waiting.wait(row.tier, row.id, seen, left) and not self._ending:
                 await asyncio.sleep(self._rng.uniform(0.0, self._waiting.spread_s()))
             await self._still(peer, context)
 

@@ -177,8 +177,10 @@ class Hub:
         await self._supervisor.stop()
         self._roster.end_all(FedgeError("the hub is stopping"))
         if self._distribution is not None:
-            await self._distribution.stop()
+            await self._distribution.end()
         await asyncio.gather(*(server.stop(STOP_S) for server in self._servers))
+        if self._distribution is not None:
+            self._distribution.close()
         await self.exchange.stop()
         await self._roster.save_seen()
         self.home.ports.unlink(missing_ok=True)

@@ -292,6 +292,18 @@ def test_a_revoked_device_is_sent_away_from_a_poll_and_a_stream(hub: Any) -> Non
     hub(play)
 
 
+def test_a_hub_that_stops_answers_those_who_wait(hub: Any) -> None:
+    async def play(rig: Any) -> None:
+        stub = stub_of(rig.device())
+        await poll(stub)
+        waits = asyncio.create_task(_soon(stub, 1))
+        await asyncio.sleep(0.2)
+        await rig.down()
+        assert (await asyncio.wait_for(waits, WAIT_S)).version == 0
+
+    hub(play)
+
+
 def big(rig: Any, megabytes: int) -> str:
     """A file of micro that no publisher has written: the service asks nobody what is in it."""
     name = f"targets/micro/{'e' * 64}.1.model"
