@@ -1,8 +1,9 @@
 """What a release's inputs and answers looked like when it was made: edges of bins, and counts in them.
 
 A device needs the edges to count its inputs; the server compares with the counts. It is made where data is:
-of the server's own (`Reference.of`), or of coarse histograms that clients send (`deciles`). It holds
-no example: at most nine edges of each feature, rounded, each of which lies between many examples.
+of the server's own (`Reference.of`); or of clients', who send coarse histograms, which are added up and
+give the edges (`deciles`), and then sketches by these edges (`asking`, `counting`). It holds no example: at
+most nine edges of each feature, rounded, each of which lies between many examples.
 
 As bytes it is canonical JSON, so that one reference has one digest.
 """
@@ -29,6 +30,7 @@ from fedge.telemetry.sketch import (
     MAX_ANSWERS,
     MAX_COUNT,
     Floats,
+    Sketch,
     Whole,
     answers_of,
     binned,
@@ -97,6 +99,30 @@ class Reference:
         answers, confidence = answers_of(probabilities)
         inputs = counted(binned(features, padded(edges)), CELLS)
         return cls(names_of(spec), edges, inputs, confidence, answers)
+
+    @classmethod
+    def asking(cls, spec: Spec, edges: Sequence[Floats]) -> Self:
+        """Without counts: what clients are sent that are to count their own examples by these edges.
+
+        Args:
+            spec: of the release.
+            edges: of each feature, such as `deciles` gives.
+        """
+        empty = Sketch.empty(len(edges), spec.classes)
+        return cls(names_of(spec), tuple(edges), empty.inputs, empty.confidence, empty.answers)
+
+    def counting(self, sketch: Sketch) -> Self:
+        """The same edges, with the counts of a sketch: the sum of what clients have counted by them.
+
+        Raises:
+            FormatError: it was counted by others, or of too few examples.
+        """
+        if sketch.inputs.shape != self.inputs.shape or sketch.answers.shape != self.answers.shape:
+            raise FormatError("reference: the sketch is of another model")
+        if sketch.count < LEAST_EXAMPLES:
+            raise FormatError(f"reference: {sketch.count} examples are fewer than {LEAST_EXAMPLES}")
+        parts = (np.maximum(part, 0) for part in (sketch.inputs, sketch.confidence, sketch.answers))
+        return type(self)(self.names, self.edges, *parts)
 
     def sketched(self, x: npt.NDArray[Any], spec: Spec) -> Whole:
         """Histograms (F, CELLS) of raw examples (N, *spec.shape)."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedge.errors import DataError, FormatError
 from fedge.spec import Spec
 from fedge.telemetry.reference import MAX_BYTES, Reference, deciles
+from fedge.telemetry.sketch import Sketch, answers_of
 
 SPEC = Spec("features", (3,), "float32", ("no", "yes"), ("age", "pulse", "smokes"))
 
@@ -85,6 +86,31 @@ def test_a_reference_of_too_many_bytes_is_not_even_read() -> None:
 def test_arbitrary_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(FormatError):
         Reference.from_bytes(data, SPEC)
+
+
+def test_clients_can_make_one_together_and_it_is_that_of_their_data() -> None:
+    draw = np.random.default_rng(2)
+    x = np.stack([draw.normal(50, 10, 900), draw.normal(70, 5, 900), draw.random(900)], axis=1)
+    x, p = x.astype(np.float32), draw.dirichlet([1, 1], 900)
+    grids = [np.linspace(0, 120, 257), np.linspace(0, 120, 257), np.linspace(0, 1, 257)]
+    fine = [np.histogram(column, grid)[0] for column, grid in zip(x.T, grids, strict=True)]  # added up
+    question = Reference.asking(SPEC, [deciles(g, counts) for g, counts in zip(grids, fine, strict=True)])
+    again = Reference.from_bytes(question.to_bytes(), SPEC)  # as clients get it
+    sketches = []
+    for part in np.array_split(np.arange(900), 6):
+        sketch = Sketch.empty(3, 2)
+        sketch.inputs[:] = again.sketched(x[part], SPEC)
+        sketch.answers[:], sketch.confidence[:] = answers_of(p[part])
+        sketches.append(sketch)
+    found, central = question.counting(Sketch.sum(sketches)), Reference.of(x, p, SPEC)
+    assert found.answers.tolist() == central.answers.tolist()
+    for one, two in zip(found.edges, central.edges, strict=True):
+        assert one == pytest.approx(two, rel=0.02, abs=0.01)
+    assert np.abs(found.inputs - central.inputs).max() < 30
+    with pytest.raises(FormatError, match="fewer than 100"):
+        question.counting(Sketch.empty(3, 2))
+    with pytest.raises(FormatError, match="another model"):
+        question.counting(Sketch.empty(2, 2))
 
 
 def test_deciles_come_from_added_up_histograms_as_from_the_values() -> None:
