@@ -189,6 +189,15 @@ def _run(source: Path, overrides: Sequence[str], folders: Folders, say: Say) -> 
         say(line)
 
 
+def _stick(folders: Folders) -> Path:
+    """What the devices need of the repository, with keys of sealed models wrapped for each of them."""
+    home, stick = ("--home", str(folders.server)), folders.out / DATA / "stick"
+    rows = json.loads(completed("fedge_server", "devices", "ls", "--format", "json", *home, name="server"))
+    chosen = [word for row in rows for word in ("--device", row["id"])]
+    completed("fedge_server", "release", "export", str(stick), *chosen, *home, name="server")
+    return stick
+
+
 def _deliver(config: Config, names: dict[str, str], folders: Folders) -> dict[str, Any]:
     """Install on every device what was released for its tier, and add what they answer to the summary."""
     from fedge.task import resolve
@@ -203,7 +212,7 @@ def _deliver(config: Config, names: dict[str, str], folders: Folders) -> dict[st
             model = CompactModel(unpack(wire, entry.installed_bytes), server.spec)
             scored[entry.tier] = model.run_each(server.gate.x)
     homes = [DeviceHome(name, tier, folders.device(name)) for name, tier in names.items()]
-    results = deliver(folders.server, homes, scored, server.gate, server.spec.labels)
+    results = deliver(_stick(folders), homes, scored, server.gate, server.spec.labels)
     for result in results:
         claimed = next(v["accuracy"] for v in summary["variants"] if v["tier"] == result.tier)
         if abs(result.accuracy - claimed) > 1e-9:

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fedge.dataset import Examples
-from fedge_server.release import REPOSITORY
 from fedge_simulations.processes import completed
 
 DEVICES = "devices"  # folder of device homes in a run folder
@@ -56,7 +55,7 @@ def deliver(
     """Install the published variant of its tier on each device and hold its answers to the gate's.
 
     Args:
-        folder: holds the repository of releases.
+        folder: the repository of releases, or a stick with what these devices need of it.
         devices: whom to deliver to; tiers without a variant are left out.
         scored: by tier, the probabilities (N, classes) that the gate scored.
         gate: the gate's N raw inputs and true classes.
@@ -84,9 +83,8 @@ def _one_device(
     labels: Sequence[str],
 ) -> DeviceResult:
     first = not (device.home / "delivery" / "tier.json").exists()
-    repository = folder / REPOSITORY
-    trust = ("--tier", device.tier, "--root", str(repository / "metadata" / "1.root.json")) if first else ()
-    _client(device, "install", str(repository), *trust)
+    trust = ("--tier", device.tier, "--root", str(folder / "metadata" / "1.root.json")) if first else ()
+    _client(device, "install", str(folder), *trust)
     status = json.loads(_client(device, "status", "--format", "json"))
     answers = json.loads(_client(device, "infer", str(inputs), "--format", "json"))["predictions"]
     found = np.array([answer["label"] for answer in answers])

@@ -215,7 +215,7 @@ def _deliver(folder: Path, outcomes: tuple[TierOutcome, ...], world: World) -> t
         for each in made
     }
     homes = [DeviceHome(f"{tier}-1", tier, folder / DEVICES / f"{tier}-1") for tier in scored]
-    return deliver(folder, homes, scored, data.gate, data.spec.labels)
+    return deliver(folder / REPOSITORY, homes, scored, data.gate, data.spec.labels)
 
 
 def backdoors(world: World, model: WholeModel) -> list[dict[str, Any]]:

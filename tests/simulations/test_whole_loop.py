@@ -13,6 +13,7 @@ import pytest
 
 from fedge.config import Config
 from fedge.files import sha256
+from fedge.sealing import sealed_bytes
 from fedge_server.registry.database import Registry
 from fedge_server.release.lineage import released
 from fedge_simulations import run
@@ -147,7 +148,7 @@ def test_the_demo_deploys_a_hub_and_four_agents_whose_devices_answer_as_the_gate
     assert release.lineage.updates == history[release.lineage.round - 1]["updates"]
     assert all(row["clients"] == 4 for row in history)
     for entry, variant in zip(release.variants, summary["variants"], strict=True):
-        assert (entry.tier, entry.wire_bytes) == (variant["tier"], variant["wire_bytes"])
+        assert (entry.tier, sealed_bytes(entry.wire_bytes)) == (variant["tier"], variant["wire_bytes"])
     assert all(path.stat().st_mode & 0o077 == 0 for path in (server / "keys").glob("*.key"))
     mark = os.fsencode(tmp_path)
     lines = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
