@@ -36,26 +36,28 @@ def test_two_rounds_with_two_authenticated_supernodes_end_with_a_committed_model
     assert side.processes_of(tmp_path / "sl") == []
 
 
-@pytest.mark.parametrize("name", ["ditto", "fedbuff"])
-def test_clients_that_remember_or_work_on_by_themselves_do_so_on_a_superlink(name, side, shares, tmp_path):
+def test_clients_that_remember_or_work_on_by_themselves_do_so_on_a_superlink(side, shares, tmp_path):
     north, south, server = shares
-    config, home = tmp_path / "run.toml", tmp_path / "home"
-    config.write_text(f'''
-        task = "images"
-        data = "{server}"
-        model = {{ name = "mlp", standardise = false }}
-        rounds = {{ count = 2, deadline_s = 60 }}
-        strategy = {{ name = "{name}"{", buffer = 2" if name == "fedbuff" else ""} }}
-        train = {{ momentum = 0.0, learning_rate = 0.1 }}
-    ''')
+    home, options = tmp_path / "home", {"ditto": "", "fedbuff": ", buffer = 2"}
     nodes = [f'task="images" data="{path}"' for path in (north, south)]
     with side.deployment(tmp_path / "sl", APP, nodes, None, {"FEDGE_HOME": str(home)}) as made:
-        run = made.start({"fedge-config": str(config), "fedge-run": "mine"})
-        assert made.wait(run, 200) == "finished:completed", made.superlink.text()[-3000:]
-    with Registry.open(home) as registry:
-        first, *rounds = registry.records("mine")
-    assert [(record.clients, record.rejected, record.counted) for record in rounds] == [(2, (), True)] * 2
-    assert rounds[-1].metrics["loss"] < first.metrics["loss"]
+        for name, further in options.items():
+            config = tmp_path / f"{name}.toml"
+            config.write_text(f'''
+                task = "images"
+                data = "{server}"
+                model = {{ name = "mlp", standardise = false }}
+                rounds = {{ count = 2, deadline_s = 60 }}
+                strategy = {{ name = "{name}"{further} }}
+                train = {{ momentum = 0.0, learning_rate = 0.1 }}
+            ''')
+            run = made.start({"fedge-config": str(config), "fedge-run": name})
+            assert made.wait(run, 200) == "finished:completed", made.superlink.text()[-3000:]
+    for name in options:
+        with Registry.open(home) as registry:
+            first, *rounds = registry.records(name)
+        assert [(r.clients, r.rejected, r.counted) for r in rounds] == [(2, (), True)] * 2, name
+        assert rounds[-1].metrics["loss"] < first.metrics["loss"], name
 
 
 def stranger_command(side, made, folder: Path) -> list[object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from fedge.config import Config, Tier
@@ -10,6 +10,7 @@ from fedge_server.compression.budgets import Figure, shortage
 from fedge_server.compression.candidates import Candidate, TierOutcome, Trial, Variant, front
 from fedge_server.compression.gate import MAX_ATTEMPTS, Evidence, GateReport
 from fedge_server.compression.prospects import in_order
+from fedge_server.compression.recipes import Recipe
 
 
 class Exam(Protocol):
@@ -25,40 +26,65 @@ class Exam(Protocol):
         """The report on a tier's candidate number `attempt`."""
 
 
-def outcome_of(
-    name: str, candidates: Sequence[Candidate], left: tuple[Trial, ...], exam: Exam
-) -> TierOutcome:
-    """The outcome for a tier.
+class Sitting:
+    """One tier at the gate: one candidate after the other, until one passes or the attempts are used up."""
 
-    Args:
-        name: of the tier.
-        candidates: all that were built.
-        left: what was not, and why.
-        exam: lets candidates sit.
-    """
-    tier = exam.config.tiers[name]
-    needs = {each.name: each.figures(tier) for each in candidates}
-    within = [each for each in candidates if all(figure.met for figure in needs[each.name])]
-    best = front(candidates, tier)
-    trials: list[Trial] = []
-    variant = None
-    for attempt, candidate in enumerate(in_order(within, tier, exam.examples, exam.config), start=1):
-        if variant is not None or attempt > MAX_ATTEMPTS:
-            result = "not needed" if variant else f"not tried after {MAX_ATTEMPTS} failed"
-            trials.append(_trial(candidate, tier, result, best))
-            continue
-        report = exam.sit(candidate, tier, attempt)
-        trials.append(_trial(candidate, tier, _verdict(report), best, report))
-        if report.passed:
-            variant = _variant(name, candidate, report, exam)
-    for candidate in candidates:
-        if candidate not in within:
-            over = "; ".join(str(figure) for figure in needs[candidate.name] if not figure.met)
-            trials.append(_trial(candidate, tier, f"over budget: {over}", best))
-    tried = (*trials, *left)
-    if variant is not None:
-        return TierOutcome(name, variant, _success(variant), tried)
-    return TierOutcome(name, None, _failure(needs if not within else {}, tried), tried)
+    def __init__(self, name: str, exam: Exam) -> None:
+        self.name, self.tier, self._exam = name, exam.config.tiers[name], exam
+        self._sat: list[tuple[Candidate, GateReport]] = []
+
+    @property
+    def refused(self) -> tuple[Recipe, ...]:
+        """What the gate has refused so far."""
+        return tuple(candidate.recipe for candidate, report in self._sat if not report.passed)
+
+    @property
+    def _is_over(self) -> bool:
+        return len(self._sat) == MAX_ATTEMPTS or any(report.passed for _, report in self._sat)
+
+    def sit(self, candidates: Iterable[Candidate]) -> bool:
+        """Let the next one sit; whether it was refused, and another one may try."""
+        waiting = self._waiting(candidates)
+        if self._is_over or not waiting:
+            return False
+        report = self._exam.sit(waiting[0], self.tier, len(self._sat) + 1)
+        self._sat.append((waiting[0], report))
+        return not self._is_over
+
+    def outcome(self, candidates: Sequence[Candidate], left: tuple[Trial, ...]) -> TierOutcome:
+        """What the tier ends with.
+
+        Args:
+            candidates: all that were built.
+            left: what was not, and why.
+        """
+        while self.sit(candidates):
+            pass
+        best, tier = front(candidates, self.tier), self.tier
+        trials = [_trial(each, tier, _verdict(report), best, report) for each, report in self._sat]
+        passed = next(((each, report) for each, report in self._sat if report.passed), None)
+        result = "not needed" if passed else f"not tried after {MAX_ATTEMPTS} failed"
+        trials += [_trial(each, tier, result, best) for each in self._waiting(candidates)]
+        needs = {each.name: each.figures(tier) for each in candidates}
+        for candidate in candidates:
+            if over := "; ".join(str(figure) for figure in needs[candidate.name] if not figure.met):
+                trials.append(_trial(candidate, tier, f"over budget: {over}", best))
+        tried = (*trials, *left)
+        if passed is not None:
+            variant = _variant(self.name, *passed, self._exam)
+            return TierOutcome(self.name, variant, _success(variant), tried)
+        within = any(all(figure.met for figure in figures) for figures in needs.values())
+        return TierOutcome(self.name, None, _failure({} if within else needs, tried), tried)
+
+    def _waiting(self, candidates: Iterable[Candidate]) -> list[Candidate]:
+        """Those within the budgets that have not sat, in the order in which they shall."""
+        sat = {candidate.recipe for candidate, _ in self._sat}
+        within = [
+            each
+            for each in candidates
+            if each.recipe not in sat and all(figure.met for figure in each.figures(self.tier))
+        ]
+        return in_order(within, self.tier, self._exam.examples, self._exam.config, len(self._sat) + 1)
 
 
 def _verdict(report: GateReport) -> str:

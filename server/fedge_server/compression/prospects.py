@@ -6,7 +6,7 @@ Nothing here trains or measures; the functions are pure.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
 from typing import Final
@@ -32,6 +32,7 @@ _SKELETON: Final = 1200  # bytes of a packed graph without weights, about
 _ROOM: Final = 1.3  # a recipe is left out only where its estimate is so many times a budget
 _INT8_GAIN: Final = 4.0  # how many times faster whole numbers may be, at most
 _GATE: Final = 1000  # examples of a gate whose size is not known
+_DIFFER: Final = 0.05  # of the examples teacher and candidate tell apart, until they are seen
 MOST_ARCHITECTURES: Final = 8  # that learn, for each tier
 
 
@@ -71,6 +72,12 @@ class Known:
 
     built: Mapping[Recipe, Candidate]
     short: Mapping[Architecture, Counts]  # on the selection data, after a short training
+
+    @property
+    def examples(self) -> int:
+        """Of the selection data; a thousand where nothing has been counted."""
+        counted = [each.counts for each in self.built.values() if each.counts is not None]
+        return max((counts.examples for counts in (*counted, *self.short.values())), default=0) or _GATE
 
     def drop(self, recipe: Recipe) -> float:
         """The drop on the selection data that a recipe will show, as far as can be told; fractions of 1."""
@@ -118,21 +125,32 @@ def drop_of(counts: Counts) -> float:
     return counts.teacher_accuracy - counts.accuracy
 
 
-def room(counts: Counts | None, gate_examples: int | None, config: Config, attempt: int = 1) -> float:
-    """How far the gate's bound will lie above the drop, about: fractions of 1.
+def room(
+    counts: Counts | None,
+    gate_examples: int | None,
+    config: Config,
+    attempt: int = 1,
+    *,
+    selection: int = _GATE,
+) -> float:
+    """How far the gate's bound will lie above the drop that the selection data show, about: fractions of 1.
+
+    The first candidate of a tier is taken at its word. After each that the gate has refused, one standard
+    error of the selection's drop is added: few examples order candidates by chance, and attempts are few.
 
     Args:
-        counts: how often teacher and candidate differ; None: a twentieth of the time.
+        counts: how often teacher and candidate differ on the selection data; None: a twentieth of the time.
         gate_examples: that the gate has; None: not known, and taken to be a thousand.
         config: its confidence.
         attempt: at the gate.
+        selection: examples of the selection data, where there are no counts.
     """
-    differ = 0.05
+    differ, seen = _DIFFER, selection
     if counts is not None and counts.examples:
-        differ = float((counts.losses + counts.wins).sum() + 1) / counts.examples
+        differ, seen = float((counts.losses + counts.wins).sum() + 1) / counts.examples, counts.examples
     quantile = NormalDist().inv_cdf(level(config.compress.gate.confidence, attempt))
     n = _GATE if gate_examples is None else max(gate_examples, 1)
-    return quantile * math.sqrt(differ / n)
+    return quantile * math.sqrt(differ / n) + (attempt - 1) * math.sqrt(differ / seen)
 
 
 def useful(prospects: Sequence[Prospect], tier: Tier) -> list[Prospect]:
@@ -173,25 +191,33 @@ def _chosen(fitting: Sequence[Prospect], tier: Tier) -> set[Architecture]:
 
 
 def next_of(
-    waiting: Sequence[Prospect], known: Known, tier: Tier, gate_examples: int | None, config: Config
+    waiting: Sequence[Prospect],
+    known: Known,
+    tier: Tier,
+    gate_examples: int | None,
+    config: Config,
+    refused: Collection[Recipe] = (),
 ) -> Prospect | None:
     """Which of the useful recipes promises most for a tier; None: none can improve on what is built.
 
     Where accuracy is the aim, that of the least drop to be expected. Else the smallest or fastest of those
     that will pass the gate as far as can be told; where nothing is built that will, the one that comes
-    nearest.
+    nearest. Of what the gate has refused, only that it did is used: what is tried after so many refusals was
+    certain before the first, so the levels of the attempts add up (`gate.level`).
     """
+    attempt = len(refused) + 1
     if not waiting:
         return None
     if tier.aim == "accuracy":
         return min(waiting, key=lambda each: (known.drop(each.recipe), each.wire_bytes))
-    limit = tier.max_drop - room(None, gate_examples, config)
+    limit = tier.max_drop - room(None, gate_examples, config, attempt, selection=known.examples)
     passing = [each for each in waiting if known.drop(each.recipe) <= limit]
     best = min(
         (
             _aimed(candidate, tier)
             for candidate in known.built.values()
-            if will_pass(candidate, tier, gate_examples, config)
+            if candidate.recipe not in refused
+            and will_pass(candidate, tier, gate_examples, config, attempt)
             and all(figure.met for figure in candidate.figures(tier))
         ),
         default=math.inf,
@@ -214,9 +240,13 @@ def will_pass(
 
 
 def in_order(
-    candidates: Iterable[Candidate], tier: Tier, gate_examples: int | None, config: Config
+    candidates: Iterable[Candidate],
+    tier: Tier,
+    gate_examples: int | None,
+    config: Config,
+    attempt: int = 1,
 ) -> list[Candidate]:
-    """The candidates of a tier as they shall face the gate.
+    """The candidates of a tier as they shall face the gate, at an attempt.
 
     By accuracy, equal ones by fewer bytes; where bytes or latency are the aim, those that are expected to
     pass by it, before the others.
@@ -228,7 +258,7 @@ def in_order(
     ordered = sorted(candidates, key=by_accuracy)
     if tier.aim == "accuracy":
         return ordered
-    expected = [each for each in ordered if will_pass(each, tier, gate_examples, config)]
+    expected = [each for each in ordered if will_pass(each, tier, gate_examples, config, attempt)]
     expected.sort(key=lambda each: _aimed(each, tier))
     return expected + [each for each in ordered if each not in expected]
 

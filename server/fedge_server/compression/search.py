@@ -28,7 +28,7 @@ from fedge.task import Task
 from fedge_server.compression.candidates import Candidate, TierOutcome, Trial
 from fedge_server.compression.gate import Evidence, GateReport, decide
 from fedge_server.compression.measure import measure
-from fedge_server.compression.outcome import outcome_of
+from fedge_server.compression.outcome import Sitting
 from fedge_server.compression.prospects import Known, Prospect, next_of, useful
 from fedge_server.compression.recipes import Architecture, Recipe, recipes
 from fedge_server.compression.shelf import Shelf
@@ -54,7 +54,8 @@ def compress(
     """For each tier the best candidate within its budgets that passes the gate; what is best, its `aim` says.
 
     Every candidate is built and measured once, whatever the number of tiers. Those within a tier's budgets
-    face the gate in the order of `prospects.in_order` until one passes, `MAX_ATTEMPTS` at most.
+    face the gate in the order of `prospects.in_order` until one passes, `MAX_ATTEMPTS` at most; after each
+    that it refuses the search goes on, more cautiously, while there is time.
 
     Args:
         teacher: the global model; it is not changed.
@@ -73,12 +74,13 @@ def compress(
     shelf = Shelf.of(folder, teacher, task, source.identity(), config) if folder is not None else None
     workshop = Workshop(teacher, task, spec, source, config, shelf=shelf, deadline=deadline, say=progress)
     search = Search(workshop, source, config, deadline, progress)
-    search.run(recipes(task, config, teachable=source.learns))
     exam = _Exam(source, spec, config)
+    sittings = [Sitting(name, exam) for name in config.tiers]
+    search.run(recipes(task, config, teachable=source.learns), sittings)
     outcomes = []
-    for name in config.tiers:
-        outcomes.append(outcome_of(name, list(search.built.values()), tuple(search.left), exam))
-        progress(f"compress: tier {name}: {outcomes[-1].reason}")
+    for sitting in sittings:
+        outcomes.append(sitting.outcome(list(search.built.values()), tuple(search.left)))
+        progress(f"compress: tier {sitting.name}: {outcomes[-1].reason}")
     if shelf is not None:
         shelf.tidy()
     return tuple(outcomes)
@@ -97,8 +99,8 @@ class Search:
     short: dict[Architecture, Counts] = field(default_factory=dict)
     left: list[Trial] = field(default_factory=list)  # what could not be built, and why
 
-    def run(self, every: Sequence[Recipe]) -> None:
-        """Build until nothing promises anything or the time is up."""
+    def run(self, every: Sequence[Recipe], sittings: Sequence[Sitting]) -> None:
+        """Build until nothing promises anything or the time is up; go on for those whom the gate refuses."""
         for recipe in every:
             if not recipe.architecture.learns and not recipe.trained:
                 self._build(recipe)
@@ -106,16 +108,25 @@ class Search:
         if waiting:
             self.source.make_ready()
         self._compare(waiting)
-        turns = [(tier, useful(waiting, tier)) for tier in self.config.tiers.values()]
         done: set[Recipe] = set()
+        searching = list(sittings)
+        while searching:
+            self._build_for(searching, waiting, done)
+            searching = [sitting for sitting in searching if sitting.sit(self.built.values())]
+            for sitting in searching:
+                self.say(f"compress: tier {sitting.name}: the gate refused {sitting.refused[-1].name}")
+
+    def _build_for(self, sittings: Sequence[Sitting], waiting: Sequence[Prospect], done: set[Recipe]) -> None:
+        """What promises most, for each tier in turn, until nothing promises any tier more than is built."""
+        turns = [(sitting, useful(waiting, sitting.tier)) for sitting in sittings]
         while turns:
-            tier, prospects = turns.pop(0)
+            sitting, prospects = turns.pop(0)
             prospects = [each for each in prospects if each.recipe not in done]
-            known = Known(self.built, self.short)
-            chosen = next_of(prospects, known, tier, self.source.gate_examples, self.config)
+            known, examples = Known(self.built, self.short), self.source.gate_examples
+            chosen = next_of(prospects, known, sitting.tier, examples, self.config, sitting.refused)
             if chosen is None:
                 continue  # nothing more for this tier
-            turns.append((tier, prospects))
+            turns.append((sitting, prospects))
             recipe = chosen.recipe
             if recipe.trained:  # its architecture is trained first in any case: what that shows, decides anew
                 plain = Recipe(recipe.architecture, "fp32")

@@ -171,6 +171,25 @@ def test_the_gate_is_expected_to_add_what_so_many_examples_leave_open():
     assert will_pass(candidate(SMALL, "w4", 1, 1), Tier(), GATE, CONFIG)
 
 
+def test_each_refusal_of_the_gate_asks_for_one_more_standard_error_of_the_selection():
+    # of 1,000 examples 10.1 % tell the two apart; the gate's own level rises to 98.75 %, then 99.375 %
+    gate, selection = np.sqrt(0.101 / 10_000), np.sqrt(0.101 / 1000)
+    for attempt, quantile in ((2, 2.2414), (3, 2.4977)):
+        wanted = quantile * gate + (attempt - 1) * selection
+        assert room(counted(100), 10_000, CONFIG, attempt) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_after_a_refusal_something_surer_is_built_though_it_is_larger():
+    tier = Tier(aim="bytes", max_drop=0.02)
+    small, whole = (
+        candidate(SMALL, "w4", 3000, 10, counted(8)),
+        candidate(LARGE, "fp32", 80_000, 10, counted(0)),
+    )
+    waiting = [prospect(LARGE, "w4", 20_000)]
+    assert next_of(waiting, known(small, whole), tier, 10_000, CONFIG) is None
+    assert next_of(waiting, known(small, whole), tier, 10_000, CONFIG, [small.recipe]) is waiting[0]
+
+
 def test_a_tiers_latency_is_that_of_its_threads_on_its_processor():
     fast = candidate(SMALL, "fp32", 1, 30.0)
     assert fast.latency_us(Tier(threads=2, slowdown=4.0)) == 60.0

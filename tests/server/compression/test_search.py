@@ -13,9 +13,10 @@ from fedge.config import Config
 from fedge.errors import ConfigError
 from fedge.inference import CompactModel
 from fedge.task import Family, Task
-from fedge_server.compression import check_possible, compress
+from fedge_server.compression import check_possible, compress, search
 from fedge_server.compression.budgets import Figure, shortage
 from fedge_server.compression.choose import source_of
+from fedge_server.compression.gate import decide
 from fedge_server.compression.possible import packed_floor
 from fedge_server.compression.recipes import recipes
 from fedge_server.compression.sources import parts
@@ -306,6 +307,27 @@ def test_nothing_is_begun_that_cannot_end_in_time_and_what_needs_no_training_is_
     assert outcome.variant.recipe in ("fp32", "int8")
     results = {trial.recipe: trial.result for trial in outcome.tried}
     assert results["student-s"] == "not built: the time is up (compress.max_seconds = 0.001)"
+
+
+@pytest.mark.slow
+def test_where_the_gate_refuses_the_search_goes_on(teacher, digits, monkeypatch):
+    tier = {"aim": "bytes", "max_drop": 0.08}
+    stages = {**FEW, "forms": ["fp32", "int8", "w8", "w4"], "distil": {"epochs": 10}, "grid": {"epochs": 5}}
+    (plain,) = searched(teacher, digits, configured(stages, t=tier))
+    first = plain.tried[0].recipe
+
+    def strict(evidence, *, attempt, **given):
+        report = decide(evidence, attempt=attempt, **given)
+        return replace(report, passed=False, reasons=("not today",)) if attempt == 1 else report
+
+    monkeypatch.setattr(search, "decide", strict)
+    lines: list[str] = []
+    (later,) = searched(teacher, digits, configured(stages, t=tier), say=lines.append)
+    assert (later.tried[0].recipe, later.tried[0].result) == (first, "gate: not today")
+    assert later.variant is not None
+    assert later.variant.recipe != first
+    assert later.variant.gate.attempt >= 2
+    assert lines.index(f"compress: tier t: the gate refused {first}") < len(lines) - 1
 
 
 @pytest.mark.slow
