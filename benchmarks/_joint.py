@@ -34,7 +34,8 @@ FAMILY, WIDTH = "cnn3", 12
 EPOCHS, GRID_EPOCHS, GRID_RATE = 7, 4, 0.003
 MOST = 0.2  # share of requests that may be sent
 GAP = 0.002  # in fractions of 1
-SPLITS = 200  # of the data into two halves, to see how often a promise is kept
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
+SPLITS = 100  # of the data into two halves, to see how often a promise is kept
 
 Rows = npt.NDArray[np.float32]
 
@@ -138,13 +139,15 @@ def outcome_of(answers: Answers, rule: Rule) -> Outcome:
     return Outcome(float(sent.mean()), accuracy, float(cloud.mean()) - accuracy)
 
 
-def calibrated(answers: Answers, doubt: str) -> dict[str, Calibrated]:
-    """Both promises."""
+SHARE, POINTS = PROMISES = ("a fifth sent", "0.2 points")
+
+
+def calibrated(answers: Answers, doubt: str, promise: str) -> Calibrated:
+    """The threshold of one of the promises."""
     doubts = DOUBTS[doubt](answers.device)
-    return {
-        "a fifth sent": for_share(doubts, MOST, doubt=doubt),
-        "0.2 points": for_gap(doubts, *answers.right, GAP, doubt=doubt),
-    }
+    if promise == SHARE:
+        return for_share(doubts, MOST, doubt=doubt)
+    return for_gap(doubts, *answers.right, GAP, doubt=doubt)
 
 
 def rows_of(seed: int, answers: Answers) -> list[Row]:
@@ -155,7 +158,8 @@ def rows_of(seed: int, answers: Answers) -> list[Row]:
     device, cloud = second.right
     rows: list[Row] = []
     for doubt in DOUBTS:
-        for promise, found in calibrated(first, doubt).items():
+        for promise in PROMISES:
+            found = calibrated(first, doubt, promise)
             got = outcome_of(second, found.rule)
             rows.append(
                 {
@@ -182,12 +186,12 @@ def broken(answers: Answers, doubt: str, promise: str, seed: int) -> float:
     """
     rng = np.random.default_rng((seed, 1))
     count = 0
-    for _ in range(SPLITS if promise == "a fifth sent" else SPLITS // 4):
+    for _ in range(SPLITS):
         order = rng.permutation(len(answers.y))
-        rule = calibrated(answers.half(order[::2]), doubt)[promise].rule
+        rule = calibrated(answers.half(order[::2]), doubt, promise).rule
         got = outcome_of(answers.half(order[1::2]), rule)
-        count += got.sent > MOST if promise == "a fifth sent" else got.worse > GAP
-    return count / (SPLITS if promise == "a fifth sent" else SPLITS // 4)
+        count += got.sent > MOST if promise == SHARE else got.worse > GAP
+    return count / SPLITS
 
 
 def curve(answers: Answers, order: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -203,6 +207,18 @@ def orders(answers: Answers) -> dict[str, npt.NDArray[Any]]:
     found = {name: np.argsort(-of(answers.device), kind="stable") for name, of in DOUBTS.items()}
     found["oracle"] = np.argsort(device.astype(np.int64) - cloud, kind="stable")
     return found
+
+
+def points_of(seed: int, answers: Answers) -> list[Row]:
+    """Accuracy at some shares, by who is sent first."""
+    device, cloud = (float(right.mean()) for right in answers.right)
+    rows: list[Row] = []
+    for name, order in orders(answers).items():
+        accuracy = curve(answers, order)
+        at = {f"{100 * share:g} % sent": 100 * float(accuracy[int(share * len(order))]) for share in SHARES}
+        rows.append({"seed": seed, "first": name, **at})
+    at = {f"{100 * share:g} % sent": 100 * (device + share * (cloud - device)) for share in SHARES}
+    return [*rows, {"seed": seed, "first": "at random", **at}]
 
 
 def plot(path: Path, all_answers: list[Answers]) -> None:
@@ -233,9 +249,10 @@ def measured(asked: Options) -> tuple[dict[str, float], list[Row]]:
         all_answers = [answers_of(data, asked.cache, seed, quick=asked.quick) for seed in seeds]
     plot(asked.json.with_suffix(".svg"), all_answers)
     rows = [row for seed, answers in zip(seeds, all_answers, strict=True) for row in rows_of(seed, answers)]
-    claimed = [row for row in rows if row["doubt"] == "confidence" and row["promise"] == "a fifth sent"]
+    points = [row for seed, found in zip(seeds, all_answers, strict=True) for row in points_of(seed, found)]
+    claimed = [row for row in rows if row["doubt"] == "confidence" and row["promise"] == SHARE]
     claims = {
         "joint_share_sent": max(float(row["sent %"]) for row in claimed) / 100,
         "joint_gap_points": max(float(row["points below the cloud"]) for row in claimed),
     }
-    return claims, rows
+    return claims, [*rows, *points]
