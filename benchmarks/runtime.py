@@ -10,6 +10,7 @@ cloud     examples a second of the teacher, torch beside its ONNX export, by bat
 joint     accuracy against the share that is sent, on data of your own copy (`--data-dir DIR` with
           `fashion_mnist.npz`); trains a teacher and searches, minutes each, kept in `--cache DIR`; draws a
           picture beside the JSON file
+features  how much of an image the features of that teacher's layers give away; needs the same data and cache
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fedge.learning.whole import WholeModel
 from fedge.task import resolve
 from fedge_server.compression.export import export
 
-PARTS = ("process", "overhead", "hostile", "cloud", "joint")
+PARTS = ("process", "overhead", "hostile", "cloud", "joint", "features")
 Found = tuple[dict[str, float], list[Row]]
 X = np.random.default_rng(0).integers(0, 256, (1, 28, 28), dtype=np.uint8)
 
@@ -188,6 +189,13 @@ def joint(asked: Options, home: Path) -> Found:
     return measured(asked)
 
 
+def features(asked: Options, home: Path) -> Found:
+    """What would be sent instead of the image."""
+    from _features import measured
+
+    return measured(asked)
+
+
 def _row(what: str, value: float, unit: str) -> Row:
     return {"what": what, "value": value, "unit": unit}
 
@@ -195,7 +203,14 @@ def _row(what: str, value: float, unit: str) -> Row:
 def main(asked: Options) -> None:
     """Measure, print, write."""
     before, claims, rows = machine(), dict[str, float](), list[Row]()
-    works = {"process": process, "overhead": overhead, "hostile": hostile, "cloud": cloud, "joint": joint}
+    works = {
+        "process": process,
+        "overhead": overhead,
+        "hostile": hostile,
+        "cloud": cloud,
+        "joint": joint,
+        "features": features,
+    }
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "device"
         install(home, student())
