@@ -83,6 +83,9 @@ LIGHT = {
     "import fedge_client.agent.enrolment, fedge_client.agent.diagnosis": {
         *("torch", "flwr", "sklearn", "pydantic", "onnxruntime"),
     },
+    "import fedge_client.telemetry.collector, fedge_client.telemetry.sending, fedge_client.memory.memory": {
+        *("torch", "flwr", "onnxruntime", "sklearn", "pydantic", "PIL"),
+    },
     "import fedge_client.updater": {"torch", "flwr", "sklearn", "pydantic"},
     "import fedge_client.runtime": {"torch", "flwr", "sklearn", "pydantic"},
     "import fedge_client.serving.running, fedge_client.serving.rpc, fedge_client.joint.cloud": {
