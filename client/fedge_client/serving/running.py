@@ -15,17 +15,20 @@ from typing import Any, Final
 
 from fedge.errors import FedgeError, UserError
 from fedge.files import sole_holder
+from fedge_client.answers import count
 from fedge_client.runtime import Runtime
 from fedge_client.serving.holder import Holder
 from fedge_client.serving.http import HttpEndpoint
 from fedge_client.serving.limits import Limits
-from fedge_client.serving.service import Service
+from fedge_client.serving.service import Answered, Service
 
 log = logging.getLogger("fedge.serving")
 
 FOLDER: Final = "serving"  # of a home
 HTTP, GRPC = "http.sock", "grpc.sock"
 LOOK_S: Final = 1.0  # between two looks at what is installed
+WRITE_S: Final = 5.0  # between two counts of how sure the answers were
+_MAX_KEPT: Final = 100_000  # confidences, between two counts
 MODE: Final = 0o660  # of the sockets: programs of the same user or group may ask
 _MAX_SOCKET_PATH: Final = 100  # bytes; the kernel's limit is 107
 _LOOPBACK: Final = re.compile(r"(127\.0\.0\.1|localhost|\[::1\]):(\d{1,5})")
@@ -141,16 +144,49 @@ class Watcher:
                 continue
 
 
+class Confidences:
+    """How sure the answers are, on their way to the file that the agent reports a mean from.
+
+    Kept in memory between two writes, and no more than is bounded: the rest does not count.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._kept: dict[int, list[float]] = {}
+
+    def add(self, found: Answered) -> None:
+        """Keep those of an answer."""
+        kept = self._kept.setdefault(found.version, [])
+        kept += [p.confidence for p in found.predictions][: _MAX_KEPT - len(kept)]
+
+    async def write(self) -> None:
+        """Count what has come since the last time."""
+        kept, self._kept = self._kept, {}
+        for version, values in sorted(kept.items()):  # the newest last: of another one nothing is kept
+            await asyncio.to_thread(count, self._home, version, values)
+
+    async def run(self) -> None:
+        """Write until cancelled."""
+        while True:
+            await asyncio.sleep(WRITE_S)
+            await self.write()
+
+
 @asynccontextmanager
 async def listening(
-    home: Path, holder: Holder[Runtime], limits: Limits, http: Address | None, grpc: Address | None
+    home: Path,
+    holder: Holder[Runtime],
+    limits: Limits,
+    http: Address | None,
+    grpc: Address | None,
+    told: Callable[[Answered], None] = lambda _: None,
 ) -> AsyncIterator[Listening]:
     """A service of this holder that is up for as long as the block lasts.
 
     Raises:
         UserError: another service is up here, or an address cannot be listened on.
     """
-    service = Service(holder, limits)
+    service = Service(holder, limits, told)
     async with AsyncExitStack() as held:
         held.callback(service.close)
         _alone(home, held)
@@ -266,12 +302,15 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, watcher.look_now)
-    async with listening(home, holder, limits, http, grpc) as up:
-        watching = asyncio.create_task(watcher.run())
+    sure = Confidences(home)
+    async with listening(home, holder, limits, http, grpc, sure.add) as up:
+        work = [asyncio.create_task(each) for each in (watcher.run(), sure.run())]
         for where in filter(None, (up.http, up.grpc)):
             log.info("listening on %s", where)
         ready(up)
         await stop.wait()
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+    await sure.write()
     return 0

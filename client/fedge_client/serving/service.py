@@ -64,10 +64,13 @@ class Service:
     Args:
         holder: the model that answers; whoever installs swaps it.
         limits: of requests.
+        told: of each answer that was in time, in the event loop.
     """
 
-    def __init__(self, holder: Holder[Runtime], limits: Limits) -> None:
-        self.holder, self.limits = holder, limits
+    def __init__(
+        self, holder: Holder[Runtime], limits: Limits, told: Callable[[Answered], None] = lambda _: None
+    ) -> None:
+        self.holder, self.limits, self._told = holder, limits, told
         self._executor = ThreadPoolExecutor(limits.workers, thread_name_prefix="serving")
         self._open = 0  # requests that wait or are at work, those included whose caller has gone
         self.answered = self.refused = self.late = 0
@@ -108,6 +111,7 @@ class Service:
             self.late += 1
             raise LateError(f"not answered within {seconds:.3g} s") from error
         self.answered += 1
+        self._told(found)
         return found
 
     def _ended(self, future: asyncio.Future[Answered]) -> None:

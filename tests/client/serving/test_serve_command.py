@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedge_client.answers import tally
 from fedge_client.cli import main
 
 ROOT = Path(__file__).parents[3]
@@ -120,6 +121,9 @@ def test_a_release_that_is_installed_under_load_takes_over_and_no_request_is_los
         for thread in askers:
             thread.join()
     assert {status for status, _, _ in seen} == {200}
+    counted = tally(home)
+    assert (counted.version, counted.answers > 0) == (5, True)  # what the agent reports of the release
+    assert counted.mean == pytest.approx(0.9647, abs=1e-3)
     assert [label for _, version, label in seen if label != NAMES[version % 3]] == []
     assert {version for _, version, _ in seen} == {1, 2, 3, 4, 5}
 
