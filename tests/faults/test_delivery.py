@@ -7,10 +7,12 @@ import lzma
 import os
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,11 @@ from fedge_client.delivery import Delivery
 from fedge_client.device import Device
 from fedge_client.runtime import Runtime
 from fedge_client.updater import whole
+from fedge_server.registry.database import Registry
 from fedge_server.release import ReleasePlace
+from fedge_server.release.publishing import publish_draft
+from fedge_server.rollout.plan import Plan, Stage, default_criteria
+from fedge_server.rollout.service import Rollouts
 
 TIER, OTHER = "edge", "other"
 REPORT = {"passed": True, "reasons": [], "drop_upper": 0.008, "max_drop": 0.01, "max_class_drop": None}
@@ -43,13 +49,14 @@ class Publisher:
         self.place, self._tools = ReleasePlace.of(home), tools
         self.random = random.Random(1)
 
-    def publish(self, answer: int, *, filler: int = 0, floor: int | None = None) -> Release:
-        """A release of tier `edge` whose wire bytes are about as many as `filler`."""
+    def made(
+        self, answer: int, *, filler: int = 0, tried_as: int | None = None
+    ) -> tuple[Release, list[bytes]]:
+        """A release of tier `edge`, its wire bytes about as many as `filler`, and its objects."""
         tools, report = self._tools, json.dumps(REPORT, sort_keys=True).encode()
         model = tools.constant_model(answer, filler=self.random.randbytes(filler))
-        entry, _ = tools.entry_of(TIER, model) if not filler else (None, b"")
         wire = lzma.compress(model, preset=0)  # packing it well takes seconds
-        trial = tools.golden_bytes(tools.constant_model(answer))
+        trial = tools.golden_bytes(tools.constant_model(answer if tried_as is None else tried_as))
         entry, _ = tools.entry_of(TIER, tools.constant_model(answer))
         entry = replace(
             entry,
@@ -60,13 +67,34 @@ class Publisher:
             evidence_sha256=tools.sha256(report),
             golden_sha256=tools.sha256(trial),
         )
+        return tools.release_of(1, (entry,)), [wire, report, trial]
+
+    def publish(self, answer: int, *, filler: int = 0, floor: int | None = None) -> Release:
+        """Sign a release; the registry knows nothing of it, and devices get the newest."""
+        made, objects = self.made(answer, filler=filler)
         release: Release = self.place.repository.publish(
-            lambda version: replace(tools.release_of(1, (entry,)), version=version),
-            [wire, report, trial],
+            lambda version: replace(made, version=version),
+            objects,
             self.place.at_hand().of(TIER),
             floors={} if floor is None else {TIER: floor},
         )
         return release
+
+    def roll_out(self, answer: int, *, filler: int = 0, tried_as: int | None = None) -> int:
+        """Publish a release as a run does, and offer it to all devices; its version."""
+        made, objects = self.made(answer, filler=filler, tried_as=tried_as)
+        with Registry.open(self.place.home) as registry:
+            registry.begin_run("run-1", task="digits", seed=0, config={}, data="")
+            registry.end_run("run-1", "done", "")  # before the hub sees it and starts a worker
+            model = registry.store.put(b"a model")
+            for data in objects:
+                registry.store.put(data)
+            draft = registry.drafts.add(replace(made, lineage=replace(made.lineage, global_model=model)))
+            done = publish_draft(self.place, registry, draft)
+            assert done.release is not None, done.waiting
+            plan = Plan((Stage("all", percent=100, hold_s=0),), default_criteria())
+            Rollouts(registry).start(done.release.version, TIER, plan, who="test")
+            return done.release.version
 
     def target(self, version: int, kind: str) -> Path:
         """A file of a release."""
@@ -193,6 +221,37 @@ def test_a_flipped_bit_on_the_wire_costs_a_connection_and_one_on_the_servers_dis
 def test_another_tiers_files_are_not_given_to_a_device(federation: Federation, device: Agent) -> None:
     with Delivery(lambda: Identity.open(device.home)) as service, pytest.raises(ForbiddenError):
         whole(service.fetch, f"targets/{OTHER}/{'0' * 64}.1.model", 1000)
+
+
+# The agent
+
+
+@pytest.mark.slow
+def test_an_agent_takes_what_a_rollout_offers_and_a_bad_release_ends_neither_it_nor_the_one_before(
+    federation: Federation, publisher: Publisher, device: Agent
+) -> None:
+    (device.home / "agent.toml").write_text("[delivery]\npoll_s = 5\n")
+    good = publisher.roll_out(1)  # first: a tier without any rollout gets the newest release at once
+    process = federation.start_agent(device, wait=False)
+    wait_for(lambda: runs(device)[0] == good, "the release is installed")
+    wait_for(
+        lambda: reported(federation, device, good) == {"installed", "healthy", "latency_ms"}, "it is reported"
+    )
+    bad = publisher.roll_out(2, tried_as=0)
+    wait_for(lambda: reported(federation, device, bad) == {"install_failed"}, "its failure is reported")
+    assert runs(device) == (good, "one")
+    mended = publisher.roll_out(2, filler=16)  # of other content: that of the bad one is in quarantine
+    wait_for(lambda: "healthy" in reported(federation, device, mended), "the next one is installed")
+    assert runs(device) == (mended, "two")
+    assert process.alive
+    assert process.end() == 0
+
+
+def reported(federation: Federation, device: Agent, version: int) -> set[str]:
+    """Kinds of reports that the hub has of a version from a device."""
+    query = "SELECT kind FROM rollout_reports WHERE version = ? AND device_id = ?"
+    with closing(sqlite3.connect(federation.home / "fedge.db")) as database:
+        return {kind for (kind,) in database.execute(query, (version, device.device_id))}
 
 
 # Kills
