@@ -88,6 +88,9 @@ class Bench:
         """Before the hub is up: it reads its devices when it starts."""
         self.devices = register(federation, DEVICES)
         repository = federation.home / "repository"
+        shutil.rmtree(
+            repository, ignore_errors=True
+        )  # a publisher would remove what its metadata does not name
         self.sizes = {
             MODEL: file_of(repository / MODEL, FILE_MB),
             LARGE: file_of(repository / LARGE, LARGE_MB),
