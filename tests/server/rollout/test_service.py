@@ -68,6 +68,16 @@ def test_a_good_release_goes_from_the_canary_to_all(rollouts, running, devices, 
     assert asked(rollouts, devices, 2, has=2) == []
 
 
+def test_devices_that_took_a_release_before_its_tiers_first_rollout_count_as_witnesses(
+    filled, clock, devices
+) -> None:
+    rollouts = Rollouts(filled, clock)
+    rollouts.start(1, "micro", PLAN, who="ann")
+    early = next(device for device in devices if rollouts.offer(device) != 1)
+    assert rollouts.note(Report(early, 1, "installed"))
+    assert rollouts.get("micro-1").tallies.installed == 1
+
+
 def test_a_bad_release_stops_in_the_canary_and_the_old_content_comes_back_for_all(
     rollouts, running, devices, filled
 ) -> None:
