@@ -211,8 +211,8 @@ class Rollouts:
     def _count(self, connection: sa.Connection, rollout: State, report: Report, known: set[str]) -> None:
         progress = records.read_progress(connection, rollout.id, report.device)
         if progress is None:
-            # Of what all may have, devices need no row before; nor of a tier's first rollout, before which its
-            # devices took the newest release without being asked to.
+            # Of what all may have, devices need no row before; nor of a tier's first rollout, before which
+            # its devices took the newest release without being asked to.
             if rollout.status is not Status.DONE and rollout.base:
                 raise TrustError(
                     f"report of device {report.device[:8]}: version {report.version} was not offered to it"
