@@ -111,6 +111,7 @@ def test_a_key_that_cannot_be_had_now_costs_no_second_download(tmp_path: Path, e
             "not the one that was signed",
         ),
     ],
+    ids=["short", "changed", "another"],  # the keys are random, and every process makes its own
 )
 def test_a_wrong_key_installs_nothing_and_leaves_what_ran(
     tmp_path: Path, entry: VariantEntry, wrapped: bytes, why: str
@@ -137,6 +138,7 @@ def test_a_source_that_says_more_than_a_key_is_cut_off(tmp_path: Path, entry: Va
             "opens to other bytes than were signed",
         ),
     ],
+    ids=["version", "tier", "key", "content"],
 )
 def test_a_ciphertext_of_something_else_installs_nothing_though_it_is_signed(
     tmp_path: Path, entry: VariantEntry, sealed: bytes, error: type[Exception], why: str
