@@ -128,7 +128,10 @@ def wrong(values: dict[Any, Any]) -> str:
         ({5: 1}, "5 = 5: a key must be text"),
         (
             {"model": {"x\ny": 1}},
-            r"unknown key 'model.x\ny': valid: distil_from, filter, name, standardise, start",
+            (
+                r"unknown key 'model.x\ny': valid: distil_from, filter, name, remember, "
+                "remember_temperature, standardise, start"
+            ),
         ),
     ],
 )

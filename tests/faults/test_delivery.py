@@ -102,12 +102,13 @@ class Publisher:
         return found
 
 
+def with_tiers(made: Federation) -> None:
+    ReleasePlace.of(made.home).make([TIER, OTHER])
+
+
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    def tiers(made: Federation) -> None:
-        ReleasePlace.of(made.home).make([TIER, OTHER])
-
-    with Federation(tmp_path_factory.mktemp("delivery"), agents=0, before_up=tiers) as made:
+    with Federation(tmp_path_factory.mktemp("delivery"), agents=0, before_up=with_tiers) as made:
         yield made
 
 
@@ -119,6 +120,10 @@ def publisher(federation: Federation, tools: Any) -> Publisher:  # type: ignore[
 @pytest.fixture
 def device(federation: Federation, publisher: Publisher, tmp_path: Path) -> Agent:
     """Enrolled, with a first release that answers `zero`."""
+    return enrolled(federation, publisher, tmp_path)
+
+
+def enrolled(federation: Federation, publisher: Publisher, tmp_path: Path) -> Agent:
     made = federation.enrol("d", home=tmp_path / "d", data=tmp_path / "none.npz")
     (made.home / "agent.toml").write_text("[delivery]\npoll_s = 2\n[link]\nbackoff_max_s = 1\n")
     publisher.publish(0)
@@ -173,6 +178,7 @@ def test_a_device_is_given_root_tier_and_floor_with_its_certificate(
 # Networks
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_connection_that_is_reset_every_400_kb_brings_the_release_in_few_bytes(
     federation: Federation, publisher: Publisher, device: Agent
@@ -228,23 +234,30 @@ def test_another_tiers_files_are_not_given_to_a_device(federation: Federation, d
 
 @pytest.mark.slow
 def test_an_agent_takes_what_a_rollout_offers_and_a_bad_release_ends_neither_it_nor_the_one_before(
-    federation: Federation, publisher: Publisher, device: Agent
+    tmp_path: Path, tools: Any
 ) -> None:
-    (device.home / "agent.toml").write_text("[delivery]\npoll_s = 5\n")
-    good = publisher.roll_out(1)  # first: a tier without any rollout gets the newest release at once
-    process = federation.start_agent(device, wait=False)
-    wait_for(lambda: runs(device)[0] == good, "the release is installed")
-    wait_for(
-        lambda: reported(federation, device, good) == {"installed", "healthy", "latency_ms"}, "it is reported"
-    )
-    bad = publisher.roll_out(2, tried_as=0)
-    wait_for(lambda: reported(federation, device, bad) == {"install_failed"}, "its failure is reported")
-    assert runs(device) == (good, "one")
-    mended = publisher.roll_out(2, filler=16)  # of other content: that of the bad one is in quarantine
-    wait_for(lambda: "healthy" in reported(federation, device, mended), "the next one is installed")
-    assert runs(device) == (mended, "two")
-    assert process.alive
-    assert process.end() == 0
+    """On a hub of its own: a tier that has had a rollout is offered nothing that none brings."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    with Federation(folder, agents=0, before_up=with_tiers) as federation:
+        publisher = Publisher(federation.home, tools)
+        device = enrolled(federation, publisher, tmp_path)
+        (device.home / "agent.toml").write_text("[delivery]\npoll_s = 5\n")
+        good = publisher.roll_out(1)
+        process = federation.start_agent(device, wait=False)
+        wait_for(lambda: runs(device)[0] == good, "the release is installed")
+        wait_for(
+            lambda: reported(federation, device, good) == {"installed", "healthy", "latency_ms"},
+            "it is reported",
+        )
+        bad = publisher.roll_out(2, tried_as=0)
+        wait_for(lambda: reported(federation, device, bad) == {"install_failed"}, "its failure is reported")
+        assert runs(device) == (good, "one")
+        mended = publisher.roll_out(2, filler=16)  # of other content: that of the bad one is in quarantine
+        wait_for(lambda: "healthy" in reported(federation, device, mended), "the next one is installed")
+        assert runs(device) == (mended, "two")
+        assert process.alive
+        assert process.end() == 0
 
 
 def reported(federation: Federation, device: Agent, version: int) -> set[str]:
@@ -283,6 +296,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_forty_kills_at_random_moments_of_an_installation_leave_a_signed_release_each_time(
     federation: Federation, publisher: Publisher, device: Agent, tmp_path: Path

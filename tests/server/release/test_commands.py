@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dying import dies_at
 
 from fedge.errors import FedgeError
 from fedge_server.cli import main
@@ -188,8 +189,6 @@ def test_two_processes_publish_the_same_draft_once(server, registry, drafted):
 
 @pytest.mark.slow
 def test_killed_at_any_step_a_draft_is_published_once(server, registry, drafted):
-    from test_kill import dies_at
-
     server.make(["micro"])
     registry.close()
 
