@@ -107,36 +107,9 @@ class Hub:
         self._renew()
         await self._gate.refresh()
         await self.exchange.start()
-        limits = self._settings.limits
-        link = self._device_server(LINK_OPTIONS + age(limits.max_connection_age_s))
-        listen = self._settings.listen
-        self.link_port = self._bind(link, listen.link_port, mutual=True)
-        enrol = self._device_server(
-            DEVICE_OPTIONS + enrolment.SERVER_OPTIONS + age(_ENROLMENT_AGE_S, _ENROLMENT_GRACE_S)
-        )
-        self.enrolment_port = self._bind(enrol, listen.enrolment_port, mutual=False)
-        link_pb2_grpc.add_LinkServicer_to_server(  # type: ignore[no-untyped-call]  # generated
-            LinkServicer(
-                self.home,
-                self._gate,
-                self._authority,
-                self._fleet,
-                self.exchange,
-                self._roster,
-                max_connection_age_s=limits.max_connection_age_s,
-            ),
-            link,
-        )
-        self._distribution = self._distributes()
-        distribution_pb2_grpc.add_DistributionServicer_to_server(  # type: ignore[no-untyped-call]
-            self._distribution, link
-        )
-        await self._distribution.start()
-        enrolment_pb2_grpc.add_EnrolmentServicer_to_server(  # type: ignore[no-untyped-call]
-            self._enrolment(), enrol
-        )
-        describe(link, link_pb2, distribution_pb2)
-        describe(enrol, enrolment_pb2)
+        self._distribution = distribution = self._distributes()
+        link, enrol = self._link_server(distribution), self._enrolment_server()
+        await distribution.start()
         self._servers = [link, enrol, self._local_server()]
         for server in self._servers:
             await server.start()
@@ -147,15 +120,47 @@ class Hub:
         self._tasks = [
             asyncio.create_task(self._keep_house()),
             asyncio.create_task(keep_repository(self.home)),
-            asyncio.create_task(
-                take_back_always(self.home, self._registry, self._shelf, self._distribution.look)
-            ),
+            asyncio.create_task(take_back_always(self.home, self._registry, self._shelf, distribution.look)),
         ]
         _log.info(
             "hub is up: devices on %s, enrolment on %s",
-            address(listen.host, self.link_port),
-            address(listen.host, self.enrolment_port),
+            address(self._settings.listen.host, self.link_port),
+            address(self._settings.listen.host, self.enrolment_port),
         )
+
+    def _link_server(self, distribution: Distribution) -> Any:
+        """What enrolled devices reach: work and releases."""
+        limits = self._settings.limits
+        server = self._device_server(LINK_OPTIONS + age(limits.max_connection_age_s))
+        self.link_port = self._bind(server, self._settings.listen.link_port, mutual=True)
+        link_pb2_grpc.add_LinkServicer_to_server(  # type: ignore[no-untyped-call]  # generated
+            LinkServicer(
+                self.home,
+                self._gate,
+                self._authority,
+                self._fleet,
+                self.exchange,
+                self._roster,
+                max_connection_age_s=limits.max_connection_age_s,
+            ),
+            server,
+        )
+        distribution_pb2_grpc.add_DistributionServicer_to_server(  # type: ignore[no-untyped-call]
+            distribution, server
+        )
+        describe(server, link_pb2, distribution_pb2)
+        return server
+
+    def _enrolment_server(self) -> Any:
+        """What devices reach that have no certificate, or an old one; join strings name the link's port."""
+        options = DEVICE_OPTIONS + enrolment.SERVER_OPTIONS + age(_ENROLMENT_AGE_S, _ENROLMENT_GRACE_S)
+        server = self._device_server(options)
+        self.enrolment_port = self._bind(server, self._settings.listen.enrolment_port, mutual=False)
+        enrolment_pb2_grpc.add_EnrolmentServicer_to_server(  # type: ignore[no-untyped-call]
+            self._enrolment(), server
+        )
+        describe(server, enrolment_pb2)
+        return server
 
     async def wait(self) -> None:
         """Until `ask_to_stop`."""

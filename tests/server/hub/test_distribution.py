@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from places import Place, model_of
+from places import Place, model_of, released, repository
 
 from fedge.artefact import pack
 from fedge.delivery import target_path
@@ -62,35 +62,6 @@ async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
 
 def poll(stub: Any, **fields: Any) -> Any:
     return stub.Poll(pb.PollRequest(wire_version=2, **fields), timeout=WAIT_S)
-
-
-def repository(rig: Any) -> Place:
-    return Place(rig.home.repository).make()
-
-
-def released(rig: Any, place: Place, number: int, *tiers: str, **options: Any) -> int:
-    """Publish a release, and write it down as the publisher does."""
-    if not rig.registry.releases():
-        rig.registry.begin_run("run-1", task="digits", seed=0, config={}, data="")
-    release = place.publish(number, *tiers, **options)
-    rig.registry.record_release(
-        version=release.version,
-        run_id="run-1",
-        round_number=1,
-        global_model="",
-        manifest=release.to_bytes(),
-        variants=[
-            {
-                "tier": e.tier,
-                "recipe": "int8",
-                "wire": e.wire_sha256,
-                "installed": e.installed_sha256,
-                "evidence": "",
-            }
-            for e in release.variants
-        ],
-    )
-    return release.version
 
 
 def test_a_device_reads_its_tiers_files_from_any_byte_on(hub: Any) -> None:

@@ -15,7 +15,7 @@ import places
 import pytest
 from cryptography.hazmat.primitives import serialization
 from onnx import numpy_helper
-from places import Place
+from places import Place, released, repository
 
 from fedge.errors import AbsentError, FetchError, ForbiddenError
 from fedge_client import delivery as delivery_module
@@ -24,35 +24,6 @@ from fedge_client.updater import Installer, Trust, anything, offer, unpacked, wh
 from fedge_client.updater.patching import patching
 
 _PEM = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-
-
-def repository(rig: Any) -> Place:
-    return Place(rig.home.repository).make()
-
-
-def released(rig: Any, place: Place, number: int, *tiers: str, **options: Any) -> int:
-    """Publish a release, and write it down as the publisher does."""
-    if not rig.registry.releases():
-        rig.registry.begin_run("run-1", task="digits", seed=0, config={}, data="")
-    release = place.publish(number, *tiers, **options)
-    rig.registry.record_release(
-        version=release.version,
-        run_id="run-1",
-        round_number=1,
-        global_model="",
-        manifest=release.to_bytes(),
-        variants=[
-            {
-                "tier": e.tier,
-                "recipe": "int8",
-                "wire": e.wire_sha256,
-                "installed": e.installed_sha256,
-                "evidence": "",
-            }
-            for e in release.variants
-        ],
-    )
-    return release.version
 
 
 def grown(number: int) -> bytes:

@@ -224,3 +224,33 @@ def publish_online(place: Place, snapshot: Snapshot) -> None:
     timestamp = Metadata(Timestamp(old.signed.version + 1, None, place.clock.now + timedelta(days=1), named))
     timestamp.sign(place.keys["timestamp"][0]._signer)
     (place.path / "metadata/timestamp.json").write_bytes(timestamp.to_bytes())
+
+
+def repository(rig: Any) -> Place:
+    """A hub's own."""
+    return Place(rig.home.repository).make()
+
+
+def released(rig: Any, place: Place, number: int, *tiers: str, **options: Any) -> int:
+    """Publish a release, and write it down as the publisher does."""
+    if not rig.registry.releases():
+        rig.registry.begin_run("run-1", task="digits", seed=0, config={}, data="")
+    release = place.publish(number, *tiers, **options)
+    rig.registry.record_release(
+        version=release.version,
+        run_id="run-1",
+        round_number=1,
+        global_model="",
+        manifest=release.to_bytes(),
+        variants=[
+            {
+                "tier": e.tier,
+                "recipe": "int8",
+                "wire": e.wire_sha256,
+                "installed": e.installed_sha256,
+                "evidence": "",
+            }
+            for e in release.variants
+        ],
+    )
+    return release.version
