@@ -269,6 +269,8 @@ class Fleet:
                 asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result(timeout=20)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=10)
+        if self._thread is None or not self._thread.is_alive():
+            self._loop.close()
         self._pool.shutdown(cancel_futures=True)
         if self.signer is not None:
             with contextlib.suppress(AssertionError):
