@@ -59,6 +59,9 @@ server_days = 90
 signers = []                    # unix sockets of signer processes, which hold the keys of tiers
 keep = 4                        # releases that a tier offers at a time
 
+[inference]
+enabled = true                  # devices that are not sure may ask the global model (docs/inference.md)
+
 [workers]
 restarts = 3                    # of a run's process that dies without finishing its run
 """

@@ -83,6 +83,11 @@ class Home:
         return self.root / "deltas"
 
     @property
+    def exports(self) -> Path:
+        """Global models of releases as ONNX, which answer devices; may be made again."""
+        return self.root / "exports"
+
+    @property
     def keys(self) -> Path:
         """Keys of the repository that are kept here."""
         return self.root / "keys"

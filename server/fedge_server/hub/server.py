@@ -9,7 +9,7 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -19,26 +19,16 @@ import grpc
 from fedge.errors import FedgeError, UserError
 from fedge.files import sole_holder, write_atomically
 from fedge.identity import address
-from fedge.wire.v1 import (
-    admin_pb2_grpc,
-    distribution_pb2,
-    distribution_pb2_grpc,
-    enrolment_pb2,
-    enrolment_pb2_grpc,
-    link_pb2,
-    link_pb2_grpc,
-)
+from fedge.wire.v1 import admin_pb2_grpc
 from fedge_server.delivery import Distribution, Shelf
-from fedge_server.delivery.deltas import Deltas
-from fedge_server.delivery.sealing import Sealing
-from fedge_server.hub import enrolment
+from fedge_server.hub import devices, enrolment
 from fedge_server.hub.exchange import Exchange
 from fedge_server.hub.fleet import Fleet
 from fedge_server.hub.gate import Gate
 from fedge_server.hub.home import Home
 from fedge_server.hub.keeping import keep_repository
 from fedge_server.hub.link import LinkServicer
-from fedge_server.hub.listening import DEVICE_OPTIONS, LINK_OPTIONS, LOCAL_OPTIONS, age, bind, describe
+from fedge_server.hub.listening import DEVICE_OPTIONS, LINK_OPTIONS, LOCAL_OPTIONS, age, bind
 from fedge_server.hub.returning import take_back_always
 from fedge_server.hub.roster import Roster
 from fedge_server.hub.runs import AdminServicer, RunsServicer
@@ -46,8 +36,8 @@ from fedge_server.hub.settings import Settings
 from fedge_server.hub.supervisor import Argv, Supervisor, worker_argv
 from fedge_server.hub.systemd import tell_systemd
 from fedge_server.identity.authority import Authority
+from fedge_server.inference.models import Models
 from fedge_server.registry.database import Registry
-from fedge_server.repository.content_keys import ContentKeys
 from fedge_server.rollout.service import Rollouts
 
 _log = logging.getLogger("fedge.hub")
@@ -83,6 +73,7 @@ class Hub:
         self.exchange = Exchange(registry.queue, self._fleet, grace_s=limits.offline_grace_s)
         self._rollouts, self._shelf = Rollouts(registry), Shelf(home.repository)
         self._distribution: Distribution | None = None
+        self._models: Models | None = None
         self._roster = Roster(self._gate, self._authority, registry.devices, self._fleet, self.exchange)
         self._supervisor = Supervisor(
             home,
@@ -107,7 +98,11 @@ class Hub:
         self._renew()
         await self._gate.refresh()
         await self.exchange.start()
-        self._distribution = distribution = self._distributes()
+        self._distribution = distribution = devices.distribution_of(
+            self.home, self._gate, self._registry, self._rollouts, self._shelf
+        )
+        if self._settings.inference.enabled:
+            self._models = devices.models_of(self.home, self._registry, self._settings.inference)
         link, enrol = self._link_server(distribution), self._enrolment_server()
         await distribution.start()
         self._servers = [link, enrol, self._local_server()]
@@ -129,37 +124,31 @@ class Hub:
         )
 
     def _link_server(self, distribution: Distribution) -> Any:
-        """What enrolled devices reach: work and releases."""
+        """What enrolled devices reach: work, releases, answers."""
         limits = self._settings.limits
-        server = self._device_server(LINK_OPTIONS + age(limits.max_connection_age_s))
+        link = LinkServicer(
+            self.home,
+            self._gate,
+            self._authority,
+            self._fleet,
+            self.exchange,
+            self._roster,
+            max_connection_age_s=limits.max_connection_age_s,
+        )
+        services = [devices.link(link), devices.distribution(distribution)]
+        if self._models is not None:
+            services.append(devices.inference(self._gate, self._models, self._settings.inference))
+        server = grpc.aio.server(options=LINK_OPTIONS + age(limits.max_connection_age_s))
         self.link_port = self._bind(server, self._settings.listen.link_port, mutual=True)
-        link_pb2_grpc.add_LinkServicer_to_server(  # type: ignore[no-untyped-call]  # generated
-            LinkServicer(
-                self.home,
-                self._gate,
-                self._authority,
-                self._fleet,
-                self.exchange,
-                self._roster,
-                max_connection_age_s=limits.max_connection_age_s,
-            ),
-            server,
-        )
-        distribution_pb2_grpc.add_DistributionServicer_to_server(  # type: ignore[no-untyped-call]
-            distribution, server
-        )
-        describe(server, link_pb2, distribution_pb2)
+        devices.carry(server, *services)
         return server
 
     def _enrolment_server(self) -> Any:
         """What devices reach that have no certificate, or an old one; join strings name the link's port."""
         options = DEVICE_OPTIONS + enrolment.SERVER_OPTIONS + age(_ENROLMENT_AGE_S, _ENROLMENT_GRACE_S)
-        server = self._device_server(options)
+        server = grpc.aio.server(options=options)
         self.enrolment_port = self._bind(server, self._settings.listen.enrolment_port, mutual=False)
-        enrolment_pb2_grpc.add_EnrolmentServicer_to_server(  # type: ignore[no-untyped-call]
-            self._enrolment(), server
-        )
-        describe(server, enrolment_pb2)
+        devices.carry(server, devices.enrolment(self._enrolment()))  # its answers name both ports
         return server
 
     async def wait(self) -> None:
@@ -186,6 +175,8 @@ class Hub:
         await asyncio.gather(*(server.stop(STOP_S) for server in self._servers))
         if self._distribution is not None:
             self._distribution.close()
+        if self._models is not None:
+            await asyncio.to_thread(self._models.close)
         await self.exchange.stop()
         await self._roster.save_seen()
         self.home.ports.unlink(missing_ok=True)
@@ -219,9 +210,6 @@ class Hub:
                 await self.refresh()
             except Exception as error:  # noqa: BLE001 - else nobody would renew the server's certificate
                 _log.error("cannot look at the database or the certificates: %s", error)
-
-    def _device_server(self, options: Sequence[tuple[str, int]]) -> Any:
-        return grpc.aio.server(options=list(options))
 
     def _local_server(self) -> Any:
         server = grpc.aio.server(options=list(LOCAL_OPTIONS))
@@ -270,15 +258,6 @@ class Hub:
         """What a new device of a tier begins with: a root, and the lowest version that it may run."""
         floor = self._shelf.refresh().floor(tier)
         return self._shelf.root(), max(floor, self._rollouts.channel(tier).floor)
-
-    def _distributes(self) -> Distribution:
-        sealing = Sealing(self._shelf, ContentKeys(self.home.keys / "content"))
-        deltas = Deltas(self._shelf, self.home.deltas, content=sealing.content, seal=sealing.delta)
-
-        def wrapped(device: str, tier: str, version: int) -> bytes | None:
-            return sealing.key_for(self._registry.devices, device, tier, version)
-
-        return Distribution(self._gate, self._rollouts, self._shelf, keys=wrapped, deltas=deltas)
 
 
 @contextmanager

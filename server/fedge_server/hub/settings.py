@@ -12,12 +12,14 @@ from pydantic.dataclasses import dataclass
 
 from fedge.config import suggestion
 from fedge.errors import ConfigError
+from fedge_server.inference.limits import Limits as InferenceLimits
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Port = Annotated[int, Field(ge=0, le=65535, strict=True)]
 Seconds = Annotated[float, Field(gt=0, le=10 * 365 * 86400, strict=True)]
 Days = Annotated[float, Field(ge=1 / 24, le=3650, strict=True)]
+Count = Annotated[int, Field(ge=1, le=1_000_000, strict=True)]
 OnlineDays = Annotated[float, Field(ge=1 / 24, le=30, strict=True)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,253}$")]
 
@@ -85,6 +87,30 @@ class Delivery:
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
+class Inference:
+    """`[inference]`: answers of global models for devices that are not sure; see docs/inference.md."""
+
+    enabled: bool = True  # releases are exported when they are published, and devices may ask
+    max_examples: Count = 256  # of one request
+    batch_examples: Count = 64  # that go through a model at once
+    batch_wait_s: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.002  # for others, of a batch's first
+    waiting_examples: Count = 1024  # of one model; beyond that requests are refused at once
+    in_flight: Count = 16  # requests of one device at a time
+    models: Annotated[int, Field(ge=1, le=1000, strict=True)] = 4  # releases that are open at a time
+    model_bytes: Annotated[int, Field(ge=1, le=1024**4, strict=True)] = 1024**3  # of their files together
+    threads: Annotated[int, Field(ge=1, le=1024, strict=True)] = 1  # that run models
+    deadline_s: Annotated[float, Field(gt=0, le=3600, strict=True)] = 10.0  # the longest that a request has
+
+    def limits(self) -> InferenceLimits:
+        """For the service.
+
+        Raises:
+            ConfigError: two that do not fit together.
+        """
+        return InferenceLimits(**{name: getattr(self, name) for name in InferenceLimits.__dataclass_fields__})
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
 class Settings:
     """The whole file."""
 
@@ -95,6 +121,7 @@ class Settings:
     certificates: Certificates = field(default_factory=Certificates)
     workers: Workers = field(default_factory=Workers)
     delivery: Delivery = field(default_factory=Delivery)
+    inference: Inference = field(default_factory=Inference)
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> Settings:
@@ -104,9 +131,11 @@ class Settings:
             ConfigError: an unknown key or an unusable value.
         """
         try:
-            return _ADAPTER.validate_python(values)
+            found = _ADAPTER.validate_python(values)
         except ValidationError as error:
             raise ConfigError(_one_line(error)) from error
+        found.inference.limits()  # whether they fit together
+        return found
 
     @classmethod
     def load(cls, path: Path) -> Settings:
@@ -145,6 +174,7 @@ _SECTIONS: dict[str, Any] = {
     "certificates": Certificates,
     "workers": Workers,
     "delivery": Delivery,
+    "inference": Inference,
 }
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from fedge.errors import AbsentError, DigestError
 from fedge.files import read_bounded, sha256, write_atomically
-from fedge.inference import CompactModel
 from fedge.manifest import Release
 from fedge_server.inference.models import Loaded, Loader
 
@@ -59,6 +58,8 @@ def loader(exports: Exports, release: ReadRelease, *, threads: int = 1) -> Loade
     """Opens releases whose global model was exported, with onnxruntime."""
 
     def load(version: int) -> Loaded:
+        from fedge.inference import CompactModel  # a hub that is never asked has no use for onnxruntime
+
         found = release(version)
         onnx = exports.get(found.lineage.global_model)
         model = CompactModel(onnx, found.spec, threads=threads)
