@@ -13,6 +13,7 @@ REVISIONS: Final = (
     "0004",
     "0005",
     "0007",
+    "0008",
 )  # oldest first; a database at any other was written by a newer fedge
 HEAD: Final = REVISIONS[-1]
 
@@ -241,4 +242,16 @@ drift_tracks = sa.Table(
     sa.Column("device_id", sa.String(64), primary_key=True),
     sa.Column("version", sa.ForeignKey("releases.version"), primary_key=True),
     sa.Column("state", sa.JSON, nullable=False),
+)
+learnings = sa.Table(
+    "learnings",
+    metadata,
+    sa.Column("name", sa.String(32), primary_key=True),  # begins the names of its runs
+    sa.Column("task", sa.String(255), nullable=False),
+    sa.Column("config", sa.JSON, nullable=False),  # of the runs
+    sa.Column(
+        "terms", sa.JSON, nullable=False
+    ),  # when it learns again, from what, and how that is rolled out
+    sa.Column("state", sa.JSON, nullable=False),  # continual.State
+    sa.Column("created", sa.Double, nullable=False),  # Unix seconds
 )
