@@ -141,11 +141,18 @@ class SealError(TrustError):
 
 
 class IdentityError(TrustError):
-    """A certificate, a token or a pin does not say who it must."""
+    """A certificate, a token or a pin does not say who it must; `kind` names the cause in one word."""
+
+    def __init__(self, message: str, kind: str = "other") -> None:
+        super().__init__(message)
+        self.kind = kind  # one of a few: metrics count by it
 
 
 class RevokedError(IdentityError):
     """The device was enrolled and has been revoked."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "revoked")
 
 
 class DowngradeError(TrustError):

@@ -405,7 +405,7 @@ def moved(node: int, by: float, **more) -> Message:
 def test_a_change_that_is_too_long_is_rejected_with_both_numbers():
     found = collected([moved(1, 1.0), moved(2, 10.0), moved(3, -1.0)], {1, 2, 3}, max_norm=5.0, norms=True)
     assert [m.metadata.src_node_id for m in found.valid] == [1, 3]
-    assert found.rejected == [Rejected(2, "its change has the norm 30, over the 5 that is allowed")]
+    assert found.rejected == [Rejected(2, "its change has the norm 30, over the 5 that is allowed", "norm")]
     assert found.norms == [3.0, 3.0]
     assert found.norm == 3.0
 
@@ -423,7 +423,9 @@ def test_no_norm_is_kept_where_nobody_asked():
 
 def test_a_client_that_claims_more_examples_than_is_allowed_is_rejected():
     found = collected([update(1, examples=10), update(2, examples=11)], {1, 2}, max_examples=10)
-    assert found.rejected == [Rejected(2, "num-examples is 11; it must be a whole number from 1 to 10")]
+    assert found.rejected == [
+        Rejected(2, "num-examples is 11; it must be a whole number from 1 to 10", "metrics")
+    ]
 
 
 @pytest.mark.parametrize("once", [True, False])

@@ -14,6 +14,7 @@ import grpc
 
 import fedge
 from fedge.errors import FedgeError, FormatError, IdentityError
+from fedge.logs import security
 from fedge.wire import WIRE_VERSION
 from fedge.wire.v1 import link_pb2 as pb
 from fedge_client.agent import status
@@ -101,6 +102,8 @@ class Agent:
                 delay = self._rng.uniform(REFUSED_DELAY_S / 2, REFUSED_DELAY_S)
             state = "refused" if refused else "waiting"
             self._show(state, fault)
+            if refused:
+                security("server_refused", "%s", fault, device=self._identity.device_id)
             log.warning("%s; next attempt in %.1f s", fault, delay)
             await asyncio.sleep(delay)
 
@@ -154,7 +157,8 @@ class Agent:
     async def _session(self, link: Link) -> None:
         welcome = await link.greet(self._hello())
         self._keep_bundle(welcome.ca_bundle)
-        log.info("connected to %s as %s", self._identity.hub.link_address, self._identity.device_id[:16])
+        device, address = self._identity.device_id, self._identity.hub.link_address
+        log.info("connected to %s as %s", address, device[:16], extra={"device": device, "address": address})
         self._last_work = time.monotonic()
         self._linked.set(link)
         skew = time.time() - welcome.server_time

@@ -21,6 +21,7 @@ from typing import Final
 import grpc
 
 from fedge.errors import FedgeError, FormatError
+from fedge.logs import security
 from fedge_client.agent.connection import Link, backoff, said
 from fedge_client.agent.settings import AgentSettings
 from fedge_client.agent.standing import Done, standing
@@ -140,6 +141,9 @@ class Keeper:
             return False
         self._changed(f"installs release {version}" if version else "follows the repository's metadata")
         done = await self._installed(version)
+        if done.refused:
+            about = {"version": version or None, "reason": done.refused}
+            security("release_refused", "delivery: refused: %s", done.fault, **about)
         if done.fault and done.passing:
             raise FedgeError(done.fault)
         self._followed, self._looked_at = roles, done.version
@@ -148,13 +152,14 @@ class Keeper:
 
     def _judge(self, version: int, done: Done) -> None:
         if done.changed:
-            log.info("delivery: release %d runs", done.version)
+            log.info("delivery: release %d runs", done.version, extra={"version": done.version})
         if version:
             self._told = version
         if done.fault:
             again = self._rng.uniform(self._settings.retry_s / 2, self._settings.retry_s)
             self._retry_at = time.monotonic() + again
-            log.warning("delivery: %s; tried again in %.0f s", done.fault, again)
+            about = {"version": version}
+            log.warning("delivery: %s; tried again in %.0f s", done.fault, again, extra=about)
 
     async def _installed(self, version: int) -> Done:
         """Let a process of its own do it; killed with this task.

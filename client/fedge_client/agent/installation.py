@@ -51,7 +51,7 @@ def bring(device: Device, fetch: Fetcher, told: int) -> Done:
         fetch: gets files of the repository.
         told: the version; 0: none, but there is newer metadata.
     """
-    changed, fault, passing, reports = False, "", False, []
+    changed, fault, passing, refused, reports = False, "", False, "", []
     try:
         if told:
             changed = install(device, fetch, told=told).changed
@@ -59,6 +59,7 @@ def bring(device: Device, fetch: Fetcher, told: int) -> Done:
             refresh(device, fetch)
     except (FedgeError, OSError) as error:
         fault, passing = str(error), _is_passing(error)
+        refused = type(error).__name__ if isinstance(error, TrustError) else ""
         if told and not passing:
             reports.append(Report(told, "install_failed"))
     current = device.store.state().current
@@ -70,7 +71,7 @@ def bring(device: Device, fetch: Fetcher, told: int) -> Done:
         version = current.version if current else 0
     with contextlib.suppress(OSError):
         kept.add(reports)
-    return Done(version, changed, fault, passing)
+    return Done(version, changed, fault, passing, refused)
 
 
 def _is_passing(error: Exception) -> bool:

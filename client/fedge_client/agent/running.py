@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
-import sys
 from pathlib import Path
 
+from fedge_client import said
 from fedge_client.agent import settings, status
 from fedge_client.agent.agent import Agent
 from fedge_client.agent.identity import Identity
@@ -17,7 +16,7 @@ from fedge_client.agent.offers import digests_of
 log = logging.getLogger("fedge.agent")
 
 
-def run(home: Path, *, once: bool = False) -> int:
+def run(home: Path, *, once: bool = False, log_format: str = "text") -> int:
     """Be the agent of this home until a signal ends it; returns the exit code.
 
     Raises:
@@ -27,7 +26,7 @@ def run(home: Path, *, once: bool = False) -> int:
     home = home.absolute()
     identity = Identity.open(home)
     found = settings.load(home / settings.FILE)
-    _log_to_stderr()
+    said.start(log_format, log)
     with status.only_agent(home):
         digests = digests_of(found.tasks, home)
         if not found.tasks and not found.delivery.enabled:
@@ -57,10 +56,3 @@ async def _until_signal(agent: Agent, once: bool) -> int:
         status.notify("STOPPING=1")
         log.info("stopped")
         return 0
-
-
-def _log_to_stderr() -> None:
-    """Plain lines; the journal has the time already."""
-    form = "%(message)s" if "JOURNAL_STREAM" in os.environ else "%(asctime)s %(message)s"
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=form, datefmt="%Y-%m-%dT%H:%M:%S%z")
-    log.setLevel(logging.INFO)

@@ -23,6 +23,7 @@ class Done:
     changed: bool = False  # whether it was installed now
     fault: str = ""  # why not, in one line
     passing: bool = False  # whether the fault is one of the moment: try again soon
+    refused: str = ""  # where something was wrong with what came: the kind of error, such as SignatureError
 
     def to_line(self) -> bytes:
         """One line of JSON."""
@@ -38,7 +39,11 @@ class Done:
         try:
             value = json.loads(data)
             return cls(
-                int(value["version"]), bool(value["changed"]), str(value["fault"]), bool(value["passing"])
+                int(value["version"]),
+                bool(value["changed"]),
+                str(value["fault"]),
+                bool(value["passing"]),
+                str(value["refused"]),
             )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FormatError(f"installation: ended without a result ({data[:80]!r})") from error

@@ -119,7 +119,8 @@ class Workshop:
         if message_id in self.held() or message_id in self._outbox.waiting():
             return
         if (reason := self._objection(work)) is not None:
-            log.warning("message %s refused: %s", message_id, reason)
+            about = {"message_id": message_id, "run": work.run_id}
+            log.warning("message %s refused: %s", message_id, reason, extra=about)
             self._finish(message_id, failure(reason, LOAD_FAILED))
             return
         seconds = work.seconds_left if 0 <= work.seconds_left <= MAX_SECONDS else MAX_SECONDS  # NaN neither
@@ -189,9 +190,9 @@ class Workshop:
         else:
             self._finish(message_id, _bounded(result, held.work.max_result_bytes))
             how = f"failed: {result.failure.reason}" if result.HasField("failure") else "done"
-            log.info(
-                "%s %s: %s in %.2f s", held.work.message_type, message_id, how, time.monotonic() - started
-            )
+            seconds, kind = time.monotonic() - started, held.work.message_type
+            about = {"message_id": message_id, "run": held.work.run_id, "seconds": round(seconds, 3)}
+            log.info("%s %s: %s in %.2f s", kind, message_id, how, seconds, extra=about)
 
     async def _answer(self, work: Work) -> Result:
         """Fetch what the message needs and run it; what this device cannot do becomes a failure."""

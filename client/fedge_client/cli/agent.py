@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fedge import cli
+from fedge import cli, logs
 
 
 def add(commands: Any) -> None:
@@ -20,6 +20,7 @@ def add(commands: Any) -> None:
         examples="  fedge-client run\n  fedge-client run --home /var/lib/fedge --once",
     )
     add_home(made)
+    logs.add_option(made)
     made.add_argument("--once", action="store_true", help="do what waits on the server, then end")
 
 
@@ -34,4 +35,4 @@ def add_home(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from fedge_client.agent.running import run
 
-    return run(arguments.home, once=arguments.once)
+    return run(arguments.home, once=arguments.once, log_format=arguments.log_format)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
-import sys
 from typing import Any
 
-from fedge import cli
+from fedge import cli, logs
 from fedge_client.cli.agent import add_home
 
 
@@ -27,6 +24,7 @@ def add(commands: Any) -> None:
     where = "unix:PATH, 127.0.0.1:PORT or off"
     made.add_argument("--http", metavar="ADDRESS", help=f"{where} (default: unix:HOME/serving/http.sock)")
     made.add_argument("--grpc", metavar="ADDRESS", help=f"{where} (default: unix:HOME/serving/grpc.sock)")
+    logs.add_option(made)
     made.add_argument("--threads", type=int, default=1, help="of onnxruntime, for one example (default: 1)")
     made.add_argument(
         "--workers", type=int, default=1, help="requests that are answered at a time (default: 1)"
@@ -38,6 +36,7 @@ def add(commands: Any) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     from fedge.errors import UserError
+    from fedge_client import said
     from fedge_client.agent.status import notify
     from fedge_client.serving import running
     from fedge_client.serving.limits import Limits
@@ -56,9 +55,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         queue=arguments.queue,
         deadline_s=arguments.deadline_ms / 1000,
     )
-    form = "%(message)s" if "JOURNAL_STREAM" in os.environ else "%(asctime)s %(message)s"  # it has the time
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=form, datefmt="%Y-%m-%dT%H:%M:%S%z")
-    running.log.setLevel(logging.INFO)
+    said.start(arguments.log_format, running.log)
     return running.serve(
         arguments.home,
         http=found["http"],

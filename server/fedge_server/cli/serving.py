@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from typing import Any
 
-from fedge import cli
+from fedge import cli, logs
 from fedge_server.cli.place import add_home, show
 
 
@@ -21,6 +20,7 @@ def add(commands: Any) -> None:
         examples="  fedge-server up --home /var/lib/fedge",
     )
     up.add_argument("--home", type=_path, metavar="DIR", help="the server's home (default: FEDGE_HOME)")
+    logs.add_option(up)
     preflight = cli.subcommand(
         commands,
         "preflight",
@@ -44,11 +44,9 @@ def _up(arguments: argparse.Namespace) -> int:
 
     home = Home.chosen(arguments.home)
     settings = Settings.load(home.settings)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
-    )
+    logs.start(arguments.log_format, text=logging.Formatter(logs.SERVER))
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    serve(home, settings)
+    serve(home, settings, log_format=arguments.log_format)
     return 0
 
 

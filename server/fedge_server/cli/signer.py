@@ -6,12 +6,11 @@ import argparse
 import logging
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from fedge import cli
+from fedge import cli, logs
 from fedge.errors import SignerAwayError, UserError
 from fedge_server.cli.place import add_home, show, table
 
@@ -43,6 +42,7 @@ def add(commands: Any) -> None:
         metavar="N",
         help="a user that may ask; give it once for each (default: the signer's own)",
     )
+    logs.add_option(serve)
     serve.add_argument("--passphrase-file", type=Path, metavar="FILE", help="of the key, mode 0600")
     example = "  fedge-server signer show --home /var/lib/fedge-server --format json"
     shown = cli.subcommand(
@@ -64,9 +64,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from fedge_server.signer.memory import Memory
     from fedge_server.signer.service import serving
 
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
-    )
+    logs.start(arguments.log_format, text=logging.Formatter(logs.SERVER))
     tier = arguments.tier or arguments.key.stem.removeprefix("tier-")
     given = arguments.passphrase_file
     key = load_key(arguments.key, passphrase=None if given is None else passphrase_in(given))

@@ -27,6 +27,8 @@ from fedge_server.delivery.waiting import Waiting
 from fedge_server.hub.gate import Gate, refuse
 from fedge_server.hub.lanes import Few
 from fedge_server.identity.admission import Peer
+from fedge_server.monitoring import signals
+from fedge_server.monitoring.metrics import DELIVERED_BYTES
 from fedge_server.registry.devices import DeviceRow
 from fedge_server.rollout.records import Standing
 from fedge_server.rollout.reports import Report
@@ -225,6 +227,7 @@ class Distribution(distribution_pb2_grpc.DistributionServicer):
             ):  # its last chunk, and this stream's place, are kept until it reads on or leaves
                 await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing was taken for {STILL_S:g} s")
             offset += len(data)
+            DELIVERED_BYTES.inc(len(data))
 
     async def FetchDelta(  # noqa: N802 - the wire's name
         self, request: pb.DeltaRequest, context: Any
@@ -279,8 +282,10 @@ class Distribution(distribution_pb2_grpc.DistributionServicer):
         try:
             new = self._rollouts.note(Report(device, report.version, report.kind[:MAX_TEXT], report.value))
         except TrustError as error:  # this device's fault alone
-            _log.warning("%s", error)
+            signals.report_refused(device, error)
             return kinds(kind=kinds.REFUSED, reason=str(error)[:MAX_TEXT])
+        if new:
+            signals.reported(device, report.version, report.kind)
         return kinds(kind=kinds.COUNTED if new else kinds.KNOWN)
 
     # --- what all share
@@ -289,7 +294,7 @@ class Distribution(distribution_pb2_grpc.DistributionServicer):
         try:
             self._gate.still(peer)
         except FedgeError as error:
-            await refuse(context, error)
+            await refuse(context, error, peer)
 
     async def _too_many(self, context: Any) -> NoReturn:
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many at once; try again later")
@@ -306,6 +311,7 @@ class Distribution(distribution_pb2_grpc.DistributionServicer):
         except AbsentError as error:
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
         except ForbiddenError as error:
+            signals.foreign_request(None, str(error))
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
         except FedgeError as error:
             _log.error("%s: %s", getattr(work, "__name__", work), error)

@@ -36,6 +36,8 @@ from fedge_server.identity.admission import (
 )
 from fedge_server.identity.authority import Authority, Clock
 from fedge_server.identity.requests import csr_key
+from fedge_server.monitoring import signals
+from fedge_server.monitoring.metrics import ENROLMENTS, RENEWALS
 from fedge_server.registry.devices import DeviceRow, Devices
 
 MAX_MESSAGE_BYTES: Final = 64 * 1024
@@ -108,6 +110,7 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
         peer = peer_address(context.peer())
         if wait := self._limiter.take(peer, self._clock()):
             seconds = math.ceil(wait)
+            signals.enrolment_refused(work.__name__.strip("_"), None, peer)
             await _refuse(
                 context,
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -123,7 +126,7 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
             return await loop.run_in_executor(self._threads, work, request, peer)
         except FedgeError as error:
             code = _code(error)
-            _log.warning("refused %s from %s: %s: %s", work.__name__.strip("_"), peer, code.name, error)
+            signals.enrolment_refused(work.__name__.strip("_"), error, peer)
             # What went wrong inside is for the log, not for whoever asks.
             await _refuse(context, code, str(error) if isinstance(error, TrustError) else "try again later")
 
@@ -139,7 +142,7 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
         token = self._devices.token(token_id)
         check_token(token, secret, device_id, now)
         if token is None:  # check_token has refused it
-            raise IdentityError("token: unknown")
+            raise IdentityError("token: unknown", "token_unknown")
         known = self._devices.get(device_id)
         if known is not None and known.status != "active":
             raise RevokedError(f"device {device_id[:16]}: revoked; a new key is needed to come back")
@@ -157,7 +160,12 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
         )
         bundle = self._authority.bundle
         self._devices.renewed(device_id, row.certificate_not_after, bundle_digest(bundle))
-        _log.info("enrolled device %s, tier %s, with token %s, from %s", device_id, row.tier, token_id, peer)
+        ENROLMENTS.labels(row.tier).inc()
+        _log.info(
+            "enrolled device %s, tier %s, with token %s, from %s",
+            *(device_id, row.tier, token_id, peer),
+            extra={"device": device_id, "tier": row.tier, "peer": peer},
+        )
         return self._reply(certificate, bundle, row, now)
 
     def _renew(self, request: pb.RenewRequest, peer: str) -> pb.EnrolReply:
@@ -168,7 +176,7 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
         check_freshness(request.time, now)
         row = self._devices.get(device_id)
         if row is None:
-            raise IdentityError(f"device {device_id[:16]}: is not enrolled here")
+            raise IdentityError(f"device {device_id[:16]}: is not enrolled here", "unknown_device")
         if row.status != "active":
             raise RevokedError(
                 f"device {device_id[:16]}: revoked" + (f" ({row.reason})" if row.reason else "")
@@ -176,7 +184,9 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
         certificate = self._authority.issue_device(request.csr, self._settings.device_hours)
         bundle = self._authority.bundle
         self._devices.renewed(device_id, _not_after(certificate), bundle_digest(bundle))
-        _log.info("renewed the certificate of device %s, from %s", device_id, peer)
+        RENEWALS.inc()
+        about = {"device": device_id, "peer": peer}
+        _log.info("renewed the certificate of device %s, from %s", device_id, peer, extra=about)
         return self._reply(certificate, bundle, row, now)
 
     def _reply(self, certificate: bytes, bundle: bytes, row: DeviceRow, now: float) -> pb.EnrolReply:

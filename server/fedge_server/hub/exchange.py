@@ -21,6 +21,7 @@ from fedge.wire.v1 import link_pb2 as link
 from fedge.wire.v1 import records_pb2 as records
 from fedge_server.hub import answers
 from fedge_server.hub.fleet import Fleet
+from fedge_server.monitoring.metrics import EXPIRED, GIVEN_UP, LINK_BYTES, MESSAGES
 from fedge_server.registry.queue import Answer, CloseCount, Queue, Queued
 
 _log = logging.getLogger("fedge.hub")
@@ -174,6 +175,8 @@ class Exchange:
         traffic = self._traffic.setdefault(run_id, [0, 0])
         traffic[0] += down
         traffic[1] += up
+        LINK_BYTES.labels("down").inc(down)
+        LINK_BYTES.labels("up").inc(up)
 
     async def answer(self, answer: Answer) -> str:
         """Commit an answer, together with others that are waiting: 'accepted', 'again' or 'late'.
@@ -271,6 +274,7 @@ class Exchange:
         self._uses[message.content] = self._uses.get(message.content, 0) + 1
         now = self._clock()
         self._flights[message.id] = Flight(message, now)
+        MESSAGES.inc()
         self._of_node.setdefault(message.node_id, {})[message.id] = None
         self._at(message.deadline, message.id, message.node_id)
         if message.node_id in self._fleet.members:
@@ -353,7 +357,8 @@ class Exchange:
                 await asyncio.to_thread(self._queue.traffic, run_id, down, up)
             except Exception as error:  # noqa: BLE001 - a figure must not hold up answers
                 _log.error("run %s: its traffic cannot be kept now: %s", run_id, error)
-                self.count(run_id, down=down, up=up)
+                kept = self._traffic.setdefault(run_id, [0, 0])
+                kept[0], kept[1] = kept[0] + down, kept[1] + up
 
     def _at(self, when: float, message_id: str, node_id: int) -> None:
         if len(self._due) > 1000 + 4 * len(self._flights):  # most of them have ended long ago
@@ -382,6 +387,7 @@ class Exchange:
     async def _expire(self, message_ids: Sequence[str]) -> None:
         """Close messages whose deadline has passed."""
         self._end(message_ids)
+        EXPIRED.inc(len(message_ids))
         try:
             await asyncio.to_thread(self._queue.expire, message_ids)
         except Exception as error:  # noqa: BLE001 - the run closes them again; the clock must go on
@@ -403,7 +409,8 @@ class Exchange:
         for message_id in ids:
             self._fail(message_id, reason)
         del self._away[node_id]
-        _log.warning("node %d: %d messages failed: %s", node_id, len(ids), reason)
+        GIVEN_UP.inc(len(ids))
+        _log.warning("node %d: %d messages failed: %s", node_id, len(ids), reason, extra={"node": node_id})
 
     def _fail(self, message_id: str, reason: str) -> None:
         """Answer a message in the place of a device that cannot."""

@@ -13,6 +13,7 @@ import grpc
 from fedge.errors import FedgeError, IdentityError, RevokedError
 from fedge_server.identity.admission import Peer, check, peer_of
 from fedge_server.identity.authority import Authority
+from fedge_server.monitoring import signals
 from fedge_server.registry.devices import ACTIVE, DeviceRow, Devices
 
 Context = grpc.aio.ServicerContext  # of a call
@@ -35,13 +36,14 @@ class Gate:
 
     async def admit(self, context: Any) -> tuple[Peer, DeviceRow]:
         """The caller and its row, read anew; ends the call when it may not speak."""
+        peer = None
         try:
             peer = self._peer(context)
             read = await asyncio.to_thread(self._devices.get, peer.device_id)
             row = self._remember(read) if read is not None else None
             check(peer, row, self._clock())
         except FedgeError as error:
-            await refuse(context, error)
+            await refuse(context, error, peer)
         if row is None:  # check has refused it
             raise AssertionError
         return peer, row
@@ -85,7 +87,7 @@ class Gate:
     def _peer(self, context: Any) -> Peer:
         certificates = context.auth_context().get("x509_pem_cert")
         if not certificates:
-            raise IdentityError("certificate: none was shown")
+            raise IdentityError("certificate: none was shown", "none")
         key = (self._authority.bundle_digest, bytes(certificates[0]))
         peer = self._peers.get(key)
         if peer is None:
@@ -104,9 +106,11 @@ def status_of(error: FedgeError) -> grpc.StatusCode:
     return grpc.StatusCode.UNAVAILABLE
 
 
-async def refuse(context: Any, error: FedgeError) -> NoReturn:
-    """End a call with what an error of admission means."""
+async def refuse(context: Any, error: FedgeError, peer: Peer | None = None) -> NoReturn:
+    """End a call with what an error of admission means; `peer` is known where the certificate was read."""
     code = status_of(error)
+    if isinstance(error, IdentityError):
+        signals.certificate_refused(error, context.peer(), peer.device_id if peer else None)
     # What went wrong inside is for the log, not for whoever asks.
     await context.abort(code, str(error) if code != grpc.StatusCode.UNAVAILABLE else "try again later")
     raise AssertionError("abort raises")

@@ -29,6 +29,7 @@ from fedge_server.hub.roster import Roster
 from fedge_server.hub.submitting import AT_ONCE, Submitting
 from fedge_server.identity.admission import Peer
 from fedge_server.identity.authority import Authority
+from fedge_server.monitoring import signals
 
 _log = logging.getLogger("fedge.hub")
 
@@ -139,14 +140,13 @@ class LinkServicer(link_pb2_grpc.LinkServicer):
         if connection.superseded:
             await context.abort(grpc.StatusCode.ABORTED, "a newer connection of this device has taken over")
         if connection.error is not None:
-            await refuse(context, connection.error)
+            await refuse(context, connection.error, connection.peer)
 
     async def _admitted(self, context: Any, peer: Peer) -> None:
         try:
             self._gate.still(peer)
         except FedgeError as error:
-            _log.warning("%s", error)
-            await refuse(context, error)
+            await refuse(context, error, peer)
 
     async def Fetch(  # noqa: N802 - the wire's name
         self, request: link.FetchRequest, context: Any
@@ -228,7 +228,7 @@ class LinkServicer(link_pb2_grpc.LinkServicer):
         flight = self._exchange.flight(message_id)
         node_id = flight.message.node_id if flight else self._exchange.owner_of_ended(message_id)
         if node_id is not None and node_id != peer.node_id:
-            _log.warning("device %s asked for message %s of node %d", peer.device_id, message_id, node_id)
+            signals.foreign_request(peer.device_id, f"message {message_id} of node {node_id}")
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the message is another device's")
         if flight is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such open message")

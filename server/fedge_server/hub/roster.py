@@ -13,6 +13,7 @@ from fedge_server.hub.exchange import Exchange
 from fedge_server.hub.fleet import Fleet
 from fedge_server.hub.gate import Gate
 from fedge_server.identity.authority import Authority
+from fedge_server.monitoring.metrics import CONNECTIONS
 from fedge_server.registry.devices import DeviceRow, Devices
 
 _log = logging.getLogger("fedge.hub")
@@ -53,7 +54,9 @@ class Roster:
             for message_id in holds:  # what it holds and nobody waits for any more
                 if self._exchange.flight(message_id) is None:
                     connection.post_cancel(message_id)
-        _log.info("device %s connected, tier %s", member.device_id[:16], member.tier)
+        CONNECTIONS.labels(member.tier).inc()
+        about = {"device": member.device_id, "tier": member.tier, "wire": connection.version}
+        _log.info("device %s connected, tier %s", member.device_id[:16], member.tier, extra=about)
         task = asyncio.create_task(self._announce())
         self._announced.add(task)
         task.add_done_callback(self._announced.discard)
@@ -67,7 +70,7 @@ class Roster:
         del self._connections[member.node_id]
         self._fleet.leave(member)
         self._exchange.gone(member.node_id)
-        _log.info("device %s left", member.device_id[:16])
+        _log.info("device %s left", member.device_id[:16], extra={"device": member.device_id})
         return True
 
     async def introduce(self, connection: Connection, row: DeviceRow) -> None:
@@ -94,7 +97,8 @@ class Roster:
             try:
                 self._gate.still(connection.peer)
             except FedgeError as error:
-                _log.warning("device %s is sent away: %s", connection.peer.device_id[:16], error)
+                device = connection.peer.device_id
+                _log.warning("device %s is sent away: %s", device[:16], error, extra={"device": device})
                 connection.end(error)
 
     def announce_bundle(self) -> None:

@@ -72,7 +72,7 @@ class RunsServicer(admin_pb2_grpc.RunsServicer):
         for folder in (self._home.spool(run_id), self._home.objects(run_id)):
             await asyncio.to_thread(spool.remove, folder)
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _log.info("run %s: a worker has attached", run_id)
+        _log.info("run %s: a worker has attached", run_id, extra={"run": run_id})
         return admin.AttachReply(session=session, default_deadline_s=self._default_deadline_s)
 
     async def Nodes(  # noqa: N802 - the wire's name

@@ -11,6 +11,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -276,8 +277,14 @@ def only_hub(home: Home) -> Iterator[None]:
         yield
 
 
-def serve(home: Home, settings: Settings, *, ready: Callable[[Hub], None] = lambda _: None) -> None:
-    """Run a hub until SIGTERM or SIGINT.
+def serve(
+    home: Home,
+    settings: Settings,
+    *,
+    log_format: str = "text",
+    ready: Callable[[Hub], None] = lambda _: None,
+) -> None:
+    """Run a hub until SIGTERM or SIGINT; its workers log in the same format.
 
     Raises:
         UserError: another hub is up, or the home is none.
@@ -286,11 +293,11 @@ def serve(home: Home, settings: Settings, *, ready: Callable[[Hub], None] = lamb
     _raise_file_limit()
     _give_memory_back()
     with only_hub(home), Registry.open(home.root, settings.database_url) as registry:
-        asyncio.run(_serve(home, settings, registry, ready))
+        argv = partial(worker_argv, log_format=log_format)
+        asyncio.run(_serve(Hub(home, settings, registry, argv=argv), ready))
 
 
-async def _serve(home: Home, settings: Settings, registry: Registry, ready: Callable[[Hub], None]) -> None:
-    hub = Hub(home, settings, registry)
+async def _serve(hub: Hub, ready: Callable[[Hub], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, hub.ask_to_stop)

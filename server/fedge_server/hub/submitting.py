@@ -23,6 +23,8 @@ from fedge_server.hub.gate import Gate, refuse
 from fedge_server.hub.home import Home
 from fedge_server.hub.lanes import Few, Lanes, Place
 from fedge_server.identity.admission import Peer
+from fedge_server.monitoring import signals
+from fedge_server.monitoring.metrics import ANSWER_SECONDS, ANSWERS
 from fedge_server.registry.queue import Answer
 
 _log = logging.getLogger("fedge.hub")
@@ -71,9 +73,7 @@ class Submitting:
         flight = self._exchange.flight(header.message_id)
         node_id = flight.message.node_id if flight else self._exchange.owner_of_ended(header.message_id)
         if node_id is not None and node_id != peer.node_id:
-            _log.warning(
-                "device %s answered message %s of node %d", peer.device_id, header.message_id, node_id
-            )
+            signals.foreign_request(peer.device_id, f"message {header.message_id} of node {node_id}")
             await _linger(context)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the message is another device's")
         if flight is None:
@@ -149,7 +149,7 @@ class Submitting:
             try:
                 self._gate.still(peer)
             except FedgeError as error:
-                await refuse(context, error)
+                await refuse(context, error, peer)
             if not await upload.write(part.data):
                 return False
             place.moved(len(part.data))
@@ -180,12 +180,14 @@ class Submitting:
         """Commit a good answer and learn how long it took."""
         reply = await self._commit(flight.message.id, data, name, context)
         if reply is _ACCEPTED and flight.sent is not None:
-            self._fleet.answered(flight.message.node_id, time.monotonic() - flight.sent)
+            seconds = time.monotonic() - flight.sent
+            self._fleet.answered(flight.message.node_id, seconds)
+            ANSWER_SECONDS.observe(seconds)
         return reply
 
     async def _refuse(self, flight: Flight, peer: Peer, reason: str, context: Any) -> link.SubmitReply:
         """Record a bad answer as the device's failure, so that its round need not wait."""
-        _log.warning("device %s: answer to message %s refused: %s", peer.device_id, flight.message.id, reason)
+        signals.answer_refused(peer.device_id, flight.message.run_id, flight.message.id, reason)
         await self._commit(flight.message.id, answers.failure(answers.ANSWER_REFUSED, reason), "", context)
         return _reply("REFUSED", reason)
 
@@ -195,6 +197,7 @@ class Submitting:
         except FedgeError:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the answer cannot be kept now; try again")
             raise
+        ANSWERS.labels(outcome).inc()
         return {"accepted": _ACCEPTED, "again": _AGAIN}.get(outcome, _TOO_LATE)
 
     async def _next(self, context: Any) -> link.SubmitPart | None:

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedge.errors import FedgeError
+from fedge.logs import message_of
 from fedge.wire.v1 import admin_pb2 as admin
 from fedge_server.hub.home import Home
+from fedge_server.monitoring.metrics import WORKER_RESTARTS
 from fedge_server.registry.database import Registry
 
 _log = logging.getLogger("fedge.hub")
@@ -33,9 +35,10 @@ Argv = Callable[[Path, str], list[str]]
 """Home and run to the command of a worker."""
 
 
-def worker_argv(home: Path, run_id: str) -> list[str]:
+def worker_argv(home: Path, run_id: str, log_format: str = "text") -> list[str]:
     """The command that runs one run."""
-    return [sys.executable, "-m", "fedge_server.link.worker", "--home", str(home), "--run", run_id]
+    command = [sys.executable, "-m", "fedge_server.link.worker", "--home", str(home), "--run", run_id]
+    return [*command, "--log-format", log_format]
 
 
 @dataclass(slots=True)
@@ -136,7 +139,11 @@ class Supervisor:
                 await self._set(run_id, "failed", self._last_line(run_id) or f"worker ended with {code}")
                 continue
             supervised.restarts = await asyncio.to_thread(self._registry.count_restart, run_id)
-            _log.warning("run %s: its worker ended with %d; restart %d", run_id, code, supervised.restarts)
+            WORKER_RESTARTS.inc()
+            about = {"run": run_id, "code": code, "restart": supervised.restarts}
+            _log.warning(
+                "run %(run)s: its worker ended with %(code)d; restart %(restart)d", about, extra=about
+            )
             with suppress(TimeoutError):
                 backoff = min(self._first_backoff_s * 2 ** (deaths - 1), MAX_BACKOFF_S)
                 await asyncio.wait_for(supervised.stop.wait(), backoff)
@@ -157,7 +164,8 @@ class Supervisor:
                 env=_environment(),
             )
         supervised.pid = process.pid
-        _log.info("run %s: worker %d started", run_id, process.pid)
+        about = {"run": run_id, "pid": process.pid}
+        _log.info("run %s: worker %d started", run_id, process.pid, extra=about)
         try:
             return await self._wait(process, supervised)
         finally:
@@ -198,7 +206,8 @@ class Supervisor:
         if run is None:
             return
         line = f"run {run_id}: {run['status']}"
-        _log.info("%s%s", line, f" ({run['reason']})" if run["reason"] else "")
+        about = {"run": run_id, "status": run["status"], "reason": run["reason"]}
+        _log.info("%s%s", line, f" ({run['reason']})" if run["reason"] else "", extra=about)
         try:
             await self._forget(run_id)
         except FedgeError as error:
@@ -211,7 +220,7 @@ class Supervisor:
 
     def _last_line(self, run_id: str) -> str:
         lines = tail(self._home.run_log(run_id)).splitlines()
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")[:500]
+        return message_of(next((line.strip() for line in reversed(lines) if line.strip()), ""))[:500]
 
 
 def tail(path: Path) -> str:

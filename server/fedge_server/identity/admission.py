@@ -92,15 +92,15 @@ def peer_of(certificate_pem: bytes, issuers: Sequence[x509.Certificate]) -> Peer
         key = certificate.public_key()
         names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     except (FormatError, ValueError) as error:
-        raise IdentityError("certificate: malformed") from error
+        raise IdentityError("certificate: malformed", "malformed") from error
     if not any(_signed(certificate, issuer) for issuer in issuers):
         raise IdentityError(
-            "certificate: not issued by this server's authority; renew it, or enrol the device"
+            "certificate: not issued by this server's authority; renew it, or enrol the device", "authority"
         )
     if not has_usage(certificate, ExtendedKeyUsageOID.CLIENT_AUTH):  # stops the server's own from being used
-        raise IdentityError("certificate: not one of a device")
+        raise IdentityError("certificate: not one of a device", "purpose")
     if not is_p256(key) or [name.value for name in names] != [device_id_of(certificate)]:
-        raise IdentityError("certificate: its name is not that of its key")
+        raise IdentityError("certificate: its name is not that of its key", "name")
     return Peer(
         device_id_of(certificate),
         certificate.not_valid_before_utc.timestamp(),
@@ -121,15 +121,15 @@ def check(peer: Peer, row: KnownDevice | None, now: float) -> None:
         IdentityError: its certificate has expired or is not yet valid, or it was never enrolled.
     """
     if row is None:
-        raise IdentityError(f"device {peer.device_id[:16]}: is not enrolled here")
+        raise IdentityError(f"device {peer.device_id[:16]}: is not enrolled here", "unknown_device")
     if row.status != "active":
         raise RevokedError(
             f"device {peer.device_id[:16]}: revoked" + (f" ({row.reason})" if row.reason else "")
         )
     if now > peer.not_after:
-        raise IdentityError(f"certificate: expired at {show_time(peer.not_after)}; renew it")
+        raise IdentityError(f"certificate: expired at {show_time(peer.not_after)}; renew it", "expired")
     if now < peer.not_before:
-        raise IdentityError(f"certificate: not valid before {show_time(peer.not_before)}")
+        raise IdentityError(f"certificate: not valid before {show_time(peer.not_before)}", "not_yet_valid")
 
 
 def split_token(token: str) -> tuple[str, str]:
@@ -140,7 +140,7 @@ def split_token(token: str) -> tuple[str, str]:
     """
     identifier, dot, secret = token[: MAX_TOKEN_LENGTH + 1].partition(".")
     if not dot or not identifier or not secret or len(token) > MAX_TOKEN_LENGTH or not token.isascii():
-        raise IdentityError("token: malformed; copy the whole join string")
+        raise IdentityError("token: malformed; copy the whole join string", "token_malformed")
     return identifier, secret
 
 
@@ -166,12 +166,14 @@ def check_token(token: KnownToken | None, secret: str, device_id: str, now: floa
     stored = token.secret_sha256 if token is not None else "0" * 64
     same = hmac.compare_digest(stored, secret_digest(secret))  # takes as long for an id that does not exist
     if token is None or not same:
-        raise IdentityError("token: unknown; make one with: fedge-server token create")
+        raise IdentityError("token: unknown; make one with: fedge-server token create", "token_unknown")
     # Only who holds the secret learns more than this.
     if now > token.expires:
-        raise IdentityError(f"token: expired at {show_time(token.expires)}; make another one")
+        raise IdentityError(
+            f"token: expired at {show_time(token.expires)}; make another one", "token_expired"
+        )
     if token.used_by not in (None, device_id):
-        raise IdentityError("token: already used by another device; each device needs its own")
+        raise IdentityError("token: already used by another device; each device needs its own", "token_used")
 
 
 def check_freshness(time: float, now: float) -> None:
@@ -191,7 +193,9 @@ def check_freshness(time: float, now: float) -> None:
     if not abs(time - now) <= MAX_CLOCK_ERROR_S:  # so that NaN is refused
         shown = show_time(time) if math.isfinite(time) and 0 <= time < 2**37 else "no time"
         raise IdentityError(
-            f"renewal: the device's clock says {shown}, the server's {show_time(now)}; set the device's clock"
+            f"renewal: the device's clock says {shown}, the server's {show_time(now)}; "
+            "set the device's clock",
+            "clock",
         )
 
 

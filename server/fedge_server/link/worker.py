@@ -12,13 +12,13 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from fedge import logs
 from fedge.errors import ConfigError, FedgeError, HubAwayError, SupersededError
 from fedge.files import sole_holder
 from fedge_server.hub.home import Home
@@ -28,10 +28,14 @@ from fedge_server.registry.database import Registry
 if TYPE_CHECKING:
     from fedge.config import Config
     from fedge_server.link.grid import LinkGrid
+    from fedge_server.rounds.record import RoundRecord
 
 FAILED: Final = 1  # exit code of what is no user's mistake and not caught further down
 ASKED: Final = "asked to stop"
 TIDYING_S: Final = 10.0  # after it was asked to stop; then the process ends as if it had been killed
+
+
+_log = logging.getLogger("fedge.run")
 
 
 class Stopped(BaseException):
@@ -43,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fedge_server.link.worker", description=__doc__)
     parser.add_argument("--home", type=Path, required=True, help="folder of the server")
     parser.add_argument("--run", required=True, help="name of the run")
+    logs.add_option(parser)
     arguments = parser.parse_args(argv)
     # Others' libraries tell each step of an export as INFO; the run's log is for whoever watches the run.
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    plain, about = logging.Formatter("%(message)s"), {"run": arguments.run}
+    logs.start(arguments.log_format, text=plain, level=logging.WARNING, stream=sys.stdout, **about)
     logging.getLogger("fedge").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -82,7 +88,7 @@ def _guarded(home: Home, run_id: str) -> int:
                 registry.end_run(run_id, "failed", str(error))
                 raise
             except Exception as error:
-                traceback.print_exc()
+                _log.exception("run %s: an internal fault", run_id)
                 registry.end_run(run_id, "failed", f"{type(error).__name__}: {error}")
                 raise FedgeError(f"run {run_id}: {type(error).__name__}: {error}") from error
     except SupersededError as error:
@@ -116,7 +122,7 @@ def _work(home: Home, database: str | None, registry: Registry, run_id: str) -> 
     from fedge.task import resolve
     from fedge_server.compression.clients import Fleet
     from fedge_server.data import own_data
-    from fedge_server.pipeline import Place, observer, round_line
+    from fedge_server.pipeline import Place, observer
 
     row = registry.run(run_id)
     if row is None:
@@ -133,7 +139,7 @@ def _work(home: Home, database: str | None, registry: Registry, run_id: str) -> 
             f"task {config.task}: {len(nodes)} devices online; server: {len(server.proxy)} proxy, "
             f"{len(server.test)} test, {len(server.gate)} gate"
         )
-        watch = observer(place, lambda record: _say(round_line(config, record)))
+        watch = observer(place, lambda record: _tell(config, record))
         _learn_and_release(grid, place, database, watch)
     finally:
         grid.close()
@@ -172,8 +178,18 @@ def _learn_and_release(grid: LinkGrid, place: Any, database: str | None, watch: 
     server_app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), settings))
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)  # noqa: T201 - the supervisor keeps it as the run's log
+def _tell(config: Config, record: RoundRecord) -> None:
+    """A round in one line; as JSON with its numbers."""
+    from fedge_server.pipeline import round_line
+
+    numbers = {name: value for name, value in record.metrics.items() if isinstance(value, float)}
+    about = {"round": record.round, "clients": record.clients, "seconds": record.seconds}
+    refused = {"asked": record.asked, "rejected": len(record.rejected), "train_loss": record.train_loss}
+    _log.info(round_line(config, record), extra={**numbers, **about, **refused})
+
+
+def _say(line: str, **fields: object) -> None:
+    _log.info("%s", line, extra=fields)  # the supervisor keeps it as the run's log
 
 
 if __name__ == "__main__":

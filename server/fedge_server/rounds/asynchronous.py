@@ -22,7 +22,7 @@ from fedge.learning.state import NamedArrays
 from fedge.wire.arrays import put, records_of
 from fedge_server.rounds.closing import Admit, Collected, payload_bytes, payload_bytes_of
 from fedge_server.rounds.grids import Dropping, Simulated, nodes_of
-from fedge_server.rounds.record import Rejected
+from fedge_server.rounds.record import SILENT, STALE, Rejected
 from fedge_server.rounds.sampling import cohort_size, draw, key_of
 from fedge_server.rounds.validation import Rules, UnfitError, Valid, validated
 from fedge_server.strategies.asynchronous import Asynchronous
@@ -103,7 +103,9 @@ class UnderWay:
             collected.bytes_up += payload_bytes(reply)
             work = self._answered[reply.metadata.reply_to_message_id]
             if (age := number - work.version) > self.max_staleness:
-                raise UnfitError(f"began with the model of {age} rounds ago, over {self.max_staleness}")
+                raise UnfitError(
+                    f"began with the model of {age} rounds ago, over {self.max_staleness}", STALE
+                )
             return validated(reply, rules)
 
         return look
@@ -173,7 +175,7 @@ class UnderWay:
         for message_id in late:
             node_id = self._open.pop(message_id).node_id
             collected.asked += 1
-            collected.rejected.append(Rejected(node_id, f"no answer in {self.patience_s:g} s"))
+            collected.rejected.append(Rejected(node_id, f"no answer in {self.patience_s:g} s", SILENT))
         self._drop(late)
 
     def _forget(self) -> None:

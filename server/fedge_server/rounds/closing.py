@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, Message
 
 from fedge.wire.arrays import nbytes_of, put, records_of
 from fedge_server.rounds.digests import arrays_sent, digest_beside, set_digest
-from fedge_server.rounds.record import Rejected, Score
+from fedge_server.rounds.record import UNASKED, Rejected, Score
 from fedge_server.rounds.validation import Rules, UnfitError, Valid, validated
 
 
@@ -75,7 +75,7 @@ def collect(
             try:
                 valid = admit(reply, collected)
             except UnfitError as error:
-                collected.rejected.append(Rejected(reply.metadata.src_node_id, str(error)))
+                collected.rejected.append(Rejected(reply.metadata.src_node_id, str(error), error.kind))
                 continue
             digest = digest_beside(sent, reply, executor)
             if not once:  # some of Flower's strategies empty or change the messages that they aggregate
@@ -104,9 +104,9 @@ def singles(rules: Rules, asked: set[int]) -> Admit:
         client = reply.metadata.src_node_id
         collected.bytes_up += payload_bytes(reply)
         if client not in asked:
-            raise UnfitError("was not asked")
+            raise UnfitError("was not asked", UNASKED)
         if client in accepted:
-            raise UnfitError("answered twice; the first answer counts")
+            raise UnfitError("answered twice; the first answer counts", UNASKED)
         valid = validated(reply, rules)
         accepted.add(client)
         return valid
@@ -126,7 +126,7 @@ def sums(rules: Rules, asked: set[int]) -> Admit:
     def admit(reply: Message, collected: Collected) -> Valid:
         client = reply.metadata.src_node_id
         if reply.has_error() and (client not in asked or client in failed):
-            raise UnfitError("was not asked, or answered twice")
+            raise UnfitError("was not asked, or answered twice", UNASKED)
         try:
             valid = validated(reply, rules, clients=len(asked) - collected.clients - len(failed))
         except UnfitError:

@@ -11,12 +11,34 @@ _NAMED: Final = 5
 THRESHOLD: Final = 4.0  # robust deviations from which on an update stands out
 
 
+CLIENT, AWAY, REFUSED, FORM, METRICS = "client", "away", "refused", "form", "metrics"
+NOT_FINITE, NORM, UNASKED, STALE = "not_finite", "norm", "unasked", "stale"
+SILENT, PROTOCOL = "silent", "protocol"
+KINDS: Final = {
+    CLIENT: "the client says that its work failed",
+    AWAY: "its device went away, or is enrolled no longer",
+    REFUSED: "the hub would not take its answer in",
+    FORM: "other records, arrays or shapes than asked for, or bytes that are none",
+    METRICS: "numbers beside the arrays that cannot be, such as its count of examples",
+    NOT_FINITE: "NaN or infinite values",
+    NORM: "its change is longer than `validate.max_norm`",
+    UNASKED: "it was not asked, or answered twice",
+    STALE: "it began with too old a model",
+    SILENT: "it did not answer in time",
+    PROTOCOL: "it did not keep to the protocol of secure aggregation",
+}
+"""Why an answer was not used, in one word; metrics count by it."""
+HOSTILE: Final = frozenset({REFUSED, FORM, METRICS, NOT_FINITE, NORM, UNASKED, PROTOCOL})
+"""Of these, what an honest device does not do: worth a look."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rejected:
     """A client whose answer was not used, and why."""
 
     client: int
     reason: str
+    kind: str = CLIENT  # of KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +121,7 @@ class RoundRecord:
             "clients": self.clients,
             "failures": self.failures,
             "asked": self.asked,
-            "rejected": [{"client": r.client, "reason": r.reason} for r in self.rejected],
+            "rejected": [{"client": r.client, "reason": r.reason, "kind": r.kind} for r in self.rejected],
             "train_loss": self.train_loss,
             "seconds": round(self.seconds, 4),
             "bytes_up": self.bytes_up,
@@ -126,7 +148,7 @@ class RoundRecord:
         """Rebuild from `to_json`'s value, read from our own database."""
         rest = dict(value)
         rest.pop("failures")
-        rejected = tuple(Rejected(item["client"], item["reason"]) for item in rest.pop("rejected"))
+        rejected = tuple(Rejected(**item) for item in rest.pop("rejected"))  # older ones have no kind
         names = set(cls.__dataclass_fields__) - {"metrics", "rejected"}
         own = {name: rest.pop(name) for name in list(rest) if name in names}
         own["intervals"] = {name: (low, high) for name, (low, high) in own.pop("intervals", {}).items()}

@@ -29,8 +29,8 @@ from fedge_server.privacy.protection import Protection
 from fedge_server.privacy.rules import guard_of_shares, least_of
 from fedge_server.rounds.closing import Collected, enough, payload_bytes
 from fedge_server.rounds.digests import arrays_sent, digest_of
-from fedge_server.rounds.record import Rejected
-from fedge_server.rounds.validation import Arrays, declared_fault, error_of
+from fedge_server.rounds.record import PROTOCOL, UNASKED, Rejected
+from fedge_server.rounds.validation import Arrays, declared_fault, error_kind, error_of
 from fedge_server.secagg.coordinator import Coordinator
 
 _log = logging.getLogger("fedge.rounds")
@@ -181,19 +181,21 @@ class _Phases:
         for reply in self.grid.send_and_receive(sent, timeout=self.config.rounds.deadline_s):
             client = reply.metadata.src_node_id
             if client not in waiting:
-                self.rejected.append(Rejected(client, "was not asked, or answered twice"))
+                self.rejected.append(Rejected(client, "was not asked, or answered twice", UNASKED))
                 continue
             waiting.discard(client)
+            reason: str | None
             if reply.has_error():
-                reason: str | None = error_of(reply)
+                reason, fault = error_of(reply), error_kind(reply)
             else:
+                fault = PROTOCOL
                 self.bytes_up += payload_bytes(reply) + wire.payload_bytes(reply.content)
                 try:
                     reason = take(client, reply)
                 except Exception as error:  # noqa: BLE001 - it rejects the client, not the round
                     reason = f"{kind}: cannot be read ({type(error).__name__}: {error})"[:300]
             if reason is not None:
-                self.rejected.append(Rejected(client, reason))
+                self.rejected.append(Rejected(client, reason, fault))
                 continue
             taken += 1
             if done(taken):

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.common.constant import ErrorCode
 
 from fedge.errors import FedgeError, FormatError
 from fedge.learning.messages import (
@@ -40,6 +41,8 @@ from fedge.wire.arrays import (
     table_of,
 )
 from fedge_server.rounds.norms import squares
+from fedge_server.rounds.record import AWAY, CLIENT, FORM, NORM, NOT_FINITE, REFUSED
+from fedge_server.rounds.record import METRICS as METRICS_FAULT
 
 MAX_LOSS = 1e6  # of one client; QFedAvg raises it to a power
 HELD_BYTES: Final = 64 * 1024**2  # an update of at most so many is read from its file once, and then held
@@ -53,6 +56,10 @@ Decode = Callable[[Message], None]
 
 class UnfitError(Exception):
     """An update that must not be used; its text is the reason, in one printable line."""
+
+    def __init__(self, reason: str, kind: str = FORM) -> None:
+        super().__init__(reason)
+        self.kind = kind  # of record.KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,26 +100,37 @@ def validated(reply: Message, rules: Rules, *, clients: int | None = None) -> Va
     """
     try:
         if reply.has_error():
-            raise UnfitError(f"client error: {_last_line(reply.error.reason)}")
+            raise UnfitError(f"client error: {_last_line(reply.error.reason)}", error_kind(reply))
         own = rules.beside.like
         origin = rules.origin if own is None else own(reply.metadata.src_node_id)
         wanted = {ARRAYS: origin, **rules.beside.arrays}
         sent, metrics = _records(reply, wanted, rules.decode)
-        if found := _metrics_fault(metrics, clients, rules) or _form_fault(sent, wanted):
+        if found := _metrics_fault(metrics, clients, rules):
+            raise UnfitError(found, METRICS_FAULT)
+        if found := _form_fault(sent, wanted):
             raise UnfitError(found)
         with np.errstate(all="ignore"):  # what overflows is not finite, and that is looked at
             arrays, squares = _look_through(sent, wanted, rules)
         if (norm := math.sqrt(squares)) > rules.max_norm:
             raise UnfitError(
-                f"its change has the norm {norm:.6g}, over the {rules.max_norm:.6g} that is allowed"
+                f"its change has the norm {norm:.6g}, over the {rules.max_norm:.6g} that is allowed", NORM
             )
-    except (UnfitError, FormatError) as error:
+    except UnfitError as error:
+        raise UnfitError(_short(str(error)), error.kind) from None
+    except FormatError as error:
         raise UnfitError(_short(str(error))) from None
     except Exception as error:  # it rejects the client, not the round
         raise UnfitError(_short(f"cannot be read ({type(error).__name__}: {error})")) from error
     put(reply.content, arrays)
     examples, held = metrics[EXAMPLES], metrics.get(CLIENTS, 1)
     return Valid(arrays, int(examples), int(held), norm if rules.norms else None)
+
+
+def error_kind(reply: Message) -> str:
+    """Whose fault an error reply is: the hub answers for a device that is away or sends garbage."""
+    return {ErrorCode.NODE_UNAVAILABLE: AWAY, ErrorCode.REPLY_MESSAGE_UNAVAILABLE: REFUSED}.get(
+        reply.error.code, CLIENT
+    )
 
 
 def error_of(reply: Message) -> str:
@@ -230,7 +248,7 @@ def _look_through(
             decoded = _decoded(record[name], held=held or like.dtype.kind != "f", in_place=rules.read_once)
             summed = _squares(name, decoded, like, of_change=of_change)
             if not math.isfinite(summed):
-                raise UnfitError(f"array {name!r} holds NaN or infinite values")
+                raise UnfitError(f"array {name!r} holds NaN or infinite values", NOT_FINITE)
             total += summed if of_change else 0.0
             looked[name] = decoded
         put(found[key], looked)

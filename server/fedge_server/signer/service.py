@@ -20,6 +20,7 @@ from typing import Any, Final
 from google.protobuf.message import DecodeError
 
 from fedge.errors import FedgeError, FormatError, RefusedError, UserError
+from fedge.logs import security
 from fedge.wire.v1 import signer_pb2 as pb
 from fedge_server.repository import Evidence, Request, public_pem
 from fedge_server.repository.content import MAX_KEPT
@@ -111,7 +112,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         packed = request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, uid, _ = _CREDENTIALS.unpack(packed)
         if uid not in self.allowed:
-            _log.warning("refused a connection of user %d", uid)
+            security("signature_refused", "refused a connection of user %d", uid, user=uid, reason="user")
         return uid in self.allowed
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -171,7 +172,10 @@ def _signed(judge: Judge, asked: pb.SignRole) -> pb.SignerReply:
     try:
         signature = judge.sign(Request(asked.role, asked.payload, previous, evidence))
     except RefusedError as error:
-        _log.warning("refused %.60s: %s", asked.role, error)
+        about = {"role": asked.role[:60], "tier": judge.tier, "reason": "rules"}
+        security("signature_refused", "refused %.60s: %s", asked.role, error, **about)
         return pb.SignerReply(refusal=pb.SignRefusal(reasons=[str(error)[:8000]]))
-    _log.info("signed %s version %d", asked.role, version_of(asked.payload))
+    version = version_of(asked.payload)
+    about = {"tier": judge.tier, "version": version}
+    _log.info("signed %s version %d", asked.role, version, extra={"role": asked.role, **about})
     return pb.SignerReply(signed=pb.SignedRole(key_id=signature.keyid, signature=signature.signature))
