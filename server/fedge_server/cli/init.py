@@ -59,6 +59,10 @@ server_days = 90
 signers = []                    # unix sockets of signer processes, which hold the keys of tiers
 keep = 4                        # releases that a tier offers at a time
 
+[rollouts]
+automatic = false               # whether a signed release begins its rollouts by itself
+plan = ""                       # of these: a TOML file (docs/rollout.md); empty: 5, 25, 100 percent
+
 [inference]
 enabled = true                  # devices that are not sure may ask the global model (docs/inference.md)
 

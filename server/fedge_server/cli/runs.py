@@ -148,10 +148,9 @@ def _start(arguments: argparse.Namespace) -> int:
     if not RUN_ID.fullmatch(run_id):
         raise UserError(f"--name {run_id[:80]!r}: letters, digits, '.', '_' and '-', at most 64")
     config = Config.load(arguments.config, arguments.set)
-    _check(config)
     _, registry = open_registry(home.root)
     with registry:
-        _check_start(config, registry)
+        check(config, registry)
         registry.queue_run(run_id, task=config.task, seed=config.seed, config=config.to_mapping())
         _write_config(home, run_id, config)
         up = _tell_hub(home)
@@ -163,17 +162,18 @@ def _start(arguments: argparse.Namespace) -> int:
     return show(arguments, {"id": run_id, "status": "queued", "hub": up}, lines)
 
 
-def _check(config: Config) -> None:
+def check(config: Config, registry: Registry) -> None:
     """Find out now, and not in the log of a worker, what cannot work.
 
     Raises:
-        UserError: the task, its digest, the data or a tier cannot be used.
+        UserError: the task, its digest, the data, a tier or the earlier model cannot be used.
     """
     from fedge.task import resolve
     from fedge.task_digest import task_digest
     from fedge_server.compression import check_possible
     from fedge_server.compression.sources import check_source
     from fedge_server.data import own_data
+    from fedge_server.rounds.starting import check_start
 
     task = resolve(config.task)
     task_digest(config.task)
@@ -181,17 +181,8 @@ def _check(config: Config) -> None:
     if config.tiers:
         check_source(config, data.proxy)
         check_possible(task, data.spec, config, data.proxy.x, gate=data.gate)
-
-
-def _check_start(config: Config, registry: Registry) -> None:
-    if config.model.start is None and config.model.distil_from is None:
-        return
-    from fedge.task import resolve
-    from fedge_server.data import own_data
-    from fedge_server.rounds.starting import check_start
-
-    task = resolve(config.task)
-    check_start(config, task, own_data(config, task), registry)
+    if config.model.start is not None or config.model.distil_from is not None:
+        check_start(config, task, data, registry)
 
 
 def _write_config(home: Home, run_id: str, config: Config) -> None:

@@ -166,10 +166,12 @@ def _stopped(state: State, event: Stopped) -> Decision:
 
 
 def _ended(state: State, event: Ended) -> Decision:
-    if (event.cycle, event.step) != (state.cycle, state.status) or event.step not in _AFTER:
+    if (event.cycle, event.step) != (state.cycle, state.status) or state.status is Status.WATCHING:
         return state, ()  # told twice, or of a cycle that was stopped
     if event.failed:
         return _over(state, failed=True), (Note(RULE, f"cycle {state.cycle} failed", event.failed),)
+    if event.step not in _AFTER:
+        return state, ()  # it ends with a release
     after = _AFTER[event.step]
     if after is Status.WATCHING:
         done = replace(_over(state, failed=False), answered=max(state.answered, state.alarm_release))
@@ -180,16 +182,19 @@ def _ended(state: State, event: Ended) -> Decision:
 def _released(state: State, event: Released) -> Decision:
     if (event.cycle, state.status) != (state.cycle, Status.RELEASING):
         return state, ()
-    after = Status.ROLLING_OUT if event.signed else Status.AWAITING_SIGNATURE
-    told = "" if event.signed else "awaits a signature"
-    note = Note(RULE, f"cycle {state.cycle}: release {event.version}", told)
+    if event.signed:
+        after, told = Status.ROLLING_OUT, f"release {event.version}"
+    else:
+        after, told = Status.AWAITING_SIGNATURE, "awaits a signature"
+    note = Note(RULE, f"cycle {state.cycle}: {told}")
     return replace(state, status=after, since=state.at, version=event.version), (note,)
 
 
 def _signed(state: State, event: Signed) -> Decision:
-    if (event.version, state.status) != (state.version, Status.AWAITING_SIGNATURE):
+    if (event.cycle, state.status) != (state.cycle, Status.AWAITING_SIGNATURE):
         return state, ()
-    return replace(state, status=Status.ROLLING_OUT, since=state.at), ()
+    note = Note(RULE, f"cycle {state.cycle}: release {event.version}", "signed")
+    return replace(state, status=Status.ROLLING_OUT, since=state.at, version=event.version), (note,)
 
 
 def _over(state: State, *, failed: bool) -> State:

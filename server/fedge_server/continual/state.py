@@ -148,24 +148,25 @@ class Ended:
     """A step of the cycle is over."""
 
     cycle: int
-    step: Status  # RUNNING, COMPRESSING or ROLLING_OUT
-    failed: str = ""  # why; empty: it is done
+    step: Status
+    failed: str = ""  # why: any step may fail; empty: RUNNING, COMPRESSING or ROLLING_OUT is done
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The release of a cycle is there."""
+    """What a cycle has made is there, for some of its tiers or for all."""
 
     cycle: int
-    version: int
-    signed: bool
+    version: int  # the highest; 0: none is signed yet
+    signed: bool  # for all tiers that are to be
 
 
 @dataclass(frozen=True, slots=True)
 class Signed:
-    """A release that waited is signed."""
+    """What waited is signed."""
 
-    version: int
+    cycle: int
+    version: int  # the highest
 
 
 Event = TimePassed | Drift | Examples | Asked | Paused | Resumed | Stopped | Ended | Released | Signed

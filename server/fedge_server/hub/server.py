@@ -28,6 +28,7 @@ from fedge_server.hub.fleet import Fleet
 from fedge_server.hub.gate import Gate
 from fedge_server.hub.home import Home
 from fedge_server.hub.keeping import keep_repository
+from fedge_server.hub.learning import learn_always
 from fedge_server.hub.link import LinkServicer
 from fedge_server.hub.listening import DEVICE_OPTIONS, LINK_OPTIONS, LOCAL_OPTIONS, age, bind
 from fedge_server.hub.returning import take_back_always
@@ -87,7 +88,7 @@ class Hub:
         self._servers: list[Any] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._bundle = self._authority.bundle
-        self._stopped = asyncio.Event()
+        self._stopped, self._changed = asyncio.Event(), asyncio.Event()
         self.link_port = self.enrolment_port = 0
 
     async def start(self) -> None:
@@ -117,6 +118,9 @@ class Hub:
             asyncio.create_task(self._keep_house()),
             asyncio.create_task(keep_repository(self.home)),
             asyncio.create_task(take_back_always(self.home, self._registry, self._shelf, distribution.look)),
+            asyncio.create_task(
+                learn_always(self.home, self._registry, self._supervisor.look, self._changed)
+            ),
         ]
         _log.info(
             "hub is up: devices on %s, enrolment on %s",
@@ -197,6 +201,7 @@ class Hub:
             self._distribution.recheck()
             await self._distribution.look()
         await self._supervisor.look()
+        self._changed.set()
 
     def _renew(self) -> None:
         names, days = self._settings.public.names, self._settings.certificates.server_days

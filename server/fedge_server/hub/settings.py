@@ -111,6 +111,14 @@ class Inference:
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
+class Rollouts:
+    """`[rollouts]`: whether a release that was signed begins its rollouts by itself; see docs/rollout.md."""
+
+    automatic: bool = False
+    plan: str = ""  # TOML, a path relative to the home; empty: stages of 5, 25 and 100 percent
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
 class Settings:
     """The whole file."""
 
@@ -121,6 +129,7 @@ class Settings:
     certificates: Certificates = field(default_factory=Certificates)
     workers: Workers = field(default_factory=Workers)
     delivery: Delivery = field(default_factory=Delivery)
+    rollouts: Rollouts = field(default_factory=Rollouts)
     inference: Inference = field(default_factory=Inference)
 
     @classmethod
@@ -174,6 +183,7 @@ _SECTIONS: dict[str, Any] = {
     "certificates": Certificates,
     "workers": Workers,
     "delivery": Delivery,
+    "rollouts": Rollouts,
     "inference": Inference,
 }
 

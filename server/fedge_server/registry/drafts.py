@@ -113,6 +113,12 @@ class Drafts:
         with reading(self._engine) as connection:
             return [self._draft(connection, row) for row in connection.execute(query).mappings()]
 
+    def of_run(self, run_id: str) -> list[Draft]:
+        """Drafts that a run has made, oldest first."""
+        query = sa.select(_drafts).where(_drafts.c.run_id == run_id).order_by(_drafts.c.created, _drafts.c.id)
+        with reading(self._engine) as connection:
+            return [self._draft(connection, row) for row in connection.execute(query).mappings()]
+
     def _draft(self, connection: sa.Connection, row: Mapping[Any, Any]) -> Draft:
         query = sa.select(_variants).where(_variants.c.draft == row["id"]).order_by(_variants.c.tier)
         found = tuple(

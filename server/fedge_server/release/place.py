@@ -26,7 +26,7 @@ from fedge.errors import FedgeError, SignerAwayError, UserError
 from fedge.files import sole_holder, write_atomically
 from fedge.sealing import room_within, sealed_bytes
 from fedge_server.hub.home import Home
-from fedge_server.hub.settings import Delivery, Settings
+from fedge_server.hub.settings import Delivery, Rollouts, Settings
 from fedge_server.repository import (
     ContentKeys,
     FileSigning,
@@ -69,6 +69,7 @@ class ReleasePlace:
     home: Path
     is_server: bool  # whether keys come from init alone
     delivery: Delivery = field(default_factory=Delivery)
+    rollouts: Rollouts = field(default_factory=Rollouts)
 
     @classmethod
     def of(cls, home: Path) -> ReleasePlace:
@@ -80,7 +81,8 @@ class ReleasePlace:
         settings = Home(home).settings
         if not settings.exists():
             return cls(home, is_server=False)
-        return cls(home, is_server=True, delivery=Settings.load(settings).delivery)
+        loaded = Settings.load(settings)
+        return cls(home, is_server=True, delivery=loaded.delivery, rollouts=loaded.rollouts)
 
     @property
     def keys(self) -> Path:

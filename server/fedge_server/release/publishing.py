@@ -22,6 +22,7 @@ from fedge.manifest import Release, VariantEntry
 from fedge_server.registry.database import Registry
 from fedge_server.registry.drafts import VERSION, Draft, Status, mark
 from fedge_server.registry.engine import writing
+from fedge_server.release.beginning import Begin, beginning
 from fedge_server.release.lineage import release_of
 from fedge_server.release.place import ONLINE, AtHand, ReleasePlace
 from fedge_server.repository import RoleKeys
@@ -77,10 +78,11 @@ def publish_draft(
         registry: that holds the draft.
         draft_id: which.
         who: asks for it, for the audit trail.
-        is_floor: whether devices of its tiers may run nothing below it any more.
+        is_floor: whether devices of its tiers may run nothing below it any more: a way back, which no
+            rollout of its own follows.
 
     Raises:
-        UserError: there is no such draft.
+        UserError: there is no such draft, or the plan in the settings cannot be used.
         FedgeError: the repository or the disk refuses, or another process publishes; nothing was published.
     """
     with _alone(place):
@@ -91,7 +93,8 @@ def _publish_alone(
     place: ReleasePlace, registry: Registry, draft_id: str, who: str, is_floor: bool
 ) -> Published:
     draft = registry.drafts.get(draft_id)
-    if (done := _finished(place, registry, draft, who)) is not None:
+    begin: Begin = (lambda _, __: None) if is_floor else beginning(place, registry)
+    if (done := _finished(place, registry, draft, who, begin)) is not None:
         draft = registry.drafts.get(draft_id)
         if not draft.open:
             return Published(draft_id, done, ())
@@ -108,7 +111,7 @@ def _publish_alone(
             left.remove(tier)
             waiting.append(Waiting(tier, str(error), isinstance(error, RefusedError)))
     if release is not None:
-        _record(registry, draft, release, who)
+        _record(registry, draft, release, who, begin)
     _set_aside(registry, draft.id, waiting, who)
     return Published(draft_id, release, tuple(waiting))
 
@@ -226,7 +229,9 @@ def _why_not(
     return ""
 
 
-def _finished(place: ReleasePlace, registry: Registry, draft: Draft, who: str) -> Release | None:
+def _finished(
+    place: ReleasePlace, registry: Registry, draft: Draft, who: str, begin: Begin
+) -> Release | None:
     """Write down the release of this draft that a killed publisher has left in the repository, if any."""
     written = {row["version"] for row in registry.releases()}
     if not place.repository.is_there:
@@ -240,12 +245,12 @@ def _finished(place: ReleasePlace, registry: Registry, draft: Draft, who: str) -
             tiers = [entry.tier for entry in found.variants]
             same = replace(found, version=draft.release.version) == _part(draft.release, tiers)
             if version not in written and same:
-                _record(registry, draft, found, who)
+                _record(registry, draft, found, who, begin)
                 return found
     return None
 
 
-def _record(registry: Registry, draft: Draft, release: Release, who: str) -> None:
+def _record(registry: Registry, draft: Draft, release: Release, who: str, begin: Begin) -> None:
     def further(connection: sa.Connection) -> None:
         for entry in release.variants:
             mark(connection, draft.id, entry.tier, "published", release=release.version)
@@ -258,6 +263,7 @@ def _record(registry: Registry, draft: Draft, release: Release, who: str) -> Non
             subject=f"release {release.version}",
             why=f"draft {draft.id}, tiers {tiers}, global model {release.lineage.global_model}",
         )
+        begin(connection, release)
 
     registry.record_release(
         version=release.version,

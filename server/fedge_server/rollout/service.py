@@ -87,23 +87,37 @@ class Rollouts:
         Raises:
             UserError: the release, the tier or the plan cannot be used, or another rollout is in the way.
         """
-        now = self._clock()
         with writing(self._engine) as connection:
-            fleet.check_variant(connection, version, tier)
-            channel = records.read_channel(connection, tier)
-            newest = channel.rollout and records.read_rollout(connection, channel.rollout)
-            check_start(version, channel.floor, newest or None)
-            rollout_id = f"{tier}-{version}"
-            plan = fleet.fitted(connection, plan, rollout_id, version, tier)
-            status = Status.PENDING if signed else Status.AWAITING_SIGNATURE
-            state = State(rollout_id, tier, version, channel.base, plan, status, at=now)
-            if newest:
-                self._happened(connection, newest, Superseded(version, who))
-            records.add_rollout(connection, state, now)
-            records.write_channel(connection, replace(channel, rollout=state.id))
-            digest = sha256(json.dumps(plan.to_json(), sort_keys=True).encode())
-            self._note(connection, state.id, Note(who, "planned", f"{why} (plan {digest})".strip()), now)
-            return self._happened(connection, state, Started(who, why)) if signed else state
+            return self.start_within(connection, version, tier, plan, who=who, why=why, signed=signed)
+
+    def start_within(
+        self,
+        connection: sa.Connection,
+        version: int,
+        tier: str,
+        plan: Plan | None = None,
+        *,
+        who: str,
+        why: str = "",
+        signed: bool = True,
+    ) -> State:
+        """As `start`, within a transaction of its caller; nothing is written before it could be refused."""
+        now = self._clock()
+        fleet.check_variant(connection, version, tier)
+        channel = records.read_channel(connection, tier)
+        newest = channel.rollout and records.read_rollout(connection, channel.rollout)
+        check_start(version, channel.floor, newest or None)
+        rollout_id = f"{tier}-{version}"
+        plan = fleet.fitted(connection, plan, rollout_id, version, tier)
+        status = Status.PENDING if signed else Status.AWAITING_SIGNATURE
+        state = State(rollout_id, tier, version, channel.base, plan, status, at=now)
+        if newest:
+            self._happened(connection, newest, Superseded(version, who))
+        records.add_rollout(connection, state, now)
+        records.write_channel(connection, replace(channel, rollout=state.id))
+        digest = sha256(json.dumps(plan.to_json(), sort_keys=True).encode())
+        self._note(connection, state.id, Note(who, "planned", f"{why} (plan {digest})".strip()), now)
+        return self._happened(connection, state, Started(who, why)) if signed else state
 
     def signed(self, rollout_id: str, *, who: str) -> State:
         """Begin a rollout whose release was waiting for its signature."""

@@ -56,9 +56,9 @@ def remembering(
     Raises:
         ConfigError: it does not go with the rest, or has other classes.
     """
+    check_remember(config)
     if not config.model.remember:
         return None
-    _refuse_what_cannot(config)
     last, earlier = registry.last_round(run_id), copy.deepcopy(network)
     if last is None:
         start = start_of(config, task, data, registry, network)
@@ -80,7 +80,14 @@ def remembering(
     return Teaching(earlier, Teacher.of(name, earlier, None, keep=keep), settings, lasts=True)
 
 
-def _refuse_what_cannot(config: Config) -> None:
+def check_remember(config: Config) -> None:
+    """Refuse what does not go with `model.remember`.
+
+    Raises:
+        ConfigError: the strategy or the privacy of clients.
+    """
+    if not config.model.remember:
+        return
     privacy = config.privacy.mechanism
     if config.strategy.name == "fedsgd":
         raise ConfigError("model.remember: is part of clients' training, and 'fedsgd' only sends gradients")

@@ -80,9 +80,18 @@ def test_an_alarm_must_stand_for_a_while() -> None:
 
 def test_a_release_waits_for_its_signature() -> None:
     begun = through(POLICY, State(), (0, Drift(True, 1)), *cycle(1, 0, 2)[:2])
-    waits = through(POLICY, begun, (0, Released(1, 2, signed=False)), (9, Signed(7)), (DAY, TimePassed()))
+    waits = through(POLICY, begun, (0, Released(1, 0, signed=False)), (9, Signed(7, 2)), (DAY, TimePassed()))
     assert step(waits).status is Status.AWAITING_SIGNATURE
-    assert step(through(POLICY, waits, (2 * DAY, Signed(2)))).status is Status.ROLLING_OUT
+    assert step(through(POLICY, waits, (2 * DAY, Signed(1, 2)))).status is Status.ROLLING_OUT
+
+
+def test_any_step_may_fail_and_only_some_end_by_themselves() -> None:
+    begun = through(POLICY, State(), (0, Drift(True, 1)), *cycle(1, 0, 2)[:2])
+    assert through(POLICY, begun, (1, Ended(1, Status.RELEASING))).status is Status.RELEASING
+    for events in ((), ((1, Released(1, 0, signed=False)),)):
+        state = through(POLICY, begun, *events)
+        after, notes = decide(POLICY, state, Ended(1, state.status, "the signer has refused"), 2)
+        assert (after.status, after.failures, notes[0].what) == (Status.WATCHING, 1, "cycle 1 failed")
 
 
 def test_the_gap_after_a_cycle_doubles_with_each_failure_up_to_its_most() -> None:

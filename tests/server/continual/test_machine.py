@@ -66,7 +66,7 @@ class Loop(RuleBasedStateMachine):
             assert forward
             if after.status is Status.WATCHING:
                 self.ends.append(self.now)
-        if after.status in (Status.AWAITING_SIGNATURE, Status.ROLLING_OUT):
+        if after.status is Status.ROLLING_OUT:
             assert after.version > 0
         self.state = after
 
@@ -99,9 +99,9 @@ class Loop(RuleBasedStateMachine):
     def released(self, version: int, signed: bool) -> None:
         self.happen(Released(self.state.cycle, version, signed))
 
-    @rule(version=st.integers(1, 5))
-    def signed(self, version: int) -> None:
-        self.happen(Signed(version))
+    @rule(stale=st.integers(0, 1), version=st.integers(1, 5))
+    def signed(self, stale: int, version: int) -> None:
+        self.happen(Signed(self.state.cycle - stale, version))
 
     @invariant()
     def a_step_is_what_the_state_says(self) -> None:

@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 
+from fedge.config import Config
 from fedge.wire.v1 import admin_pb2 as admin
+from fedge_server.continual.learnings import Learnings
+from fedge_server.continual.state import Asked
+from fedge_server.continual.terms import Terms
 from fedge_server.hub.supervisor import _flock_owner, lock_holder, tail
 
 # A worker that holds its lock, as a real one does; `{}` is what it does then.
@@ -172,3 +176,15 @@ def test_a_process_that_locks_another_file_of_the_same_inode_is_not_the_holder(t
         assert _flock_owner(state, table) == os.getpid()
         table.write_text(other)
         assert _flock_owner(state, table) == 0
+
+
+def test_a_hub_begins_the_run_of_a_learning_as_soon_as_it_is_told(hub: Any, tools: Any) -> None:
+    async def scenario(rig: Any) -> None:
+        learnings = Learnings(rig.registry.engine)
+        config = Config.from_mapping({"task": "digits", "tiers": {"micro": {}}}).to_mapping()
+        learnings.start("digits", "digits", config, Terms(), who="ann")
+        learnings.happened("digits", Asked("ann"))
+        await rig.admin.Refresh(admin.RefreshRequest())
+        await tools.until(lambda: (rig.registry.run("digits-1") or {}).get("status") == "running")
+
+    hub(scenario)

@@ -14,6 +14,7 @@ from fedge_server.release import ReleasePlace, publish_draft
 from fedge_server.release.lineage import release_of, released
 from fedge_server.repository import Repository, create_key
 from fedge_server.rollout.audit import Audit
+from fedge_server.rollout.service import Rollouts
 
 
 def test_a_folder_of_a_simulation_makes_all_keys_itself_and_publishes(home, registry, drafted):
@@ -168,3 +169,55 @@ def test_making_goes_on_after_a_kill_at_any_file(home, monkeypatch):
     place.make(["micro"])
     assert json.dumps([str(role) for role in place.repository.status()]) == before
     assert isinstance(RefusedError("x"), FedgeError)
+
+
+PLAN = """
+[[stages]]
+name = "all"
+percent = 100
+[criteria.install]
+tolerated = 0.02
+unacceptable = 0.1
+"""
+
+
+def test_a_release_begins_its_rollouts_by_itself_where_the_settings_say_so(home, registry, server, drafted):
+    (home / "server.toml").write_text('[rollouts]\nautomatic = true\nplan = "plan.toml"\n')
+    place = ReleasePlace.of(home)
+    create_key(place.keys / "tier-micro.key")
+    with pytest.raises(UserError, match=r"plan\.toml: there is no such file"):
+        publish_draft(place, registry, drafted("micro"))
+    assert registry.releases() == []  # nothing was signed
+    (home / "plan.toml").write_text(PLAN)
+    registry.devices.create_token(token_id="t", secret_sha256="", tier="micro", expires=2e9)
+    registry.devices.enrol(
+        device_id="a", node_id=1, public_key="", sealing_key="", tier="micro", token_id="t",
+        fedge_version="0", wire_version=2, not_after=2e9,
+    )  # fmt: skip
+    publish_draft(place, registry, drafted("micro"))
+    (state,) = Rollouts(registry).all()
+    assert (state.id, state.status.value, state.plan.stages[0].name) == ("micro-1", "running", "all")
+    publish_draft(place, registry, drafted("micro", answer=1), is_floor=True)  # a way back
+    assert [state.id for state in Rollouts(registry).all()] == ["micro-1"]
+    (home / "plan.toml").write_text(PLAN.replace("percent = 100", "percent = 100\nmin_installs = 9"))
+    done = publish_draft(place, registry, drafted("micro", answer=2))
+    assert done.release.version == 3  # its signature does not wait for a rollout that cannot begin
+    (entry,) = Audit(registry.engine).entries("micro-3")
+    assert (entry.who, entry.what) == ("automatic", "rollout not begun")
+    assert "waits for 9 installs" in entry.why
+
+
+def test_a_rollout_begins_by_itself_even_if_the_publisher_was_killed_before_the_release_was_written_down(
+    home, registry, server, drafted, monkeypatch
+):
+    (home / "server.toml").write_text("[rollouts]\nautomatic = true\n")
+    place = ReleasePlace.of(home)
+    create_key(place.keys / "tier-micro.key")
+    name = drafted("micro")
+    with monkeypatch.context() as patched:
+        patched.setattr(type(registry), "record_release", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            publish_draft(place, registry, name)
+    assert Rollouts(registry).all() == []
+    publish_draft(place, registry, name)
+    assert [state.id for state in Rollouts(registry).all()] == ["micro-1"]
