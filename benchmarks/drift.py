@@ -34,7 +34,7 @@ from fedge.spec import Spec
 from fedge.telemetry.reference import Reference
 from fedge.telemetry.window import Window
 from fedge_client.telemetry.collector import Answering, Collector
-from fedge_client.telemetry.collector import Settings as Collecting
+from fedge_client.telemetry.settings import Settings as Collecting
 from fedge_server.drift.scores import Shapes
 from fedge_server.drift.stability import index
 from fedge_server.drift.watch import Settings, Track, Watch, observe

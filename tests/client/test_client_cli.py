@@ -10,6 +10,7 @@ import pytest
 from tuf_repository import Repository
 
 from fedge_client import cli
+from fedge_client.telemetry.outgoing import Outgoing
 
 
 @pytest.fixture
@@ -48,6 +49,12 @@ def test_a_device_is_made_by_its_first_installation_and_answers(
     answer = json.loads(capsys.readouterr().out)
     assert answer["release"] == 1
     assert [list(p["probabilities"]) for p in answer["predictions"]] == [["zero", "one", "two"]] * 2
+    counted = Outgoing(home / "telemetry").opened()
+    assert counted is not None
+    assert counted.sketch.answers.tolist() == [0, 4, 0]
+    (home / "agent.toml").write_text("[telemetry]\nenabled = false\n")
+    assert cli.main(["infer", picture]) == 0
+    assert Outgoing(home / "telemetry").opened().sketch.count == 4  # type: ignore[union-attr]
 
 
 def test_status_shows_what_runs_and_where_it_comes_from(

@@ -27,6 +27,7 @@ from fedge_client.agent.identity import Identity
 from fedge_client.agent.objects import ObjectCache
 from fedge_client.agent.outbox import Outbox
 from fedge_client.agent.settings import AgentSettings
+from fedge_client.agent.telling import Teller
 from fedge_client.agent.work import Linked, Offer, Workshop
 
 STABLE_S: Final = 60.0  # a connection that held so long was no failed attempt
@@ -64,6 +65,12 @@ class Agent:
         )
         self._delivery = ""  # in words
         self._keeper = Keeper(home, settings, linked=self._linked, changed=self._delivery_changed)
+        self._teller = Teller(
+            home,
+            settings.telemetry,
+            linked=self._linked,
+            changed=lambda words: self._status.show(telemetry=words),
+        )
         self._last_work = time.monotonic()
         self._diagnosed = self._renewed = float("-inf")  # when, by the monotonic clock
         if self._outbox.waiting():
@@ -74,7 +81,8 @@ class Agent:
         self._status.show(state="connecting", detail="", working=[], outbox=len(self._outbox.waiting()))
         status.notify("READY=1\nSTATUS=connecting")
         others = [
-            asyncio.create_task(work) for work in (self._workshop.run(), self._send_all(), self._keeper.run())
+            asyncio.create_task(work)
+            for work in (self._workshop.run(), self._send_all(), self._keeper.run(), self._teller.run())
         ]
         ours = asyncio.create_task(self._once() if once else self._connect_for_ever())
         try:
@@ -113,7 +121,8 @@ class Agent:
         while not session.done():
             await asyncio.wait([session], timeout=0.2)
             idle = time.monotonic() - self._last_work
-            busy = self._workshop.held() or self._outbox.waiting() or self._keeper.is_busy
+            waits = self._keeper.is_busy or self._teller.is_busy
+            busy = self._workshop.held() or self._outbox.waiting() or waits
             if self._linked.is_set and not busy and idle > ONCE_QUIET_S:
                 session.cancel()
                 await asyncio.wait([session])

@@ -16,9 +16,11 @@ import grpc.aio
 from fedge.errors import FormatError
 from fedge.wire import BULK_BYTES, MAX_MESSAGE_BYTES, PART_BYTES, TURN_S
 from fedge.wire.v1 import link_pb2 as pb
+from fedge.wire.v1 import telemetry_pb2
 from fedge.wire.v1.distribution_pb2_grpc import DistributionStub
 from fedge.wire.v1.link_pb2_grpc import LinkStub
 from fedge.wire.v1.records_pb2 import Object
+from fedge.wire.v1.telemetry_pb2_grpc import TelemetryStub
 from fedge_client.agent.identity import Identity
 from fedge_client.delivery import CALL_S, GRACE_S, Refusal, Report, Standing, Told, note_request, refusals
 
@@ -66,6 +68,7 @@ class Link:
         self._channel = _channel(identity())
         self._stub: Any = LinkStub(self._channel)  # type: ignore[no-untyped-call]  # generated
         self._delivery: Any = DistributionStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+        self._telemetry: Any = TelemetryStub(self._channel)  # type: ignore[no-untyped-call]  # generated
         self._stream: Any = None
         self.wire_version = 0  # that both sides speak; 0 before Welcome
 
@@ -138,6 +141,12 @@ class Link:
         """Send reports of versions; those that the server will never take."""
         with _closed_is_broken():
             return refusals(reports, await self._delivery.Note(note_request(reports), timeout=CALL_S))
+
+    async def tell(self, request: telemetry_pb2.TelemetryRequest) -> telemetry_pb2.TelemetryReply:
+        """Send windows of telemetry."""
+        with _closed_is_broken():
+            reply: telemetry_pb2.TelemetryReply = await self._telemetry.Report(request, timeout=CALL_S)
+            return reply
 
     async def fetch(self, message_id: str, wanted: Object, offset: int) -> AsyncGenerator[bytes, None]:
         """The bytes of a message's object from an offset on.

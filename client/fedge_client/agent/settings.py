@@ -1,4 +1,4 @@
-"""The agent's own file `agent.toml`: the tasks that this device offers, and limits of training and delivery.
+"""The device's own file `agent.toml`: the tasks that it offers, limits of its work, and what it tells.
 
 Checked by hand: a device need not have pydantic.
 """
@@ -11,10 +11,13 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from fedge.errors import ConfigError, FormatError
+from fedge.errors import ConfigError, FormatError, UserError
 from fedge.files import read_bounded
+
+if TYPE_CHECKING:
+    from fedge_client.telemetry.settings import Settings
 
 FILE: Final = "agent.toml"
 MAX_FILE_BYTES: Final = 1024**2
@@ -83,6 +86,33 @@ class DeliverySettings:
 
 
 @dataclass(frozen=True, slots=True)
+class TelemetrySettings:
+    """What this device counts of its answers and tells the server."""
+
+    enabled: bool = True  # counts only, never an input; see docs/telemetry.md
+    period_s: int = 3600  # of a window
+    epsilon: float | None = None  # of the noise, for one answer in a window; None: none
+    most_epsilon: float | None = None  # over all windows; None: no limit
+    keep: int = 200  # closed windows that wait for the server
+
+    def collecting(self) -> Settings | None:
+        """For whoever counts or sends; None: nothing is counted.
+
+        Raises:
+            ConfigError: a value is not possible.
+        """
+        from fedge_client.telemetry.settings import Settings  # numpy: only where it is counted
+
+        try:
+            made = Settings(
+                period_s=self.period_s, epsilon=self.epsilon, most_epsilon=self.most_epsilon, keep=self.keep
+            )
+        except UserError as error:
+            raise ConfigError(str(error)) from error
+        return made if self.enabled else None
+
+
+@dataclass(frozen=True, slots=True)
 class AgentSettings:
     """The whole file."""
 
@@ -91,6 +121,7 @@ class AgentSettings:
     training: Training = field(default_factory=Training)
     link: LinkSettings = field(default_factory=LinkSettings)
     delivery: DeliverySettings = field(default_factory=DeliverySettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
 
 def load(path: Path) -> AgentSettings:
@@ -119,7 +150,7 @@ def parse(found: Mapping[str, Any], folder: Path) -> AgentSettings:
     Raises:
         ConfigError: a key is unknown, or a value is not possible.
     """
-    _known("", found, ("tags", "tasks", "training", "link", "delivery"))
+    _known("", found, ("tags", "tasks", "training", "link", "delivery", "telemetry"))
     tables = _table("tasks", found.get("tasks", {}))
     if len(tables) > MAX_TASKS:
         raise ConfigError(f"tasks: {len(tables)} are given, at most {MAX_TASKS} can be offered")
@@ -133,6 +164,7 @@ def parse(found: Mapping[str, Any], folder: Path) -> AgentSettings:
         _training(_table("training", found.get("training", {}))),
         _link(_table("link", found.get("link", {}))),
         _delivery(_table("delivery", found.get("delivery", {}))),
+        _telemetry(_table("telemetry", found.get("telemetry", {}))),
     )
 
 
@@ -203,11 +235,8 @@ def _link(table: Mapping[str, Any]) -> LinkSettings:
 def _delivery(table: Mapping[str, Any]) -> DeliverySettings:
     usual = DeliverySettings()
     _known("delivery", table, tuple(usual.__dataclass_fields__))
-    enabled = table.get("enabled", usual.enabled)
-    if not isinstance(enabled, bool):
-        raise ConfigError(f"delivery.enabled = {enabled!r}: must be true or false")
     made = DeliverySettings(
-        enabled,
+        _yes("delivery.enabled", table, usual.enabled),
         _seconds("delivery.poll_s", table, usual.poll_s),
         _seconds("delivery.retry_s", table, usual.retry_s),
         _whole("delivery.max_memory_bytes", table, usual.max_memory_bytes, 0, 2**62),
@@ -223,6 +252,21 @@ def _delivery(table: Mapping[str, Any]) -> DeliverySettings:
             f"delivery.max_memory_bytes = {made.max_memory_bytes}: an installation needs "
             f"{LEAST_INSTALL_BYTES} or more; 0 sets no limit"
         )
+    return made
+
+
+def _telemetry(table: Mapping[str, Any]) -> TelemetrySettings:
+    usual = TelemetrySettings()
+    _known("telemetry", table, tuple(usual.__dataclass_fields__))
+    made = TelemetrySettings(
+        _yes("telemetry.enabled", table, usual.enabled),
+        _whole("telemetry.period_s", table, usual.period_s, 1, 2**31),
+        _number("telemetry.epsilon", table),
+        _number("telemetry.most_epsilon", table),
+        _whole("telemetry.keep", table, usual.keep, 1, 2**31),
+    )
+    if table:
+        made.collecting()  # whether they fit together
     return made
 
 
@@ -247,6 +291,19 @@ def _text(where: str, table: Mapping[str, Any], key: str, default: T) -> str | T
     if not isinstance(value, str) or not value or "\0" in value:
         raise ConfigError(f"{where}.{key} = {value!r}: must be text")
     return value
+
+
+def _yes(name: str, table: Mapping[str, Any], default: bool) -> bool:
+    value = table.get(name.rpartition(".")[2], default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} = {value!r}: must be true or false")
+    return value
+
+
+def _number(name: str, table: Mapping[str, Any]) -> float | None:
+    """One that may be left out."""
+    key = name.rpartition(".")[2]
+    return _seconds(name, table, 0.0) if key in table else None
 
 
 def _whole(name: str, table: Mapping[str, Any], default: int, least: int, most: int) -> int:

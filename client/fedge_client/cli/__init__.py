@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,11 +70,15 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def _infer(arguments: argparse.Namespace) -> int:
+    from fedge.fitting import fit
+    from fedge_client.agent import settings
     from fedge_client.answers import count
     from fedge_client.runtime import Runtime, read_input, read_text
+    from fedge_client.telemetry.counting import count_once
 
     if (arguments.file is None) == (arguments.text is None):
         raise UserError("infer: give a FILE, or --text TEXT for a model of text")
+    telemetry = settings.load(arguments.home / settings.FILE).telemetry.collecting()
     runtime = Runtime.open(arguments.home)
     if arguments.text is None:
         examples = read_input(arguments.file, runtime.spec)
@@ -82,8 +87,12 @@ def _infer(arguments: argparse.Namespace) -> int:
             examples = read_text(arguments.text, runtime.spec)
         except DataError as error:
             raise DataError(f"--text {error}") from error
+    started = time.perf_counter()
     predictions = runtime.infer(examples)
+    took_s = time.perf_counter() - started
     count(arguments.home, runtime.release.version, (prediction.confidence for prediction in predictions))
+    if telemetry is not None:
+        count_once(arguments.home, telemetry, runtime, fit(examples, runtime.spec), predictions, took_s)
     if arguments.format == "json":
         answers = [
             {"label": p.label, "confidence": p.confidence, "probabilities": dict(p.probabilities)}

@@ -37,6 +37,7 @@ def add(commands: Any) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     from fedge.errors import UserError
     from fedge_client import said
+    from fedge_client.agent import settings
     from fedge_client.agent.status import notify
     from fedge_client.serving import running
     from fedge_client.serving.limits import Limits
@@ -55,6 +56,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         queue=arguments.queue,
         deadline_s=arguments.deadline_ms / 1000,
     )
+    telemetry = settings.load(arguments.home / settings.FILE).telemetry.collecting()
     said.start(arguments.log_format, running.log)
     return running.serve(
         arguments.home,
@@ -62,5 +64,6 @@ def _serve(arguments: argparse.Namespace) -> int:
         grpc=found["grpc"],
         limits=limits,
         threads=arguments.threads,
+        telemetry=telemetry,
         ready=lambda _: notify("READY=1"),
     )

@@ -104,6 +104,7 @@ def _work(said: Mapping[str, Any], running: bool) -> dict[str, Any]:
         "messages": ", ".join(map(str, working)) if working else None,
         "answers_to_send": said.get("outbox", 0),
         "delivery": said.get("delivery") if running else None,
+        "telemetry": said.get("telemetry") if running else None,
     }
 
 

@@ -20,7 +20,9 @@ from fedge_client.runtime import Runtime
 from fedge_client.serving.holder import Holder
 from fedge_client.serving.http import HttpEndpoint
 from fedge_client.serving.limits import Limits
-from fedge_client.serving.service import Answered, Service
+from fedge_client.serving.service import Answered, Counter, Service
+from fedge_client.telemetry.counting import TICK_S, Counting
+from fedge_client.telemetry.settings import Settings
 
 log = logging.getLogger("fedge.serving")
 
@@ -180,13 +182,14 @@ async def listening(
     http: Address | None,
     grpc: Address | None,
     told: Callable[[Answered], None] = lambda _: None,
+    counter: Counter | None = None,
 ) -> AsyncIterator[Listening]:
     """A service of this holder that is up for as long as the block lasts.
 
     Raises:
         UserError: another service is up here, or an address cannot be listened on.
     """
-    service = Service(holder, limits, told)
+    service = Service(holder, limits, told, counter)
     async with AsyncExitStack() as held:
         held.callback(service.close)
         _alone(home, held)
@@ -275,6 +278,7 @@ def serve(
     grpc: Address | None,
     limits: Limits,
     threads: int = 1,
+    telemetry: Settings | None = None,
     ready: Callable[[Listening], Any] = lambda _: None,
 ) -> int:
     """Serve the installed model until a signal ends it; returns the exit code.
@@ -284,7 +288,7 @@ def serve(
     """
     if http is None and grpc is None:
         raise UserError("give an address for --http or for --grpc")
-    return asyncio.run(_serve(home.absolute(), http, grpc, limits, threads, ready))
+    return asyncio.run(_serve(home.absolute(), http, grpc, limits, threads, telemetry, ready))
 
 
 async def _serve(
@@ -293,6 +297,7 @@ async def _serve(
     grpc: Address | None,
     limits: Limits,
     threads: int,
+    telemetry: Settings | None,
     ready: Callable[[Listening], Any],
 ) -> int:
     holder: Holder[Runtime] = Holder()
@@ -302,9 +307,11 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, watcher.look_now)
-    sure = Confidences(home)
-    async with listening(home, holder, limits, http, grpc, sure.add) as up:
-        work = [asyncio.create_task(each) for each in (watcher.run(), sure.run())]
+    sure, counting = Confidences(home), None if telemetry is None else Counting(home, telemetry)
+    if counting is not None:
+        await asyncio.to_thread(counting.tick, holder.current)
+    async with listening(home, holder, limits, http, grpc, sure.add, counting) as up:
+        work = [asyncio.create_task(each) for each in (watcher.run(), sure.run(), _count(counting, holder))]
         for where in filter(None, (up.http, up.grpc)):
             log.info("listening on %s", where)
         ready(up)
@@ -313,4 +320,13 @@ async def _serve(
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
     await sure.write()
+    if counting is not None:
+        await asyncio.to_thread(counting.close)
     return 0
+
+
+async def _count(counting: Counting | None, holder: Holder[Runtime]) -> None:
+    """Keep what is counted at what answers, and at what time it is, until cancelled."""
+    while counting is not None:
+        await asyncio.to_thread(counting.tick, holder.current)
+        await asyncio.sleep(TICK_S)

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy.typing as npt
 
-from fedge.errors import BusyError, DataError, LateError
+from fedge.errors import BusyError, DataError, FormatError, LateError
 from fedge.spec import Spec
 from fedge_client.inputs import decode, read_text
 from fedge_client.runtime import Prediction, Runtime
@@ -36,6 +36,23 @@ class Answered:
     model: str  # SHA-256 of the variant's installed bytes; empty: not known
     labels: tuple[str, ...]
     predictions: Sequence[Prediction]  # in the order of the examples
+
+
+class Counter(Protocol):
+    """Counts what becomes of requests."""
+
+    def answered(
+        self,
+        runtime: Runtime,
+        x: Array,
+        predictions: Sequence[Prediction],
+        seconds: float,
+        route: str = "local",
+    ) -> None:
+        """Examples (B, *spec.shape) of a request, their answers, and how they came; called in a thread."""
+
+    def failed(self) -> None:
+        """A request that fits got no answer: refused, late, or the model failed on it."""
 
 
 def file_query(kind: str, data: bytes, limits: Limits) -> Query:
@@ -65,12 +82,17 @@ class Service:
         holder: the model that answers; whoever installs swaps it.
         limits: of requests.
         told: of each answer that was in time, in the event loop.
+        counter: of what becomes of requests; None: it is not counted.
     """
 
     def __init__(
-        self, holder: Holder[Runtime], limits: Limits, told: Callable[[Answered], None] = lambda _: None
+        self,
+        holder: Holder[Runtime],
+        limits: Limits,
+        told: Callable[[Answered], None] = lambda _: None,
+        counter: Counter | None = None,
     ) -> None:
-        self.holder, self.limits, self._told = holder, limits, told
+        self.holder, self.limits, self._told, self._counter = holder, limits, told, counter
         self._executor = ThreadPoolExecutor(limits.workers, thread_name_prefix="serving")
         self._open = 0  # requests that wait or are at work, those included whose caller has gone
         self.answered = self.refused = self.late = 0
@@ -96,10 +118,11 @@ class Service:
         limits = self.limits
         if self._open >= limits.workers + limits.queue:
             self.refused += 1
+            self._failed()
             raise BusyError(f"{self._open} requests are open; ask again later")
         seconds = limits.deadline_s if deadline_s is None else min(deadline_s, limits.deadline_s)
         until = time.monotonic() + seconds
-        future = asyncio.get_running_loop().run_in_executor(self._executor, self._work, query, until)
+        future = asyncio.get_running_loop().run_in_executor(self._executor, self._work, query, until, seconds)
         self._open += 1
         future.add_done_callback(self._ended)
         try:
@@ -109,17 +132,25 @@ class Service:
                 )  # a thread cannot be stopped: it looks at the time itself
         except (TimeoutError, LateError) as error:
             self.late += 1
+            self._failed()
             raise LateError(f"not answered within {seconds:.3g} s") from error
+        except FormatError:
+            self._failed()
+            raise
         self.answered += 1
         self._told(found)
         return found
+
+    def _failed(self) -> None:
+        if self._counter is not None:
+            self._counter.failed()
 
     def _ended(self, future: asyncio.Future[Answered]) -> None:
         self._open -= 1
         if not future.cancelled():
             future.exception()  # seen: whoever asked may have gone
 
-    def _work(self, query: Query, until: float) -> Answered:
+    def _work(self, query: Query, until: float, seconds: float) -> Answered:
         _in_time(until)
         with self.holder.lease() as runtime:
             x = query(runtime.spec)
@@ -131,6 +162,9 @@ class Service:
             for example in batch:
                 _in_time(until)
                 predictions += runtime.infer(example)
+            _in_time(until)  # else it has been told as late
+            if self._counter is not None:
+                self._counter.answered(runtime, batch, predictions, time.monotonic() - (until - seconds))
             return Answered(runtime.release.version, model_of(runtime), runtime.spec.labels, predictions)
 
 

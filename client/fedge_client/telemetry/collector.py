@@ -12,53 +12,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedge.errors import UserError
 from fedge.spec import Spec
-from fedge.telemetry.privacy import Below, Budget, noised
+from fedge.telemetry.privacy import Below, Budget
 from fedge.telemetry.reference import Reference
 from fedge.telemetry.sketch import ROUTES, Sketch, answers_of, latency_bin
-from fedge.telemetry.window import PERIODS_S, Window
+from fedge.telemetry.window import Window
+from fedge_client.telemetry.closing import begins, close, lasts
 from fedge_client.telemetry.outgoing import Outgoing
-
-_SET_BACK: Final = 2  # periods by which a clock may fall behind before it is believed
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What is collected, and how often.
-
-    Raises:
-        UserError: a number is out of range.
-    """
-
-    period_s: int = 3600
-    keep_every_s: float = 60.0  # a kill loses no more than this of the window under way
-    epsilon: float | None = None  # for one answer in a window; None: no noise
-    most_epsilon: float | None = None  # over all windows; None: no limit
-
-    def __post_init__(self) -> None:
-        """Refuse nonsense on construction."""
-        if not PERIODS_S[0] <= self.period_s <= PERIODS_S[1]:
-            raise UserError(
-                f"telemetry: period_s = {self.period_s}: must be {PERIODS_S[0]} to {PERIODS_S[1]}"
-            )
-        if not self.keep_every_s >= 0:
-            raise UserError(f"telemetry: keep_every_s = {self.keep_every_s:g}: must be 0 or more")
-        if self.epsilon is not None:
-            Budget(self.epsilon, self.most_epsilon)
-        elif self.most_epsilon is not None:
-            raise UserError("telemetry: most_epsilon needs epsilon, the part of each window")
-
-    def budget(self, windows: int) -> Budget | None:
-        """What may be told after so many windows; None: there is no noise."""
-        return None if self.epsilon is None else Budget(self.epsilon, self.most_epsilon, windows)
+from fedge_client.telemetry.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +37,53 @@ class Answering:
     spec: Spec
     reference: Reference | None = None  # None: inputs are not counted
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the reference; empty: inputs are not counted."""
+        return self.reference.digest if self.reference and self.reference.names else ""
+
+    def nothing(self) -> Sketch:
+        """Of no answer."""
+        return Sketch.empty(len(self.reference.names) if self.reference else 0, self.spec.classes)
+
+    def count(
+        self,
+        sketch: Sketch,
+        x: npt.NDArray[Any],
+        probabilities: npt.NDArray[Any],
+        seconds: float,
+        route: str = "local",
+    ) -> None:
+        """Add answers to a sketch of this release.
+
+        Args:
+            sketch: is changed.
+            x: (N, *spec.shape) raw inputs; features are taken of them, and nothing else.
+            probabilities: (N, classes); rows with numbers that are none count as errors.
+            seconds: that each took.
+            route: of `ROUTES`.
+        """
+        usable = np.isfinite(probabilities).all(1)
+        if not usable.all():
+            sketch.routes[ROUTES.index("error")] += int((~usable).sum())
+            x, probabilities = x[usable], probabilities[usable]
+        if not len(x):
+            return
+        answers, confidence = answers_of(probabilities)
+        inputs = None if self.reference is None else self.reference.sketched(x, self.spec)
+        sketch.routes[ROUTES.index(route)] += len(x)
+        sketch.latency[latency_bin(seconds)] += len(x)
+        sketch.answers[:] += answers
+        sketch.confidence[:] += confidence
+        if inputs is not None:
+            sketch.inputs[:] += inputs
+
 
 class Collector:
     """Counts in memory and on disk; safe to call from several threads.
 
     Args:
-        folder: of the device's telemetry.
+        folder: of the device's telemetry, which this process owns (`outgoing.owned`).
         answering: the installed release.
         settings: of the collection.
         now: Unix seconds.
@@ -91,44 +100,35 @@ class Collector:
         below: Below = secrets.randbelow,
     ) -> None:
         self._settings, self._now, self._below = settings or Settings(), now, below
-        self._lock, self._outgoing = threading.Lock(), Outgoing(folder)
-        self._answering, self._digest = answering, _digest(answering)
-        self._cpu_s, self._kept = _cpu_s(), now()
-        self._slot, self._sketch = self._begin(), self._nothing()
+        self._lock, self._outgoing = threading.Lock(), Outgoing(folder, self._settings.keep)
+        self._answering, self._digest = answering, answering.digest
+        self._cpu_s, self._memory_bytes, self._kept = cpu_s(), 0, now()
+        self._slot, self._sketch = self._begin(), answering.nothing()
         self._take_up(self._outgoing.opened())
 
     def answered(
-        self, x: npt.NDArray[Any], probabilities: npt.NDArray[Any], seconds: float, route: str = "local"
+        self,
+        x: npt.NDArray[Any],
+        probabilities: npt.NDArray[Any],
+        seconds: float,
+        route: str = "local",
+        *,
+        version: int | None = None,
     ) -> None:
-        """Count answers.
+        """Count answers, as `Answering.count` does.
 
         Args:
-            x: (N, *spec.shape) raw inputs; features are taken of them, and nothing else.
-            probabilities: (N, classes); rows with numbers that are none count as errors.
+            x: (N, *spec.shape) raw inputs.
+            probabilities: (N, classes).
             seconds: that each took.
             route: of `ROUTES`.
+            version: of the release that has answered; where another one does so by now they are not counted.
         """
-        answering = self._answering
-        usable = np.isfinite(probabilities).all(1)
-        if not usable.all():
-            self.failed(int((~usable).sum()))
-            x, probabilities = x[usable], probabilities[usable]
-        if not len(x):
-            return
-        answers, confidence = answers_of(probabilities)
-        reference = answering.reference
-        inputs = None if reference is None else reference.sketched(x, answering.spec)
         with self._lock:
+            if version not in (None, self._answering.version):
+                return
             self._turn()
-            if self._answering is not answering:
-                return  # another release has been installed meanwhile: its windows are another model's
-            sketch = self._sketch
-            sketch.routes[ROUTES.index(route)] += len(x)
-            sketch.latency[latency_bin(seconds)] += len(x)
-            sketch.answers[:] += answers
-            sketch.confidence[:] += confidence
-            if inputs is not None:
-                sketch.inputs[:] += inputs
+            self._answering.count(self._sketch, x, probabilities, seconds, route)
             self._keep_at_times()
 
     def failed(self, count: int = 1) -> None:
@@ -142,8 +142,17 @@ class Collector:
         """Another release answers from now on: the window under way is closed."""
         with self._lock:
             self._close(self._window())
-            self._answering, self._digest = answering, _digest(answering)
-            self._slot, self._sketch = self._begin(), self._nothing()
+            self._answering, self._digest = answering, answering.digest
+            self._slot, self._sketch = self._begin(), answering.nothing()
+
+    def tick(self) -> None:
+        """Do what time asks for: close the window if it is over, and take up what others have counted."""
+        with self._lock:
+            self._turn()
+            for part in self._outgoing.parts():
+                self._add(part)
+            self._outgoing.flush()
+            self._keep_at_times()
 
     def due(self, most: int) -> list[tuple[int, bytes]]:
         """Closed windows to be sent, oldest first: slot, and the bytes that travel.
@@ -171,7 +180,7 @@ class Collector:
         """Remove everything that was counted."""
         with self._lock:
             self._outgoing.forget()
-            self._sketch = self._nothing()
+            self._sketch = self._answering.nothing()
 
     @property
     def budget(self) -> Budget | None:
@@ -185,12 +194,27 @@ class Collector:
         """
         if before is None or before.slot <= self._outgoing.last_slot:
             return
-        same = (before.version, before.reference) == (self._answering.version, self._digest)
-        if same and before.period_s == self._settings.period_s and self._lasts(before.slot):
+        if before.period_s == self._settings.period_s and self._is_same(before) and self._lasts(before.slot):
             self._slot, self._sketch = before.slot, before.sketch
+            self._cpu_s -= before.cpu_s
+            self._memory_bytes, self._outgoing.lost = before.memory_bytes, before.lost
         else:
             self._close(before)
             self._slot = self._begin()
+
+    def _is_same(self, window: Window) -> bool:
+        """Whether its counts add up with those of the window under way."""
+        sizes = [(len(sketch.inputs), len(sketch.answers)) for sketch in (window.sketch, self._sketch)]
+        versions = (window.version, window.reference) == (self._answering.version, self._digest)
+        return versions and sizes[0] == sizes[1] and not window.epsilon
+
+    def _add(self, part: Window) -> None:
+        """What another process has counted; of another release it is lost."""
+        if self._is_same(part):
+            for own, more in zip(self._sketch.parts().values(), part.sketch.parts().values(), strict=True):
+                own += more
+            self._cpu_s -= part.cpu_s
+            self._memory_bytes = max(self._memory_bytes, part.memory_bytes)
 
     def _keep_at_times(self) -> None:
         now = self._now()
@@ -202,23 +226,11 @@ class Collector:
         """Close the window if its time is over."""
         if not self._lasts(self._slot):
             self._close(self._window())
-            self._slot, self._sketch = self._begin(), self._nothing()
+            self._slot, self._sketch = self._begin(), self._answering.nothing()
 
     def _close(self, window: Window) -> None:
-        """Keep it for sending; a window without a request tells nothing, and one over budget must not."""
-        budget = self.budget
-        if not window.sketch.routes.any():
-            self._outgoing.forget_open()
-            return
-        if budget is not None:
-            if not budget.allows:
-                self._outgoing.forget_open()
-                return
-            sketch = noised(window.sketch, budget.epsilon, self._below)
-            window = replace(window, sketch=sketch, epsilon=budget.epsilon)
-        self._outgoing.lost = 0
-        self._outgoing.close(window)
-        self._cpu_s = _cpu_s()
+        if close(self._outgoing, window, self._settings, self._below):
+            self._cpu_s, self._memory_bytes = cpu_s(), 0
 
     def _window(self) -> Window:
         return Window(
@@ -227,35 +239,25 @@ class Collector:
             version=self._answering.version,
             sketch=self._sketch,
             reference=self._digest,
-            cpu_s=max(_cpu_s() - self._cpu_s, 0.0),
-            memory_bytes=_memory_bytes(),
+            cpu_s=max(cpu_s() - self._cpu_s, 0.0),
+            memory_bytes=max(memory_bytes(), self._memory_bytes),
             lost=self._outgoing.lost,
         )
 
     def _begin(self) -> int:
-        """The slot of a window that begins now: above all before, unless the clock was far ahead."""
-        by_clock, last = max(int(self._now() // self._settings.period_s), 0), self._outgoing.last_slot
-        return by_clock if by_clock < last - _SET_BACK else max(by_clock, last + 1)
+        return begins(self._settings.period_s, self._now(), self._outgoing.last_slot)
 
     def _lasts(self, slot: int) -> bool:
-        """Whether a window's time is not over; one that closed early lets the next begin early too."""
-        by_clock = max(int(self._now() // self._settings.period_s), 0)
-        return by_clock <= slot <= by_clock + _SET_BACK + 1
-
-    def _nothing(self) -> Sketch:
-        reference = self._answering.reference
-        return Sketch.empty(len(reference.names) if reference else 0, self._answering.spec.classes)
+        return lasts(slot, self._settings.period_s, self._now())
 
 
-def _digest(answering: Answering) -> str:
-    return answering.reference.digest if answering.reference and answering.reference.names else ""
-
-
-def _cpu_s() -> float:
+def cpu_s() -> float:
+    """CPU seconds of this process so far."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
+    """The most that this process has had so far."""
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes; bytes on macOS
     return largest if sys.platform == "darwin" else largest * 1024

@@ -38,11 +38,13 @@ def test_every_key_stands_in_the_table_with_its_default(tmp_path: Path) -> None:
         "training": settings.Training(),
         "link": settings.LinkSettings(),
         "delivery": settings.DeliverySettings(),
+        "telemetry": settings.TelemetrySettings(),
     }
     for name, table in tables.items():
         for key in table.__dataclass_fields__:
             shown = rows.pop(f"{name}.{key}").replace(",", "").strip()
-            assert float({"true": "1", "false": "0"}.get(shown, shown)) == getattr(table, key)
+            default = None if shown == "none" else float({"true": "1", "false": "0"}.get(shown, shown))
+            assert default == getattr(table, key)
     assert set(rows) == {"tags"} | {
         f"tasks.NAME.{key}" for key in ("task", "data", "label", "size", "digest")
     }
@@ -70,6 +72,9 @@ def test_without_a_file_nothing_is_offered(tmp_path: Path) -> None:
         ("[training]\nidle_unload_s = nan", "training.idle_unload_s = nan: must be"),
         ("[training]\nmax_memory_bytes = 1000", "torch needs 500000000 or more"),
         ("[link]\nbackoff_max_s = 0.5", "must be 1 or more"),
+        ("[telemetry]\nenabled = 1", "telemetry.enabled = 1: must be true or false"),
+        ("[telemetry]\nperiod_s = 5", "telemetry: period_s = 5: must be 10 to 604800"),
+        ("[telemetry]\nmost_epsilon = 5", "telemetry: most_epsilon needs epsilon"),
         ("tags = [", "is not TOML"),
         ("tasks = 1", "must be a table, [tasks]"),
     ],

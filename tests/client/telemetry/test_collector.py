@@ -21,8 +21,9 @@ from fedge.telemetry.reference import Reference
 from fedge.telemetry.sketch import latency_quantile
 from fedge.telemetry.window import Window
 from fedge_client.telemetry import outgoing
-from fedge_client.telemetry.collector import Answering, Collector, Settings
+from fedge_client.telemetry.collector import Answering, Collector
 from fedge_client.telemetry.outgoing import Outgoing
+from fedge_client.telemetry.settings import Settings
 
 SPEC = Spec("features", (2,), "float32", ("no", "yes"))
 HOUR = 3600
@@ -154,11 +155,8 @@ def test_a_clock_that_is_set_back_repeats_no_slot_of_the_last_hours(make: Make, 
     assert rising == sorted(rising)
 
 
-def test_the_oldest_windows_go_when_there_are_too_many(
-    make: Make, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Outgoing.__init__, "__defaults__", (3,))
-    collector = make()
+def test_the_oldest_windows_go_when_there_are_too_many(make: Make, clock: Clock) -> None:
+    collector = make(keep=3)
     for _ in range(6):
         collector.answered(*data(2), 0.01)
         clock.now += HOUR
@@ -254,7 +252,7 @@ def test_nothing_of_an_input_is_on_the_disk(make: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"period_s": 1}, {"keep_every_s": -1.0}, {"epsilon": 0.0}, {"most_epsilon": 1.0}]
+    "values", [{"period_s": 1}, {"keep_every_s": -1.0}, {"epsilon": 0.0}, {"most_epsilon": 1.0}, {"keep": 0}]
 )
 def test_settings_that_are_none_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(UserError, match="telemetry"):
@@ -266,7 +264,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_collector import ANSWERING, Clock, data
-from fedge_client.telemetry.collector import Collector, Settings
+from fedge_client.telemetry.collector import Collector
+from fedge_client.telemetry.settings import Settings
 clock = Clock()
 clock.now += 3600 * int(sys.argv[3])
 collector = Collector(Path(sys.argv[1]), ANSWERING, Settings(keep_every_s=0.0), now=clock)
