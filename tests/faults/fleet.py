@@ -228,11 +228,15 @@ class Fleet:
         folder: empty, with a short name: there are unix sockets in it.
         devices: that are simulated.
         agents: that are real agents, processes of their own.
+        settings: further tables of the server's file.
+        agent_settings: and of the agents'.
     """
 
     folder: Path
     devices: int
     agents: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    agent_settings: Mapping[str, Any] = field(default_factory=dict)
     simulated: list[SimulatedDevice] = field(default_factory=list)
     signer: Process | None = None
     federation: Federation = field(init=False)
@@ -245,12 +249,16 @@ class Fleet:
         settings = {
             "delivery": {"signers": [str(self._socket)]},
             "limits": {"max_connection_age_s": 3600},
+            **self.settings,
         }
         self.federation = Federation(
             self.folder,
             agents=self.agents,
             settings=settings,
-            agent_settings={"link": {"backoff_max_s": 2}},  # after each of so many kills
+            agent_settings={
+                "link": {"backoff_max_s": 2},
+                **self.agent_settings,
+            },  # after each of so many kills
             before_up=lambda _: self.start_signer(),
         )
         try:
@@ -328,7 +336,7 @@ class Fleet:
     def publish(self, model: bytes, recipe: str) -> int:
         """Draft a release of this model, whose gate has passed by its report, and publish it; its version."""
         draft = self._drafted(model, recipe)
-        said = json.loads(self._server("release", "publish", draft, "--format", "json"))
+        said = json.loads(self.server("release", "publish", draft, "--format", "json"))
         if said["release"] is None:
             raise AssertionError(f"not published: {said['waiting']}")
         return int(said["release"])
@@ -370,10 +378,10 @@ class Fleet:
             path = self.folder / f"plan-{version}.toml"
             path.write_text(plan_toml(plan), encoding="utf-8")
             arguments += ["--plan", str(path)]
-        self._server(*arguments)
+        self.server(*arguments)
         return f"{TIER}-{version}"
 
-    def _server(self, *arguments: str) -> str:
+    def server(self, *arguments: str) -> str:
         """Run fedge-server in this process, where all it needs is loaded; its standard output."""
         from fedge_server.cli import main
 

@@ -20,6 +20,7 @@ from fedge_server.cli import (
     runs,
     serving,
     signer,
+    telemetry,
 )
 
 _EXAMPLES = """\
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signer,
         rollout,
         learn,
+        telemetry,
         audit,
         compress,
         init,

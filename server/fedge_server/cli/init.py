@@ -66,6 +66,11 @@ plan = ""                       # of these: a TOML file (docs/rollout.md); empty
 [inference]
 enabled = true                  # devices that are not sure may ask the global model (docs/inference.md)
 
+[telemetry]
+keep_days = 90                  # counts that devices send of their answers (docs/telemetry.md)
+false_alarms = 0.01             # chance of a drift alarm in so many periods in which nothing changes
+periods = 100
+
 [workers]
 restarts = 3                    # of a run's process that dies without finishing its run
 """

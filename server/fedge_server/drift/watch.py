@@ -20,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from fedge.errors import UserError
+from fedge.telemetry.sketch import CELLS
 from fedge_server.drift.detector import Evidence, Ranks, log_mean
 from fedge_server.drift.scores import STREAMS, Shapes, distances
 
@@ -136,7 +137,7 @@ class Track:
         baseline = None
         if parts is not None:
             inputs = np.array(parts[0], np.float64)
-            shaped = inputs if inputs.ndim == 2 else inputs.reshape(0, 0)
+            shaped = inputs if inputs.ndim == 2 else inputs.reshape(0, CELLS)  # without a reference
             baseline = Shapes(shaped, *(np.array(part, np.float64) for part in parts[1:]))
         ranks = {name: Ranks.from_json(value["ranks"][name]) for name in STREAMS}
         return cls(baseline, value["windows"], value["slot"], ranks)

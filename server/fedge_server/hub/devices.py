@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fedge.identity import node_id_of
 from fedge.wire.v1 import (
     distribution_pb2,
     distribution_pb2_grpc,
@@ -15,16 +16,20 @@ from fedge.wire.v1 import (
     inference_pb2_grpc,
     link_pb2,
     link_pb2_grpc,
+    telemetry_pb2,
+    telemetry_pb2_grpc,
 )
 from fedge_server.delivery import Distribution, Shelf
 from fedge_server.delivery.deltas import Deltas
 from fedge_server.delivery.sealing import Sealing
 from fedge_server.hub.enrolment import EnrolmentServicer
+from fedge_server.hub.fleet import Fleet
 from fedge_server.hub.gate import Gate
 from fedge_server.hub.home import Home
 from fedge_server.hub.link import LinkServicer
 from fedge_server.hub.listening import describe
 from fedge_server.hub.settings import Inference
+from fedge_server.hub.settings import Telemetry as TelemetrySettings
 from fedge_server.inference.exports import Exports, loader
 from fedge_server.inference.models import Models
 from fedge_server.inference.released import newest, reader
@@ -32,6 +37,8 @@ from fedge_server.inference.service import InferenceServicer
 from fedge_server.registry.database import Registry
 from fedge_server.repository.content_keys import ContentKeys
 from fedge_server.rollout.service import Rollouts
+from fedge_server.telemetry.service import TelemetryService
+from fedge_server.telemetry.store import Telemetry
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +78,20 @@ def inference(gate: Gate, models: Models, settings: Inference) -> Service:
     return Service(inference_pb2, inference_pb2_grpc.add_InferenceServicer_to_server, servicer)
 
 
+def telemetry(gate: Gate, store: Telemetry, fleet: Fleet) -> Service:
+    """What devices count of their answers."""
+    servicer = TelemetryService(gate.admit, store, lambda device: fleet.tags(node_id_of(device)))
+    return Service(telemetry_pb2, telemetry_pb2_grpc.add_TelemetryServicer_to_server, servicer)
+
+
 def models_of(home: Home, registry: Registry, settings: Inference) -> Models:
     """The global models that answer devices: opened when first asked for."""
     return Models(loader(Exports(home.exports), reader(registry)), newest(registry), settings.limits())
+
+
+def telemetry_of(registry: Registry, settings: TelemetrySettings) -> Telemetry | None:
+    """Where windows of devices are kept; None: none are taken."""
+    return Telemetry(registry.engine, settings.storing()) if settings.enabled else None
 
 
 def distribution_of(

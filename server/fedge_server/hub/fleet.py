@@ -51,6 +51,11 @@ class Fleet:
         del self.members[member.node_id]
         return True
 
+    def tags(self, node_id: int) -> tuple[str, ...]:
+        """What a device called itself when it connected, sorted; none while it is away."""
+        member = self.members.get(node_id)
+        return () if member is None else tuple(sorted(member.tags))
+
     def answered(self, node_id: int, seconds: float) -> None:
         """Take an answer's seconds, from work sent to answer accepted, into the device's average."""
         before = self.seconds.get(node_id)

@@ -41,6 +41,7 @@ from fedge_server.identity.authority import Authority
 from fedge_server.inference.models import Models
 from fedge_server.registry.database import Registry
 from fedge_server.rollout.service import Rollouts
+from fedge_server.telemetry.keeping import prune_always
 
 _log = logging.getLogger("fedge.hub")
 
@@ -76,6 +77,7 @@ class Hub:
         self._rollouts, self._shelf = Rollouts(registry), Shelf(home.repository)
         self._distribution: Distribution | None = None
         self._models: Models | None = None
+        self._telemetry = devices.telemetry_of(registry, settings.telemetry)
         self._roster = Roster(self._gate, self._authority, registry.devices, self._fleet, self.exchange)
         self._supervisor = Supervisor(
             home,
@@ -122,6 +124,8 @@ class Hub:
                 learn_always(self.home, self._registry, self._supervisor.look, self._changed)
             ),
         ]
+        if self._telemetry is not None:
+            self._tasks.append(asyncio.create_task(prune_always(self._telemetry)))
         _log.info(
             "hub is up: devices on %s, enrolment on %s",
             address(self._settings.listen.host, self.link_port),
@@ -129,7 +133,7 @@ class Hub:
         )
 
     def _link_server(self, distribution: Distribution) -> Any:
-        """What enrolled devices reach: work, releases, answers."""
+        """What enrolled devices reach: work, releases, answers; and who hears what they have counted."""
         limits = self._settings.limits
         link = LinkServicer(
             self.home,
@@ -143,6 +147,8 @@ class Hub:
         services = [devices.link(link), devices.distribution(distribution)]
         if self._models is not None:
             services.append(devices.inference(self._gate, self._models, self._settings.inference))
+        if self._telemetry is not None:
+            services.append(devices.telemetry(self._gate, self._telemetry, self._fleet))
         server = grpc.aio.server(options=LINK_OPTIONS + age(limits.max_connection_age_s))
         self.link_port = self._bind(server, self._settings.listen.link_port, mutual=True)
         devices.carry(server, *services)

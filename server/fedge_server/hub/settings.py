@@ -12,7 +12,9 @@ from pydantic.dataclasses import dataclass
 
 from fedge.config import suggestion
 from fedge.errors import ConfigError
+from fedge_server.drift.watch import Settings as DriftSettings
 from fedge_server.inference.limits import Limits as InferenceLimits
+from fedge_server.telemetry.store import Settings as TelemetrySettings
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -119,6 +121,33 @@ class Rollouts:
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
+class Telemetry:
+    """`[telemetry]`: what devices tell of their answers, and when drift is an alarm; docs/telemetry.md."""
+
+    enabled: bool = True
+    keep_days: Days = 90
+    most_windows: Count = 2400  # of a device; of more the oldest go
+    least_period_s: Count = 60  # windows of devices that are shorter are refused
+    watch_period_s: Seconds = 3600  # the period in which false alarms are counted
+    false_alarms: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.01  # within `periods` without a change
+    periods: Count = 100
+    at_least: Count = 3  # devices; fewer raise no alarm by themselves
+    baseline: Count = 5  # windows of a device that it is compared with
+    least_answers: Count = 30  # in a window; one with fewer is not looked at for drift
+
+    def storing(self) -> TelemetrySettings:
+        """For the store."""
+        drift = {name: getattr(self, name) for name in DriftSettings.__dataclass_fields__}
+        return TelemetrySettings(
+            keep_s=self.keep_days * 86_400,
+            most_windows=self.most_windows,
+            least_period_s=self.least_period_s,
+            watch_period_s=self.watch_period_s,
+            drift=DriftSettings(**drift),
+        )
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
 class Settings:
     """The whole file."""
 
@@ -131,6 +160,7 @@ class Settings:
     delivery: Delivery = field(default_factory=Delivery)
     rollouts: Rollouts = field(default_factory=Rollouts)
     inference: Inference = field(default_factory=Inference)
+    telemetry: Telemetry = field(default_factory=Telemetry)
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> Settings:
@@ -185,6 +215,7 @@ _SECTIONS: dict[str, Any] = {
     "delivery": Delivery,
     "rollouts": Rollouts,
     "inference": Inference,
+    "telemetry": Telemetry,
 }
 
 

@@ -108,6 +108,12 @@ class Telemetry:
         with reading(self._engine) as connection:
             return _watch(connection, tier, version)
 
+    def places(self) -> list[tuple[str, int]]:
+        """Tiers and releases that windows are kept of, in order."""
+        query = sa.select(_windows.c.tier, _windows.c.version).distinct()
+        with reading(self._engine) as connection:
+            return sorted((str(tier), int(version)) for tier, version in connection.execute(query))
+
     def summary(
         self, tier: str, version: int, *, tag: str | None = None, since: float = 0.0, until: float = 1e12
     ) -> Summary | None:

@@ -9,6 +9,7 @@ import pytest
 from fedge.errors import ConfigError, UserError
 from fedge_server.hub.home import Home
 from fedge_server.hub.settings import Settings
+from fedge_server.telemetry.store import Settings as TelemetrySettings
 
 
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
@@ -17,6 +18,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
     assert (settings.listen.link_port, settings.listen.enrolment_port) == (9443, 9444)
     assert settings.database_url is None
     assert settings.workers.restarts == 3
+    assert settings.telemetry.storing() == TelemetrySettings()  # one set of defaults
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,8 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("[limits]\noffline_grace_s = 0", "limits.offline_grace_s = 0"),
         ("[limits]\noffline_grace_s = nan", "limits.offline_grace_s = nan"),
         ("[workers]\nrestarts = true", "workers.restarts = True"),
+        ("[telemetry]\nfalse_alarms = 1.0", "telemetry.false_alarms = 1.0"),
+        ("[telemetry]\nkeep_day = 1", "unknown key 'telemetry.keep_day': did you mean 'keep_days'?"),
         ("[limits", "not valid TOML"),
     ],
 )
