@@ -132,6 +132,9 @@ packed = lru_cache(pack)
 GOLDEN: dict[str, bytes] = {}  # by digest: those of all entries made
 
 
+REFERENCES: dict[str, bytes] = {}  # likewise
+
+
 def entry_of(tier: str, model: bytes, spec: Spec = IMAGES, **changes: Any) -> tuple[VariantEntry, bytes]:
     """The manifest entry of a model, and its wire bytes."""
     wire, trial = packed(model), golden_bytes(model, spec)
@@ -197,6 +200,8 @@ class Publisher:
         for entry, wire in zip(release.variants, wires, strict=True):
             role = f"tier-{entry.tier}"
             contents = {"manifest": manifest, "model": wire, "golden": trial or GOLDEN[entry.golden_sha256]}
+            if entry.reference_sha256:
+                contents["reference"] = REFERENCES[entry.reference_sha256]
             if role not in self.repository.targets:
                 self.repository.delegate("targets", role, f"{entry.tier}/*")
                 self.repository.publish_targets()
@@ -222,10 +227,14 @@ class Publisher:
         digest = self.repository.targets[f"tier-{tier}"].targets[path].hashes["sha256"]
         return self.folder / "targets" / tier / f"{digest}.{name}"
 
-    def offer(self, version: int, *, answer: int, tier: str = "micro", **changes: Any) -> Release:
+    def offer(
+        self, version: int, *, answer: int, tier: str = "micro", reference: bytes = b"", **changes: Any
+    ) -> Release:
         """Offer a release whose variant always gives this answer."""
         spec = changes.get("spec", IMAGES)
-        entry, wire = entry_of(tier, constant_model(answer, spec), spec)
+        named = {"reference_sha256": sha256(reference)} if reference else {}
+        REFERENCES.update(dict.fromkeys(named.values(), reference))
+        entry, wire = entry_of(tier, constant_model(answer, spec), spec, **named)
         release = release_of(version, (entry,), **changes)
         self.place(release, (wire,))
         return release

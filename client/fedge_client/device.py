@@ -3,7 +3,7 @@
     delivery/tier.json   the tier: written last when a device is made
     delivery/root.json   root metadata as it was first given, which everything is trusted by
     delivery/metadata/   what has been verified since (`updater.trust`)
-    installed/           what runs, what ran before (`updater.store`)
+    installed/           what runs, what ran before (`updater.store`), and their telemetry references
 
 To find out what runs nothing is written, and the library of The Update Framework is not loaded.
 """
@@ -11,24 +11,29 @@ To find out what runs nothing is written, and the library of The Update Framewor
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fedge.delivery import MAX_ROOT_BYTES, MAX_TARGETS_BYTES, check_tier, role_of
 from fedge.errors import DigestError, FedgeError, FormatError, TrustError, UserError
-from fedge.files import read_bounded, write_atomically
+from fedge.files import read_bounded, sha256, write_atomically
 from fedge.manifest import Release, VariantEntry
 from fedge_client.updater.store import Opened, Record, State, Store
 
 if TYPE_CHECKING:
+    from fedge.telemetry.reference import Reference
     from fedge_client.updater.streams import Fetcher, Pace
     from fedge_client.updater.trust import Clock, Trust
 
 DELIVERY: Final = "delivery"  # folder of what is trusted
 INSTALLED: Final = "installed"  # folder of what runs
 TIER, ROOT, METADATA = "tier.json", "root.json", "metadata"
+REFERENCES: Final = "references"  # in the folder of what runs, by digest
 SCHEMA: Final = 1
+_MAX_REFERENCES: Final = 4  # two slots, and what is being installed
+_log = logging.getLogger("fedge.telemetry")
 _MAX_TIER_BYTES: Final = 1024
 
 
@@ -126,6 +131,39 @@ class Device:
         data = read_bounded(self.home / DELIVERY / ROOT, MAX_ROOT_BYTES)
         root_version(data)
         return data
+
+    def keep_reference(self, data: bytes) -> None:
+        """Keep what a release's telemetry counts by, before the release is committed; nothing if it is empty.
+
+        Raises:
+            FedgeError: the disk refuses it.
+        """
+        if not data:
+            return
+        folder = self.home / INSTALLED / REFERENCES
+        try:
+            write_atomically(folder / sha256(data), data)
+            others = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+            for path in others[:-_MAX_REFERENCES]:  # of releases that lie in no slot any more
+                path.unlink()
+        except OSError as error:
+            raise FedgeError(f"{folder}: the disk refuses it ({error.strerror or error})") from error
+
+    def reference(self, installed: Installed) -> Reference | None:
+        """What an installed release's telemetry counts by; None: it has none, or what lies here is not it."""
+        digest = installed.entry.reference_sha256
+        if not digest:
+            return None
+        from fedge.telemetry.reference import MAX_BYTES, Reference
+
+        try:
+            data = read_bounded(self.home / INSTALLED / REFERENCES / digest, MAX_BYTES)
+            if sha256(data) != digest:
+                raise DigestError(f"reference {digest[:8]}: not the bytes that were installed")
+            return Reference.from_bytes(data, installed.release.spec)
+        except TrustError as error:
+            _log.warning("inputs are not counted: %s; install the release again", error)
+            return None
 
     def trust(self, fetch: Fetcher, *, clock: Clock | None = None, pace: Pace | None = None) -> Trust:
         """What this device trusts of a repository.

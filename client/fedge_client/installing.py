@@ -14,7 +14,7 @@ from fedge_client.device import INSTALLED, Device
 from fedge_client.updater.health import Check, anything, model_check
 from fedge_client.updater.installer import Expand, Installer, Patch, decide
 from fedge_client.updater.patching import patching
-from fedge_client.updater.releases import Offered, golden_of, mark_of, offer, unpacked
+from fedge_client.updater.releases import Offered, golden_of, mark_of, offer, reference_of, unpacked
 from fedge_client.updater.streams import DEFAULT_PACE, Fetcher, Pace, within
 from fedge_client.updater.trust import Clock, Trust, utc_now
 
@@ -66,6 +66,7 @@ def install(
         return Outcome(before, offered, changed=False)
     # Before the trial is counted: an outage is no failure of the version.
     check = model_check(offered.release.spec, golden_of(offered, targets, pace=pace))
+    device.keep_reference(reference_of(offered, targets, pace=pace))
     expand, patch = _ways(device, offered, fetch, pace)
     state = _installer(device, targets, check, pace, expand, patch).install(offered.artefact, again=again)
     return Outcome(state, offered, changed=True)

@@ -7,6 +7,7 @@ Each tier has a role of its own, `tier-NAME`, for the targets `NAME/*`:
     NAME/VERSION.model      the variant as it travels
     NAME/VERSION.report     the gate's whole report
     NAME/VERSION.golden     synthetic inputs and the variant's answers to them, see `fedge.golden`
+    NAME/VERSION.reference  what its inputs and answers looked like, see `fedge.telemetry`; where there is one
 
 The entry of each target carries a `custom` value, signed with the tier's metadata, so that it can be read
 without fetching the target: a `TierMark` for `tier.json`, a `ReleaseNote` for the others. Values only; no
@@ -23,8 +24,9 @@ from fedge.errors import FormatError
 from fedge.files import sha256
 from fedge.manifest import MAX_VERSION, TIER_NAME, Lineage
 
-Kind = Literal["manifest", "model", "report", "golden"]
-KINDS: Final[tuple[Kind, ...]] = ("manifest", "model", "report", "golden")
+Kind = Literal["manifest", "model", "report", "golden", "reference"]
+KINDS: Final[tuple[Kind, ...]] = ("manifest", "model", "report", "golden")  # that each release has
+OPTIONAL: Final[tuple[Kind, ...]] = ("reference",)
 
 SCHEMA: Final = 1
 MARK: Final = "tier.json"

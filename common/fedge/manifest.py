@@ -25,6 +25,7 @@ MAX_EVIDENCE_BYTES: Final = 16 * 1024  # of one variant's figures; the whole rep
 MAX_VARIANTS: Final = 256
 MAX_VERSION: Final = 2**53 - 1  # what every JSON reader holds exactly
 
+_OPTIONAL: Final = frozenset({"reference_sha256"})  # of a variant's fields
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 TIER_NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
@@ -62,6 +63,7 @@ class VariantEntry:
     evidence: Mapping[str, Any] = field(
         default_factory=dict
     )  # the gate's figures: plain JSON, finite numbers
+    reference_sha256: str = ""  # of its telemetry reference, another such object; empty: it has none
 
     def __post_init__(self) -> None:
         """Refuse nonsense on construction."""
@@ -72,6 +74,8 @@ class VariantEntry:
         _check_text("recipe", self.recipe)
         for name in ("wire", "installed", "evidence", "golden"):
             _check_digest(f"{name}_sha256", getattr(self, f"{name}_sha256"))
+        if self.reference_sha256 != "":
+            _check_digest("reference_sha256", self.reference_sha256)
         _check_integer("wire_bytes", self.wire_bytes, 1, MAX_INSTALLED_BYTES)
         _check_integer("installed_bytes", self.installed_bytes, 1, MAX_INSTALLED_BYTES)
         if not isinstance(self.evidence, dict):
@@ -84,6 +88,13 @@ class VariantEntry:
                 f"manifest: evidence of tier {self.tier!r} takes {length} bytes, over {MAX_EVIDENCE_BYTES}; "
                 "leave the details to the report"
             )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values; manifests from before there were references keep their bytes."""
+        value = asdict(self)
+        if not self.reference_sha256:
+            del value["reference_sha256"]
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +140,7 @@ class Release:
             "created": self.created,
             "spec": self.spec.to_json(),
             "lineage": asdict(self.lineage),
-            "variants": [asdict(entry) for entry in self.variants],
+            "variants": [entry.to_json() for entry in self.variants],
         }
 
     def to_bytes(self) -> bytes:
@@ -193,7 +204,8 @@ def _load(data: bytes) -> Any:
 
 
 def _build(kind: type[_Part], where: str, value: Any) -> _Part:
-    _check_names(where, value, {item.name for item in fields(kind)})
+    names = {item.name for item in fields(kind)}
+    _check_names(where, value, names - ({*_OPTIONAL} - {*value} if isinstance(value, dict) else set()))
     try:
         return kind(**value)
     except FormatError as error:

@@ -30,6 +30,7 @@ from fedge_server.registry.database import Registry
 from fedge_server.registry.ledger import Ledger
 from fedge_server.release import REPOSITORY, ReleasePlace
 from fedge_server.release.outcomes import publish_outcomes
+from fedge_server.release.references import NONE, examples_of
 from fedge_server.report import Report, write_report
 from fedge_server.rounds.loop import Learned, Observer
 from fedge_server.rounds.moments import kept_moments
@@ -133,6 +134,9 @@ def release(place: Place, learned: Learned) -> tuple[tuple[TierOutcome, ...], bo
             place.say,
             folder=place.home / CANDIDATES,
         )
+    examples = examples_of(place.server)
+    if outcomes and examples is None:
+        place.say(NONE)
     made = publish_outcomes(
         place.home,
         place.registry,
@@ -142,6 +146,7 @@ def release(place: Place, learned: Learned) -> tuple[tuple[TierOutcome, ...], bo
         place.server.spec,
         outcomes,
         place.config.tiers,
+        examples=examples,
     )
     for line in () if made is None else made.lines(place.home / REPOSITORY):
         place.say(line)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tuf_repository import Repository
 
+from fedge.telemetry.reference import Reference
 from fedge_client import cli
 from fedge_client.telemetry.outgoing import Outgoing
 
@@ -55,6 +56,37 @@ def test_a_device_is_made_by_its_first_installation_and_answers(
     (home / "agent.toml").write_text("[telemetry]\nenabled = false\n")
     assert cli.main(["infer", picture]) == 0
     assert Outgoing(home / "telemetry").opened().sketch.count == 4  # type: ignore[union-attr]
+
+
+def test_inputs_are_counted_by_the_reference_that_came_with_the_release(
+    home: Path, publisher: Any, root: str, picture: str, tools: Any
+) -> None:
+    x = np.random.default_rng(0).integers(0, 17, (200, 8, 8)).astype(np.uint8)
+    reference = Reference.of(x, np.full((200, 3), 1 / 3), tools.images)
+    publisher.offer(1, answer=1)
+    assert install(publisher, "--tier", "micro", "--root", root) == 0
+    publisher.offer(2, answer=1, reference=reference.to_bytes())
+    assert install(publisher) == 0
+
+    def counted() -> Any:
+        assert cli.main(["infer", picture]) == 0
+        window = Outgoing(home / "telemetry").opened()
+        assert window is not None
+        return window
+
+    assert counted().reference == reference.digest
+    zeros = reference.sketched(np.zeros((4, 8, 8), np.uint8), tools.images)
+    assert (counted().sketch.inputs == zeros).all()
+    kept = home / "installed" / "references" / reference.digest
+    kept.write_bytes(kept.read_bytes()[:-1])  # the disk has damaged it: all but inputs is counted
+    assert (counted().reference, len(counted().sketch.inputs)) == ("", 0)
+    assert install(publisher) == 0  # nothing to do
+    publisher.offer(3, answer=1, reference=reference.to_bytes())
+    publisher.file("micro/3.reference").write_bytes(b"other bytes")
+    assert install(publisher) == 1
+    publisher.offer(4, answer=2)
+    assert install(publisher) == 0
+    assert counted().version == 4
 
 
 def test_status_shows_what_runs_and_where_it_comes_from(

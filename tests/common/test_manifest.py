@@ -81,6 +81,15 @@ def test_the_bytes_are_those_worked_by_hand() -> None:
     )
 
 
+def test_a_reference_is_named_only_where_there_is_one() -> None:
+    named = replace(RELEASE, variants=(replace(ENTRY, reference_sha256="9" * 64),))
+    assert f'"recipe":"distil + int8","reference_sha256":"{"9" * 64}","tier"' in named.to_bytes().decode()
+    assert Release.from_bytes(named.to_bytes()) == named
+    for wrong, why in (("", "not in canonical form"), ("no digest", "64 lower-case hexadecimal digits")):
+        with pytest.raises(FormatError, match=why):
+            Release.from_bytes(changed("variants.0.reference_sha256", wrong))
+
+
 def test_a_tier_finds_its_variant_or_learns_which_there_are() -> None:
     assert RELEASE.variant("micro") is ENTRY
     with pytest.raises(TrustError, match="release 3 has no variant for tier 'mega'; it has: micro"):

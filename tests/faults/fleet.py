@@ -44,6 +44,7 @@ from fedge_client.device import Device
 from fedge_client.installing import install
 from fedge_server.identity.authority import Authority
 from fedge_server.registry.database import Registry
+from fedge_server.release.references import reference_of
 from fedge_server.repository import create_key
 from fedge_server.rollout.service import Rollouts
 from fedge_server.rollout.state import State
@@ -345,6 +346,7 @@ class Fleet:
         answers = CompactModel(model, SPEC).run_each(golden.inputs_of(SPEC, 7))
         wire, report = pack(model), json.dumps(GATE, sort_keys=True).encode()
         gold = golden.write(SPEC, 7, answers)
+        known = reference_of(CompactModel(model, SPEC), digits()[0][:200])
         entry = VariantEntry(
             tier=TIER,
             recipe=recipe,
@@ -354,6 +356,7 @@ class Fleet:
             installed_bytes=len(model),
             evidence_sha256=sha256(report),
             golden_sha256=sha256(gold),
+            reference_sha256=sha256(known),
         )
         release = Release(
             version=1,
@@ -367,7 +370,7 @@ class Fleet:
             if "fleet" not in [run["id"] for run in registry.runs()]:
                 registry.begin_run("fleet", task="digits", seed=0, config={}, data="")
                 registry.end_run("fleet", "done", "")
-            for data in (wire, report, gold):
+            for data in (wire, report, gold, known):
                 registry.store.put(data)
             return registry.drafts.add(release)
 

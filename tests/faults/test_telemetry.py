@@ -18,6 +18,7 @@ import pytest
 from federation import SCRIPTS, Process, wait_for
 from fleet import TIER, Fleet, digits, digits_model
 
+from fedge.telemetry.window import Window
 from fedge_client.cli import main
 from fedge_client.telemetry.outgoing import FOLDER, Closed
 
@@ -82,6 +83,7 @@ def test_what_a_device_answers_is_told_once_though_its_agent_is_killed(fleet: Fl
         (slot,) = closed.waiting()
         window = closed.read(slot)
         assert window is not None
+        assert Window.from_bytes(window).reference  # inputs are counted by what came with the release
         fleet.start_agents()
         wait_for(lambda: told(fleet), "the server has been told")
         agent.process.kill()

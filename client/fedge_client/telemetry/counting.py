@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedge.telemetry.window import Window
+from fedge_client.device import Device
 from fedge_client.runtime import Prediction, Runtime
 from fedge_client.telemetry.collector import Answering, Collector, cpu_s, memory_bytes
 from fedge_client.telemetry.outgoing import FOLDER, leave, owned
@@ -36,7 +37,7 @@ class Counting:
     """
 
     def __init__(self, home: Path, settings: Settings) -> None:
-        self._folder, self._settings = home / FOLDER, settings
+        self._home, self._folder, self._settings = home, home / FOLDER, settings
         self._held = ExitStack()
         self._collector: Collector | None = None
         self._runtime: Runtime | None = None
@@ -95,7 +96,7 @@ class Counting:
     def _use(self, runtime: Runtime | None) -> None:
         if runtime is None or runtime is self._runtime:
             return
-        answering = answering_of(runtime)
+        answering = answering_of(self._home, runtime)
         if self._collector is not None:
             self._collector.installed(answering)
         elif self._own():
@@ -128,7 +129,7 @@ def count_once(
         seconds: that they took together.
         route: of `fedge.telemetry.sketch.ROUTES`.
     """
-    folder, answering = home / FOLDER, answering_of(runtime)
+    folder, answering = home / FOLDER, answering_of(home, runtime)
     rows, each_s = _rows(predictions), seconds / len(predictions)
     try:
         with owned(folder):
@@ -163,9 +164,10 @@ def _leave(
         _log.info("answers are not counted: %s", error)
 
 
-def answering_of(runtime: Runtime) -> Answering:
+def answering_of(home: Path, runtime: Runtime) -> Answering:
     """What is counted of an installed release."""
-    return Answering(runtime.release.version, runtime.spec)
+    reference = Device.open(home).reference(runtime.installed)
+    return Answering(runtime.release.version, runtime.spec, reference)
 
 
 def _rows(predictions: Sequence[Prediction]) -> npt.NDArray[Any]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from fedge_client.updater.health import Check, anything, model_check
     from fedge_client.updater.installer import Artefact, Expand, Installer, Patch
-    from fedge_client.updater.releases import Offered, golden_of, mark_of, offer, unpacked
+    from fedge_client.updater.releases import Offered, golden_of, mark_of, offer, reference_of, unpacked
     from fedge_client.updater.store import Opened, Record, State, Store
     from fedge_client.updater.streams import Fetcher, Pace, chunks_of, folder, whole, within
     from fedge_client.updater.trust import Clock, Limits, Target, Trust, Trusted
@@ -50,6 +50,7 @@ __all__ = [
     "mark_of",
     "model_check",
     "offer",
+    "reference_of",
     "unpacked",
     "whole",
     "within",
@@ -58,7 +59,7 @@ __all__ = [
 _PARTS: Final = {
     "health": ("Check", "anything", "model_check"),
     "installer": ("Artefact", "Expand", "Installer", "Patch"),
-    "releases": ("Offered", "golden_of", "mark_of", "offer", "unpacked"),
+    "releases": ("Offered", "golden_of", "mark_of", "offer", "reference_of", "unpacked"),
     "store": ("Opened", "Record", "State", "Store"),
     "streams": ("Fetcher", "Pace", "chunks_of", "folder", "whole", "within"),
     "trust": ("Clock", "Limits", "Target", "Trust", "Trusted"),

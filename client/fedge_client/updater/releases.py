@@ -16,6 +16,7 @@ from fedge.files import sha256
 from fedge.golden import MAX_BYTES as MAX_GOLDEN_BYTES
 from fedge.golden import Golden
 from fedge.manifest import MAX_BYTES, Release, VariantEntry
+from fedge.telemetry.reference import MAX_BYTES as MAX_REFERENCE_BYTES
 from fedge_client.updater.installer import Artefact
 from fedge_client.updater.sealed import check_sealing
 from fedge_client.updater.streams import DEFAULT_PACE, Fetcher, Pace, whole
@@ -31,6 +32,7 @@ class Offered:
     release: Release
     artefact: Artefact
     golden: Target  # inputs, and what the variant answered to them where it was gated
+    reference: Target | None = None  # of telemetry; None: the version has none
     sealing: Sealing | None = None  # how the model travels; None: as the manifest describes it
 
 
@@ -81,9 +83,7 @@ def offer(
     model, golden = (_beside(trusted, tier, note, kind) for kind in _BESIDE)
     if note.manifest != manifest.sha256 or manifest.length > MAX_BYTES:
         raise DigestError(f"{manifest.path}: is another manifest than its metadata says; publish it again")
-    data = whole(fetch, manifest.file, manifest.length, pace=pace)
-    if sha256(data) != manifest.sha256:
-        raise DigestError(f"{manifest.path}: the bytes fetched are not those that were signed")
+    data = _signed(manifest, fetch, pace)
     release = Release.from_bytes(data)
     entry = release.variant(tier)
     sealing = note.sealing
@@ -94,7 +94,8 @@ def offer(
         raise DigestError(f"{manifest.path}: speaks of another variant than {model.path}; publish it again")
     if entry.golden_sha256 != golden.sha256 or golden.length > MAX_GOLDEN_BYTES:
         raise DigestError(f"{manifest.path}: speaks of another trial than {golden.path}; publish it again")
-    return Offered(release, _artefact(model, entry, data, release.version, mark.floor), golden, sealing)
+    artefact = _artefact(model, entry, data, release.version, mark.floor)
+    return Offered(release, artefact, golden, _reference(trusted, tier, note, entry), sealing)
 
 
 def golden_of(offered: Offered, fetch: Fetcher, *, pace: Pace = DEFAULT_PACE) -> Golden:
@@ -104,11 +105,18 @@ def golden_of(offered: Offered, fetch: Fetcher, *, pace: Pace = DEFAULT_PACE) ->
         TrustError: other bytes than were signed, or another form than this fedge reads.
         FetchError: it cannot be fetched now.
     """
-    target = offered.golden
-    data = whole(fetch, target.file, target.length, pace=pace)
-    if sha256(data) != target.sha256:
-        raise DigestError(f"{target.path}: the bytes fetched are not those that were signed")
-    return Golden.from_bytes(data, offered.release.spec)
+    return Golden.from_bytes(_signed(offered.golden, fetch, pace), offered.release.spec)
+
+
+def reference_of(offered: Offered, fetch: Fetcher, *, pace: Pace = DEFAULT_PACE) -> bytes:
+    """What a version's telemetry counts by, as it was signed; empty: it has none.
+
+    Raises:
+        TrustError: other bytes than were signed.
+        FetchError: it cannot be fetched now.
+    """
+    target = offered.reference
+    return b"" if target is None else _signed(target, fetch, pace)
 
 
 def unpacked(data: bytes, artefact: Artefact) -> bytes:
@@ -118,6 +126,22 @@ def unpacked(data: bytes, artefact: Artefact) -> bytes:
         FormatError: truncated, damaged, or another length than declared.
     """
     return unpack(data, artefact.installed_bytes or 0)
+
+
+def _signed(target: Target, fetch: Fetcher, pace: Pace) -> bytes:
+    data = whole(fetch, target.file, target.length, pace=pace)
+    if sha256(data) != target.sha256:
+        raise DigestError(f"{target.path}: the bytes fetched are not those that were signed")
+    return data
+
+
+def _reference(trusted: Trusted, tier: str, note: ReleaseNote, entry: VariantEntry) -> Target | None:
+    if not entry.reference_sha256:
+        return None
+    target = _beside(trusted, tier, note, "reference")
+    if entry.reference_sha256 != target.sha256 or target.length > MAX_REFERENCE_BYTES:
+        raise DigestError(f"{target.path}: is another reference than the manifest names; publish it again")
+    return target
 
 
 def _beside(trusted: Trusted, tier: str, note: ReleaseNote, kind: Kind) -> Target:

@@ -59,6 +59,7 @@ class Reference:
     inputs: Whole  # (F, CELLS)
     confidence: Whole  # (CONFIDENCE_BINS,)
     answers: Whole  # (min(classes, MAX_ANSWERS),)
+    digest: str = field(init=False)  # SHA-256 of the bytes
     _grid: Floats = field(init=False, repr=False)  # the edges, as `binned` takes them
 
     def __post_init__(self) -> None:
@@ -79,6 +80,7 @@ class Reference:
         for values in (self.inputs, self.confidence, self.answers):
             if values.dtype != np.int64 or (values < 0).any() or (values > MAX_COUNT).any():
                 raise FormatError("reference: a count is none")
+        object.__setattr__(self, "digest", sha256(self.to_bytes()))
 
     @classmethod
     def of(cls, x: npt.NDArray[Any], probabilities: npt.NDArray[Any], spec: Spec) -> Self:
@@ -139,11 +141,6 @@ class Reference:
             "answers": self.answers.tolist(),
         }
         return canonical(value, "reference")
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the bytes."""
-        return sha256(self.to_bytes())
 
     @classmethod
     def from_bytes(cls, data: bytes, spec: Spec) -> Self:

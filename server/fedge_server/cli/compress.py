@@ -60,6 +60,7 @@ def _of_run(arguments: argparse.Namespace) -> int:
     from fedge_server.pipeline import CANDIDATES
     from fedge_server.release import REPOSITORY, ReleasePlace
     from fedge_server.release.outcomes import publish_outcomes
+    from fedge_server.release.references import NONE, examples_of
     from fedge_server.rounds.loop import recall
 
     opened, registry = open_registry(arguments.home)
@@ -85,8 +86,18 @@ def _of_run(arguments: argparse.Namespace) -> int:
         say(f"compress: {source.describe()}")
         config = replace(config, tiers=ReleasePlace.of(home).leaving_room(config.tiers))
         outcomes = compress(learned.model, task, data.spec, source, config, say, folder=home / CANDIDATES)
+        if (examples := examples_of(data)) is None:
+            say(NONE)
         published = publish_outcomes(
-            home, registry, run["id"], learned, config.task, data.spec, outcomes, config.tiers
+            home,
+            registry,
+            run["id"],
+            learned,
+            config.task,
+            data.spec,
+            outcomes,
+            config.tiers,
+            examples=examples,
         )
     value = {
         "release": published.release.version if published and published.release else None,

@@ -37,6 +37,7 @@ from fedge_server.inference.service import InferenceServicer
 from fedge_server.registry.database import Registry
 from fedge_server.repository.content_keys import ContentKeys
 from fedge_server.rollout.service import Rollouts
+from fedge_server.telemetry.references import references
 from fedge_server.telemetry.service import TelemetryService
 from fedge_server.telemetry.store import Telemetry
 
@@ -91,7 +92,8 @@ def models_of(home: Home, registry: Registry, settings: Inference) -> Models:
 
 def telemetry_of(registry: Registry, settings: TelemetrySettings) -> Telemetry | None:
     """Where windows of devices are kept; None: none are taken."""
-    return Telemetry(registry.engine, settings.storing()) if settings.enabled else None
+    found = references(registry, reader(registry))
+    return Telemetry(registry.engine, settings.storing(), found) if settings.enabled else None
 
 
 def distribution_of(

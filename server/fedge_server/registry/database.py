@@ -282,7 +282,7 @@ class Registry:
             round_number: of the run.
             global_model: SHA-256.
             manifest: its bytes, which go into the store.
-            variants: tier, recipe, and the digests wire, installed, evidence, golden.
+            variants: tier, recipe, and the digests wire, installed, evidence, golden, reference (if any).
             further: is written in the same transaction.
         """
         self.store.put(manifest)

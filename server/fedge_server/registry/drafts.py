@@ -73,6 +73,7 @@ class Drafts:
                         "wire": entry.wire_sha256,
                         "evidence": entry.evidence_sha256,
                         "golden": entry.golden_sha256,
+                        "reference": entry.reference_sha256,
                     }
                     for entry in release.variants
                 ]

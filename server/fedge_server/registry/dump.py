@@ -114,12 +114,14 @@ def _needed(connection: sa.Connection) -> list[str]:
     found += connection.scalars(sa.select(schema.drafts.c.manifest))
     variants, drafted = schema.variants.c, schema.draft_variants.c
     kept = variants.golden != ""  # of earlier ones no object is in the store
-    released = sa.select(schema.releases.c.manifest, variants.wire, variants.evidence, variants.golden)
+    released = sa.select(
+        schema.releases.c.manifest, variants.wire, variants.evidence, variants.golden, variants.reference
+    )
     for query in (
         released.join(schema.variants, variants.release == schema.releases.c.version).where(kept),
-        sa.select(drafted.wire, drafted.evidence, drafted.golden),
+        sa.select(drafted.wire, drafted.evidence, drafted.golden, drafted.reference),
     ):
-        found += [digest for row in connection.execute(query) for digest in row]
+        found += [digest for row in connection.execute(query) for digest in row if digest]
     return list(dict.fromkeys(found))
 
 

@@ -14,6 +14,7 @@ REVISIONS: Final = (
     "0005",
     "0007",
     "0008",
+    "0009",
 )  # oldest first; a database at any other was written by a newer fedge
 HEAD: Final = REVISIONS[-1]
 
@@ -68,6 +69,7 @@ variants = sa.Table(
     sa.Column(
         "golden", sa.String(64), nullable=False, server_default=""
     ),  # SHA-256; empty: nothing of it is in the store
+    sa.Column("reference", sa.String(64), nullable=False, server_default=""),  # of telemetry; empty: none
 )
 devices = sa.Table(
     "devices",
@@ -203,6 +205,7 @@ draft_variants = sa.Table(
     sa.Column("evidence", sa.String(64), nullable=False),
     sa.Column("golden", sa.String(64), nullable=False),
     sa.Column("release", sa.ForeignKey("releases.version")),  # under which it was published
+    sa.Column("reference", sa.String(64), nullable=False, server_default=""),  # empty: it has none
 )
 audit = sa.Table(
     "audit",

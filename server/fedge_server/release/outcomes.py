@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 from fedge import golden
 from fedge.artefact import unpack
@@ -26,21 +29,23 @@ from fedge_server.registry.database import Registry
 from fedge_server.registry.drafts import VERSION
 from fedge_server.release.place import ReleasePlace
 from fedge_server.release.publishing import Published, postpone, publish_draft
+from fedge_server.release.references import reference_of
 from fedge_server.rounds.loop import Learned
 
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A variant with its gate report and golden inputs as bytes."""
+    """A variant with its gate report, golden inputs and telemetry reference as bytes."""
 
     variant: Variant
     report: bytes
     golden: bytes
+    reference: bytes  # of telemetry; empty: there is none
 
     @property
-    def objects(self) -> tuple[bytes, bytes, bytes]:
+    def objects(self) -> list[bytes]:
         """What the manifest names."""
-        return self.variant.wire, self.report, self.golden
+        return [data for data in (self.variant.wire, self.report, self.golden, self.reference) if data]
 
     def entry(self) -> VariantEntry:
         variant, gate = self.variant, self.variant.gate
@@ -53,6 +58,7 @@ class _Ready:
             installed_bytes=len(variant.installed),
             evidence_sha256=sha256(self.report),
             golden_sha256=sha256(self.golden),
+            reference_sha256=sha256(self.reference) if self.reference else "",
             evidence={
                 "accuracy": gate.accuracy,
                 "drop": gate.drop,
@@ -73,6 +79,8 @@ def publish_outcomes(
     spec: Spec,
     outcomes: Sequence[TierOutcome],
     tiers: Mapping[str, Tier],
+    *,
+    examples: npt.NDArray[Any] | None = None,
 ) -> Published | None:
     """Keep a draft of the variants that passed their gate, and publish it as far as it can be signed.
 
@@ -85,6 +93,7 @@ def publish_outcomes(
         spec: raw input and labels of every variant.
         outcomes: of the compression, one per tier.
         tiers: their budgets, by name.
+        examples: (N, *spec.shape) raw, to make telemetry references of; None: releases have none.
 
     Returns:
         None when no tier has a variant.
@@ -97,7 +106,7 @@ def publish_outcomes(
     made = [outcome.variant for outcome in outcomes if outcome.variant is not None]
     if not made:
         return None
-    ready = [_ready(variant, spec, lineage, tiers[variant.tier]) for variant in made]
+    ready = [_ready(variant, spec, lineage, tiers[variant.tier], examples) for variant in made]
     draft = Release(
         version=VERSION,
         task=task,
@@ -119,10 +128,13 @@ def publish_outcomes(
         return postpone(registry, name, str(error))  # the run is whole: a person can publish it later
 
 
-def _ready(variant: Variant, spec: Spec, lineage: Lineage, tier: Tier) -> _Ready:
+def _ready(
+    variant: Variant, spec: Spec, lineage: Lineage, tier: Tier, examples: npt.NDArray[Any] | None
+) -> _Ready:
     report = json.dumps(variant.gate.to_json(), sort_keys=True).encode()
     budget = math.inf if tier.max_latency_ms is None else tier.max_latency_ms / 1000
     seed = int(lineage.global_model[:16], 16)
     model = CompactModel(unpack(variant.wire, len(variant.installed)), spec)  # what ships, as devices run it
     answers = model.run_each(golden.inputs_of(spec, seed))
-    return _Ready(variant, report, golden.write(spec, seed, answers, latency_s=budget))
+    reference = b"" if examples is None else reference_of(model, examples)
+    return _Ready(variant, report, golden.write(spec, seed, answers, latency_s=budget), reference)

@@ -175,8 +175,9 @@ def _part(release: Release, tiers: Sequence[str]) -> Release:
     return replace(release, variants=tuple(entry for entry in release.variants if entry.tier in tiers))
 
 
-def _objects(entry: VariantEntry) -> tuple[str, str, str]:
-    return entry.wire_sha256, entry.evidence_sha256, entry.golden_sha256
+def _objects(entry: VariantEntry) -> list[str]:
+    named = (entry.wire_sha256, entry.evidence_sha256, entry.golden_sha256, entry.reference_sha256)
+    return [digest for digest in named if digest]
 
 
 def _prepared(place: ReleasePlace, draft: Draft) -> tuple[AtHand, list[Waiting]]:
@@ -279,6 +280,7 @@ def _record(registry: Registry, draft: Draft, release: Release, who: str, begin:
                 "installed": entry.installed_sha256,
                 "evidence": entry.evidence_sha256,
                 "golden": entry.golden_sha256,
+                "reference": entry.reference_sha256,
             }
             for entry in release.variants
         ],

@@ -20,7 +20,7 @@ from typing import Any
 
 from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, Targets, Timestamp
 
-from fedge.delivery import role_of, target_path
+from fedge.delivery import Kind, role_of, target_path
 from fedge.errors import AbsentError, FedgeError, FormatError, RefusedError
 from fedge_server.repository.content import TierContent
 from fedge_server.repository.content_keys import ContentKeys
@@ -199,7 +199,8 @@ class _Work:
     def _evidence(self, tier: str, version: int, content: TierContent) -> Evidence:
         files = content.releases[version].files
         found = {}
-        for kind in ("manifest", "report", "golden"):
+        shown: tuple[Kind, ...] = ("manifest", "report", "golden", "reference")
+        for kind in (kind for kind in shown if kind in files):
             path = target_path(tier, version, kind)
             data = self.change.files.get(path)
             found[kind] = self.folder.read_target(path, files[kind]) if data is None else data

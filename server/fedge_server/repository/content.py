@@ -9,7 +9,7 @@ from typing import Final, Self
 
 from tuf.api.metadata import TargetFile, Targets
 
-from fedge.delivery import KINDS, Kind, ReleaseNote, TierMark, mark_path, target_path
+from fedge.delivery import KINDS, OPTIONAL, Kind, ReleaseNote, TierMark, mark_path, target_path
 from fedge.errors import FormatError
 from fedge.files import sha256
 
@@ -45,7 +45,7 @@ class Offered:
     """One release as a tier offers it."""
 
     note: ReleaseNote
-    files: Mapping[Kind, FileEntry]  # of each kind
+    files: Mapping[Kind, FileEntry]  # of each kind that the release has
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,8 @@ class TierContent:
             raise FormatError(f"tier {tier!r}: {mark_path(tier)} is not the file of its own mark")
         releases = {}
         for version in sorted({_version_of(path) for path in left}):
-            entries = {kind: _take(left, target_path(tier, version, kind)) for kind in KINDS}
+            there = [kind for kind in OPTIONAL if target_path(tier, version, kind) in left]
+            entries = {kind: _take(left, target_path(tier, version, kind)) for kind in (*KINDS, *there)}
             notes = [ReleaseNote.from_json(entry.custom) for entry in entries.values()]
             if any(note != notes[0] or note.version != version for note in notes):
                 raise FormatError(f"tier {tier!r}: the files of version {version} belong to several releases")

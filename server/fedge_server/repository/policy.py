@@ -9,17 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tuf.api.metadata import Targets
 from tuf.api.serialization.json import CanonicalJSONSerializer
 
-from fedge.delivery import MAX_TARGETS_BYTES, lineage_digest, tier_of
+from fedge.delivery import MAX_TARGETS_BYTES, Kind, lineage_digest, tier_of
 from fedge.errors import FedgeError, FormatError, TrustError
 from fedge.golden import Golden
-from fedge.manifest import Release
+from fedge.manifest import Release, VariantEntry
 from fedge.sealing import FORMAT, Place, key_id, opened, sealed_bytes
+from fedge.spec import Spec
+from fedge.telemetry.reference import Reference
 from fedge_server.repository.content import MAX_KEPT, FileEntry, Offered, TierContent
 from fedge_server.repository.signing import Evidence, Request
 
@@ -33,7 +35,8 @@ def reasons_against(request: Request) -> tuple[str, ...]:
     The role's version rises. The floor and the newest version are never lowered, and the floor is not above
     the newest. What was offered stays as it was or goes; what is new has a version above all before. Each
     release has a manifest of its version and tier, a gate that let it out within its limits, golden inputs
-    of its spec, and its lineage. A new sealed model opens to the manifest's.
+    and, where it names one, a telemetry reference of its spec, and its lineage. A new sealed model opens to
+    the manifest's.
     """
     try:
         tier = tier_of(request.role)
@@ -130,6 +133,22 @@ def _release(tier: str, version: int, offered: Offered, evidence: Evidence) -> I
         yield "its golden inputs are not those that the manifest names"
         return
     Golden.from_bytes(evidence.golden, release.spec)
+    yield from _reference(files, entry, evidence, release.spec)
+
+
+def _reference(
+    files: Mapping[Kind, FileEntry], entry: VariantEntry, evidence: Evidence, spec: Spec
+) -> Iterator[str]:
+    """Devices count by its edges: it must be the one that was made with the release, of its features."""
+    if not entry.reference_sha256:
+        if "reference" in files or evidence.reference:
+            yield "it has a telemetry reference, which the manifest does not name"
+        return
+    given = FileEntry.of(evidence.reference)
+    if files.get("reference") != given or given.sha256 != entry.reference_sha256:
+        yield "its telemetry reference is not the one that the manifest names"
+        return
+    Reference.from_bytes(evidence.reference, spec)
 
 
 def _opens(place: Place, offered: Offered, evidence: Evidence) -> Iterator[str]:

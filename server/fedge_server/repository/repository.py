@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from fedge.artefact import unpack
-from fedge.delivery import KINDS, Kind, ReleaseNote, lineage_digest, mark_path, target_path, tier_of
+from fedge.delivery import Kind, ReleaseNote, lineage_digest, mark_path, target_path, tier_of
 from fedge.errors import FedgeError, FormatError, UserError
 from fedge.files import sha256
 from fedge.manifest import Release, VariantEntry
@@ -140,7 +140,7 @@ class Repository:
 
         Args:
             draft: makes the release of the version it is given.
-            objects: wire bytes, gate reports and goldens that it names, unless the tier offers them already.
+            objects: that it names (wire bytes, reports, goldens, references), unless the tier offers them.
             signing: keys of the tiers, snapshot and timestamp.
             floors: new floors of its tiers, by tier; at most the new version.
             is_floor: whether the new version is the floor of its tiers, as a way back is.
@@ -310,13 +310,15 @@ class Repository:
             "report": report,
             "golden": self._object(content, entry.golden_sha256, offered),
         }
+        if entry.reference_sha256:
+            data["reference"] = self._object(content, entry.reference_sha256, offered)
         sealing = None
         if self._content_keys is not None:
             sealing, data["model"] = self._content_keys.sealed(wire, tier, release.version)
         digests = sha256(data["manifest"]), lineage_digest(release.lineage)
         note = ReleaseNote(release.version, *digests, sealing)
-        change.files.update({target_path(tier, release.version, kind): data[kind] for kind in KINDS})
-        files = {kind: FileEntry.of(data[kind]) for kind in KINDS}
+        change.files.update({target_path(tier, release.version, kind): found for kind, found in data.items()})
+        files = {kind: FileEntry.of(found) for kind, found in data.items()}
         self._set(change, content.with_release(Offered(note, files), floor=floor, keep=self._keep))
 
     def _wire(self, content: TierContent, entry: VariantEntry, offered: Mapping[str, bytes]) -> bytes:

@@ -42,6 +42,7 @@ class Evidence:
     manifest: bytes
     report: bytes  # of the gate
     golden: bytes  # the variant's answers to golden inputs
+    reference: bytes = b""  # of its telemetry; empty: it has none
     sealed: Sealed | None = None  # None: its model is not sealed, or its key has been lost since
 
 

@@ -62,7 +62,11 @@ class RemoteSigning:
         asked = pb.SignRole(role=request.role, payload=request.payload, previous=request.previous)
         for version, found in request.evidence.items():
             each = asked.evidence.add(
-                version=version, manifest=found.manifest, report=found.report, golden=found.golden
+                version=version,
+                manifest=found.manifest,
+                report=found.report,
+                golden=found.golden,
+                reference=found.reference,
             )
             if found.sealed is not None and not self._knows(request, version):
                 each.sealed.key, each.sealed.ciphertext = found.sealed.key, found.sealed.ciphertext

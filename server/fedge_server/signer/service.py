@@ -161,7 +161,7 @@ def _description(judge: Judge) -> pb.SignerDescription:
 
 def _evidence(given: pb.ReleaseEvidence) -> Evidence:
     sealed = Sealed(given.sealed.key, given.sealed.ciphertext) if given.HasField("sealed") else None
-    return Evidence(given.manifest, given.report, given.golden, sealed)
+    return Evidence(given.manifest, given.report, given.golden, given.reference, sealed)
 
 
 def _signed(judge: Judge, asked: pb.SignRole) -> pb.SignerReply:

@@ -26,6 +26,14 @@ from fedge_client.telemetry.counting import Counting, count_once
 from fedge_client.telemetry.outgoing import FOLDER, MAX_PARTS, Outgoing, owned
 from fedge_client.telemetry.settings import Settings
 
+
+@pytest.fixture(autouse=True)
+def device(tmp_path: Path) -> None:
+    """What a home is told by."""
+    (tmp_path / "delivery").mkdir()
+    (tmp_path / "delivery" / "tier.json").write_text('{"schema": 1, "tier": "micro"}')
+
+
 SPEC = Spec("features", (2,), "float32", ("no", "yes"))
 HOUR = 3600
 EVERY = Settings(keep_every_s=0.0)
@@ -35,7 +43,8 @@ PREDICTIONS = [Prediction("no", 0.75, {"no": 0.75, "yes": 0.25})] * 3
 
 def release(version: int = 1) -> Any:
     """What a runtime tells of itself."""
-    return SimpleNamespace(release=SimpleNamespace(version=version), spec=SPEC)
+    installed = SimpleNamespace(entry=SimpleNamespace(reference_sha256=""))
+    return SimpleNamespace(release=SimpleNamespace(version=version), spec=SPEC, installed=installed)
 
 
 def due(folder: Path, hours: int, settings: Settings = EVERY) -> list[Window]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +12,17 @@ import pytest
 from fedge import golden
 from fedge.artefact import unpack
 from fedge.config import Tier
+from fedge.dataset import Examples
 from fedge.errors import FedgeError
 from fedge.golden import Golden
 from fedge.inference import CompactModel
+from fedge_server.data import ServerData
+from fedge_server.inference.released import reader
+from fedge_server.registry.dump import copy_database
 from fedge_server.release import ReleasePlace, publish_draft
 from fedge_server.release.outcomes import publish_outcomes
+from fedge_server.release.references import examples_of
+from fedge_server.telemetry.references import references
 
 TIERS = {"micro": Tier(max_latency_ms=250.0), "board": Tier()}
 LEARNED = SimpleNamespace(
@@ -45,8 +52,10 @@ def outcome(tools: Any, tier: str, answer: int = 1) -> Any:
 
 @pytest.fixture
 def publish(home, registry, tools):
-    def go(*outcomes: Any) -> Any:
-        return publish_outcomes(home, registry, "run-1", LEARNED, "digits", tools.images, outcomes, TIERS)  # type: ignore[arg-type]  # stand-ins with what is read of them
+    def go(*outcomes: Any, **further: Any) -> Any:
+        return publish_outcomes(
+            home, registry, "run-1", LEARNED, "digits", tools.images, outcomes, TIERS, **further
+        )  # type: ignore[arg-type]  # stand-ins with what is read of them
 
     return go
 
@@ -65,6 +74,39 @@ def test_golden_answers_are_those_of_the_decoded_shipping_bytes_one_at_a_time(pu
     assert len({tuple(row) for row in found.probabilities.round(3).tolist()}) > 3  # they tell models apart
     offered = ReleasePlace.of(home).repository.content("micro").releases[1].files["golden"]
     assert offered.sha256 == entry.golden_sha256
+
+
+def test_each_variant_has_a_reference_of_its_own_answers_which_the_store_of_telemetry_finds(
+    publish, home, registry, tools
+):
+    def part(count: int, seed: int) -> Any:
+        draw = np.random.default_rng(seed)
+        return Examples(draw.integers(0, 255, (count, 8, 8)).astype(np.uint8), draw.integers(0, 3, count))
+
+    few = ServerData(tools.images, part(60, 0), part(20, 1), part(10, 2))
+    assert examples_of(few) is None
+    data = ServerData(tools.images, part(500, 0), part(90, 1), part(30, 2))
+    x = examples_of(data)
+    assert len(x) == 120  # of what trained nothing
+    assert len(examples_of(replace(data, gate=part(5, 2)))) == 595  # that alone would be too little
+    done = publish(outcome(tools, "micro"), outcome(tools, "board", answer=2), examples=x)
+    find = references(registry, reader(registry))
+    for tier in ("micro", "board"):
+        entry = done.release.variant(tier)
+        model = CompactModel(
+            unpack(registry.store.get(entry.wire_sha256), entry.installed_bytes), tools.images
+        )
+        found = find(tier, 1)
+        assert found.digest == entry.reference_sha256
+        assert found.answers.tolist() == np.bincount(model.run_each(x).argmax(1), minlength=3).tolist()
+        assert found.inputs.sum(1).tolist() == [120] * len(found.names)
+        offered = ReleasePlace.of(home).repository.content(tier).releases[1].files["reference"]
+        assert offered.sha256 == entry.reference_sha256
+    assert find("micro", 2) is find("gateway", 1) is None
+    needed: list[str] = []
+    (home / "copy").mkdir()
+    copy_database(registry.engine, home / "copy", needed.extend)
+    assert done.release.variant("micro").reference_sha256 in needed  # a backup holds it
 
 
 def test_without_a_variant_there_is_no_draft(publish, registry):

@@ -6,15 +6,18 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
-from places import golden_of, model_of, release_of, report_of
+from places import SPEC, golden_of, model_of, release_of, report_of
 from tuf.api.metadata import DelegatedRole, Delegations, Targets
 from tuf.api.serialization.json import CanonicalJSONSerializer
 
 from fedge.artefact import pack
-from fedge.delivery import ReleaseNote, TierMark, lineage_digest, role_of
+from fedge.delivery import Kind, ReleaseNote, TierMark, lineage_digest, role_of
 from fedge.files import sha256
 from fedge.manifest import Lineage, Release
+from fedge.spec import Spec
+from fedge.telemetry.reference import Reference
 from fedge_server.repository import Evidence, Request, reasons_against
 from fedge_server.repository.content import FileEntry, Offered, TierContent
 
@@ -150,6 +153,43 @@ def test_a_manifest_of_another_version_tier_or_model_is_found_out() -> None:
             request(None, new, evidence={1: Evidence(manifest, report_of(), golden_of())})
         )
         assert any(why in reason for reason in reasons), reasons
+
+
+def with_reference(named: bytes, offered: bytes, shown: bytes) -> tuple[str, ...]:
+    """What speaks against a release whose manifest names one reference, and which offers and shows others."""
+    release = made(1)[0]
+    entry = replace(release.variants[0], reference_sha256=sha256(named) if named else "")
+    manifest = replace(release, variants=(entry,)).to_bytes()
+    note = ReleaseNote(1, sha256(manifest), lineage_digest(release.lineage))
+    files: dict[Kind, FileEntry] = {**made(1)[1].files, "manifest": FileEntry.of(manifest)}
+    if offered:
+        files["reference"] = FileEntry.of(offered)
+    new = TierContent(TierMark("micro", 0, 1), {1: Offered(note, files)})
+    evidence = Evidence(manifest, report_of(), golden_of(), shown)
+    return reasons_against(request(None, new, evidence={1: evidence}))
+
+
+def test_a_telemetry_reference_is_the_one_that_the_manifest_names_and_of_its_spec() -> None:
+    draw = np.random.default_rng(0)
+
+    def reference(spec: Spec) -> bytes:
+        x = draw.integers(0, 255, (100, *spec.shape)).astype(spec.dtype)
+        return Reference.of(x, np.full((100, spec.classes), 1 / spec.classes), spec).to_bytes()
+
+    good, other = reference(SPEC), reference(SPEC)
+    foreign = reference(Spec("features", (3,), "float32", ("a", "b", "c")))
+    assert with_reference(good, good, good) == ()
+    assert with_reference(b"", b"", b"") == ()
+    for case, why in (
+        ((good, other, other), "is not the one that the manifest names"),
+        ((good, good, b""), "is not the one that the manifest names"),
+        ((good, b"", good), "is not the one that the manifest names"),
+        ((b"", good, good), "which the manifest does not name"),
+        ((foreign, foreign, foreign), "is of another model"),
+        ((b"nonsense", b"nonsense", b"nonsense"), "malformed"),
+    ):
+        (reason,) = with_reference(*case)
+        assert why in reason
 
 
 def targets(**changes: Any) -> bytes:

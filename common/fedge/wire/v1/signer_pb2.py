@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64ge/wire/v1/signer.proto\x12\x08\x66\x65\x64ge.v1\"j\n\rSignerRequest\x12,\n\x08\x64\x65scribe\x18\x01 \x01(\x0b\x32\x18.fedge.v1.DescribeSignerH\x00\x12\"\n\x04sign\x18\x02 \x01(\x0b\x32\x12.fedge.v1.SignRoleH\x00\x42\x07\n\x05\x61sked\"\x10\n\x0e\x44\x65scribeSigner\"z\n\x08SignRole\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x15\n\x08previous\x18\x03 \x01(\x0cH\x00\x88\x01\x01\x12+\n\x08\x65vidence\x18\x04 \x03(\x0b\x32\x19.fedge.v1.ReleaseEvidenceB\x0b\n\t_previous\"{\n\x0fReleaseEvidence\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12\x0e\n\x06report\x18\x03 \x01(\x0c\x12\x0e\n\x06golden\x18\x04 \x01(\x0c\x12%\n\x06sealed\x18\x05 \x01(\x0b\x32\x15.fedge.v1.SealedModel\".\n\x0bSealedModel\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x12\n\nciphertext\x18\x02 \x01(\x0c\"\xb2\x01\n\x0bSignerReply\x12\x32\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1b.fedge.v1.SignerDescriptionH\x00\x12&\n\x06signed\x18\x02 \x01(\x0b\x32\x14.fedge.v1.SignedRoleH\x00\x12(\n\x07refusal\x18\x03 \x01(\x0b\x32\x15.fedge.v1.SignRefusalH\x00\x12\x11\n\x07\x66\x61ilure\x18\x04 \x01(\tH\x00\x42\n\n\x08\x61nswered\"F\n\x11SignerDescription\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\"/\n\nSignedRole\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t\"\x1e\n\x0bSignRefusal\x12\x0f\n\x07reasons\x18\x01 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64ge/wire/v1/signer.proto\x12\x08\x66\x65\x64ge.v1\"j\n\rSignerRequest\x12,\n\x08\x64\x65scribe\x18\x01 \x01(\x0b\x32\x18.fedge.v1.DescribeSignerH\x00\x12\"\n\x04sign\x18\x02 \x01(\x0b\x32\x12.fedge.v1.SignRoleH\x00\x42\x07\n\x05\x61sked\"\x10\n\x0e\x44\x65scribeSigner\"z\n\x08SignRole\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x15\n\x08previous\x18\x03 \x01(\x0cH\x00\x88\x01\x01\x12+\n\x08\x65vidence\x18\x04 \x03(\x0b\x32\x19.fedge.v1.ReleaseEvidenceB\x0b\n\t_previous\"\x8e\x01\n\x0fReleaseEvidence\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12\x0e\n\x06report\x18\x03 \x01(\x0c\x12\x0e\n\x06golden\x18\x04 \x01(\x0c\x12%\n\x06sealed\x18\x05 \x01(\x0b\x32\x15.fedge.v1.SealedModel\x12\x11\n\treference\x18\x06 \x01(\x0c\".\n\x0bSealedModel\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x12\n\nciphertext\x18\x02 \x01(\x0c\"\xb2\x01\n\x0bSignerReply\x12\x32\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1b.fedge.v1.SignerDescriptionH\x00\x12&\n\x06signed\x18\x02 \x01(\x0b\x32\x14.fedge.v1.SignedRoleH\x00\x12(\n\x07refusal\x18\x03 \x01(\x0b\x32\x15.fedge.v1.SignRefusalH\x00\x12\x11\n\x07\x66\x61ilure\x18\x04 \x01(\tH\x00\x42\n\n\x08\x61nswered\"F\n\x11SignerDescription\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\"/\n\nSignedRole\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x11\n\tsignature\x18\x02 \x01(\t\"\x1e\n\x0bSignRefusal\x12\x0f\n\x07reasons\x18\x01 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,16 +37,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBESIGNER']._serialized_end=164
   _globals['_SIGNROLE']._serialized_start=166
   _globals['_SIGNROLE']._serialized_end=288
-  _globals['_RELEASEEVIDENCE']._serialized_start=290
-  _globals['_RELEASEEVIDENCE']._serialized_end=413
-  _globals['_SEALEDMODEL']._serialized_start=415
-  _globals['_SEALEDMODEL']._serialized_end=461
-  _globals['_SIGNERREPLY']._serialized_start=464
-  _globals['_SIGNERREPLY']._serialized_end=642
-  _globals['_SIGNERDESCRIPTION']._serialized_start=644
-  _globals['_SIGNERDESCRIPTION']._serialized_end=714
-  _globals['_SIGNEDROLE']._serialized_start=716
-  _globals['_SIGNEDROLE']._serialized_end=763
-  _globals['_SIGNREFUSAL']._serialized_start=765
-  _globals['_SIGNREFUSAL']._serialized_end=795
+  _globals['_RELEASEEVIDENCE']._serialized_start=291
+  _globals['_RELEASEEVIDENCE']._serialized_end=433
+  _globals['_SEALEDMODEL']._serialized_start=435
+  _globals['_SEALEDMODEL']._serialized_end=481
+  _globals['_SIGNERREPLY']._serialized_start=484
+  _globals['_SIGNERREPLY']._serialized_end=662
+  _globals['_SIGNERDESCRIPTION']._serialized_start=664
+  _globals['_SIGNERDESCRIPTION']._serialized_end=734
+  _globals['_SIGNEDROLE']._serialized_start=736
+  _globals['_SIGNEDROLE']._serialized_end=783
+  _globals['_SIGNREFUSAL']._serialized_start=785
+  _globals['_SIGNREFUSAL']._serialized_end=815
 # @@protoc_insertion_point(module_scope)

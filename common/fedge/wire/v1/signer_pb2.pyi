@@ -31,18 +31,20 @@ class SignRole(_message.Message):
     def __init__(self, role: _Optional[str] = ..., payload: _Optional[bytes] = ..., previous: _Optional[bytes] = ..., evidence: _Optional[_Iterable[_Union[ReleaseEvidence, _Mapping]]] = ...) -> None: ...
 
 class ReleaseEvidence(_message.Message):
-    __slots__ = ("version", "manifest", "report", "golden", "sealed")
+    __slots__ = ("version", "manifest", "report", "golden", "sealed", "reference")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     GOLDEN_FIELD_NUMBER: _ClassVar[int]
     SEALED_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
     version: int
     manifest: bytes
     report: bytes
     golden: bytes
     sealed: SealedModel
-    def __init__(self, version: _Optional[int] = ..., manifest: _Optional[bytes] = ..., report: _Optional[bytes] = ..., golden: _Optional[bytes] = ..., sealed: _Optional[_Union[SealedModel, _Mapping]] = ...) -> None: ...
+    reference: bytes
+    def __init__(self, version: _Optional[int] = ..., manifest: _Optional[bytes] = ..., report: _Optional[bytes] = ..., golden: _Optional[bytes] = ..., sealed: _Optional[_Union[SealedModel, _Mapping]] = ..., reference: _Optional[bytes] = ...) -> None: ...
 
 class SealedModel(_message.Message):
     __slots__ = ("key", "ciphertext")
