@@ -35,6 +35,7 @@ from fedge.statistics import Moments
 from fedge.task import Source, Task, resolve
 from fedge.task_digest import task_digest
 from fedge_client import coding, keeping, masking, receiving
+from fedge_client.memory.training import with_memory
 from fedge_client.surveying import answer_surveys
 from fedge_client.teaching import taught_by
 
@@ -53,8 +54,8 @@ def own_share(context: Context, instructions: Instructions) -> tuple[Task, Examp
     """What a device's own settings name: the task that it offers, and the file or folder with its examples.
 
     The node's settings hold `task` (what to load), `task-name` (how servers call it; the same when absent),
-    `digest` (the task must have it), `data`, `data-label` and `data-size` ("HEIGHTxWIDTH"). The server names
-    a task and its digest, and never code or a path.
+    `digest` (it must have that), `data`, `data-label`, `data-size` ("HEIGHTxWIDTH") and `memory` (a folder of
+    examples that were kept here). The server names a task and its digest, and never code or a path.
 
     Raises:
         ConfigError: this device does not offer the task, or means something else by it.
@@ -79,7 +80,10 @@ def own_share(context: Context, instructions: Instructions) -> tuple[Task, Examp
             f"data: examples are {dataset.spec.dtype} {dataset.spec.shape}, "
             f"but the run takes {instructions.spec.dtype} {instructions.spec.shape}"
         )
-    return task, dataset.with_labels(labels).used_examples
+    examples = dataset.with_labels(labels).used_examples
+    if "memory" in node:
+        examples = with_memory(examples, Path(str(node["memory"])), instructions.spec)
+    return task, examples
 
 
 @lru_cache(maxsize=8)

@@ -18,6 +18,7 @@ from fedge.learning.messages import CONFIG, EXAMPLES, METRICS, QUERY_MOMENTS, QU
 from fedge.spec import Spec
 from fedge.task_digest import task_digest
 from fedge_client import app
+from fedge_client.memory.training import opened
 
 SPEC = Spec("features", (2,), "float32", ("a", "b"), ())
 
@@ -108,6 +109,33 @@ def test_the_devices_own_settings_say_how_to_read_a_table(tmp_path: Path) -> Non
         device(task="tables", data=str(tmp_path / "rows.csv"), data_label="died"), instructions()
     )
     assert examples.y.tolist() == [0, 1]
+
+
+def test_what_a_device_keeps_by_consent_is_trained_on_after_its_data(rows: Path, tmp_path: Path) -> None:
+    folder, x = tmp_path / "memory" / "tables", np.array([3.0, 4.0], np.float32)
+    context = device(task="tables", data=str(rows), memory=str(folder))
+    assert len(app.own_share(context, instructions())[1]) == 10
+    assert not folder.exists()  # nothing is made of a memory that is not there
+    with opened(folder, SPEC) as memory:
+        memory.add(x, 1, at=0.0)  # without consent
+        memory.give_consent()
+    assert len(app.own_share(context, instructions())[1]) == 10
+    with opened(folder, SPEC) as memory:
+        memory.add(x, 1, at=0.0)
+    own = app.own_share(device(task="tables", data=str(rows)), instructions())[1]
+    both = app.own_share(context, instructions())[1]
+    assert len(own) == 10  # only where the device's file says so
+    assert np.array_equal(both.x[:10], own.x)
+    assert (both.x[10].tolist(), both.y[10], len(both)) == ([3.0, 4.0], 1, 11)
+    content = RecordDict({CONFIG: instructions().to_config()})
+    reply = app.app(Message(content, 7, QUERY_MOMENTS), context)
+    assert dict(reply.content.metric_records[METRICS])[EXAMPLES] == 11
+    other = Spec("features", (2,), "float32", ("a", "c"), ())
+    with opened(tmp_path / "other", other) as memory:
+        memory.give_consent()
+        memory.add(x, 1, at=0.0)
+    context = device(task="tables", data=str(rows), memory=str(tmp_path / "other"))
+    assert len(app.own_share(context, instructions())[1]) == 10  # of another model: left out
 
 
 def test_a_folder_of_images_is_scaled_as_the_device_says(tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ from fedge.errors import ConfigError, FormatError, UserError
 from fedge.files import read_bounded
 
 if TYPE_CHECKING:
+    from fedge_client.memory.memory import Settings as KeepingSettings
     from fedge_client.telemetry.settings import Settings
 
 FILE: Final = "agent.toml"
+MEMORY: Final = "memory"  # folder beside it, with a folder for each task
 MAX_FILE_BYTES: Final = 1024**2
 MAX_TAGS = MAX_TASKS = 64
 LEAST_MEMORY_BYTES: Final = 500_000_000  # torch and flwr alone take about 350 MB of data segment
@@ -42,6 +44,7 @@ class OfferedTask:
     label: str | None = None  # tables: the column that holds the label
     size: tuple[int, int] | None = None  # image folders: resize to (height, width)
     pin: str = ""  # the digest that the task must have; empty: any
+    memory: Path | None = None  # folder of examples that were kept here; None: it trains on `data` alone
 
     def node_config(self, digest: str) -> dict[str, str]:
         """What the ClientApp is told of this task."""
@@ -52,6 +55,8 @@ class OfferedTask:
             config["data-label"] = self.label
         if self.size is not None:
             config["data-size"] = f"{self.size[0]}x{self.size[1]}"
+        if self.memory is not None:
+            config["memory"] = str(self.memory)
         return config
 
 
@@ -113,6 +118,28 @@ class TelemetrySettings:
 
 
 @dataclass(frozen=True, slots=True)
+class MemorySettings:
+    """How much the memories of this device's tasks keep."""
+
+    size: int = 500  # examples of a task
+    max_bytes: int = 64 * 1024**2  # of its file
+    balanced: bool = True  # labels get equal room
+
+    def keeping(self) -> KeepingSettings:
+        """For the memory.
+
+        Raises:
+            ConfigError: a value is not possible.
+        """
+        from fedge_client.memory.memory import Settings as KeepingSettings
+
+        try:
+            return KeepingSettings(self.size, self.max_bytes, self.balanced)
+        except UserError as error:
+            raise ConfigError(str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
 class AgentSettings:
     """The whole file."""
 
@@ -122,6 +149,7 @@ class AgentSettings:
     link: LinkSettings = field(default_factory=LinkSettings)
     delivery: DeliverySettings = field(default_factory=DeliverySettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
 
 
 def load(path: Path) -> AgentSettings:
@@ -150,7 +178,7 @@ def parse(found: Mapping[str, Any], folder: Path) -> AgentSettings:
     Raises:
         ConfigError: a key is unknown, or a value is not possible.
     """
-    _known("", found, ("tags", "tasks", "training", "link", "delivery", "telemetry"))
+    _known("", found, ("tags", "tasks", "training", "link", "delivery", "telemetry", "memory"))
     tables = _table("tasks", found.get("tasks", {}))
     if len(tables) > MAX_TASKS:
         raise ConfigError(f"tasks: {len(tables)} are given, at most {MAX_TASKS} can be offered")
@@ -165,6 +193,7 @@ def parse(found: Mapping[str, Any], folder: Path) -> AgentSettings:
         _link(_table("link", found.get("link", {}))),
         _delivery(_table("delivery", found.get("delivery", {}))),
         _telemetry(_table("telemetry", found.get("telemetry", {}))),
+        _memory(_table("memory", found.get("memory", {}))),
     )
 
 
@@ -182,7 +211,7 @@ def _tags(value: Any) -> tuple[str, ...]:
 def _task(table_name: str, value: Any, folder: Path) -> OfferedTask:
     where = f"tasks.{table_name}"
     table = _table(where, value)
-    _known(where, table, ("task", "data", "label", "size", "digest"))
+    _known(where, table, ("task", "data", "label", "size", "digest", "memory"))
     name = _text(where, table, "task", table_name)
     if not _TASK.fullmatch(name):
         raise ConfigError(f"{where}: {name!r} names no task; use a built-in one or package.module:TASK")
@@ -191,7 +220,8 @@ def _task(table_name: str, value: Any, folder: Path) -> OfferedTask:
         raise ConfigError(f"{where}.digest = {pin!r}: must be 64 hexadecimal digits in lower case")
     # Absolute: the training process reads it from another folder.
     path = (folder / Path(data).expanduser()).absolute() if data is not None else None
-    return OfferedTask(name, path, label, _size(where, table.get("size")), pin or "")
+    memory = (folder / MEMORY / name).absolute() if _yes(f"{where}.memory", table, default=False) else None
+    return OfferedTask(name, path, label, _size(where, table.get("size")), pin or "", memory)
 
 
 def _size(where: str, value: Any) -> tuple[int, int] | None:
@@ -267,6 +297,19 @@ def _telemetry(table: Mapping[str, Any]) -> TelemetrySettings:
     )
     if table:
         made.collecting()  # whether they fit together
+    return made
+
+
+def _memory(table: Mapping[str, Any]) -> MemorySettings:
+    usual = MemorySettings()
+    _known("memory", table, tuple(usual.__dataclass_fields__))
+    made = MemorySettings(
+        _whole("memory.size", table, usual.size, 1, 2**31),
+        _whole("memory.max_bytes", table, usual.max_bytes, 1, 2**62),
+        _yes("memory.balanced", table, usual.balanced),
+    )
+    if table:
+        made.keeping()  # whether they are possible
     return made
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedge import cli
 from fedge.errors import DataError, UserError
-from fedge_client.cli import agent, enroll, install, preflight, serve, status
+from fedge_client.cli import agent, enroll, install, memory, preflight, serve, status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     enroll.add(commands)
     agent.add(commands)
     serve.add(commands)
+    memory.add(commands)
     return cli.run(parser, argv)
 
 

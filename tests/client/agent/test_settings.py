@@ -39,6 +39,7 @@ def test_every_key_stands_in_the_table_with_its_default(tmp_path: Path) -> None:
         "link": settings.LinkSettings(),
         "delivery": settings.DeliverySettings(),
         "telemetry": settings.TelemetrySettings(),
+        "memory": settings.MemorySettings(),
     }
     for name, table in tables.items():
         for key in table.__dataclass_fields__:
@@ -46,7 +47,7 @@ def test_every_key_stands_in_the_table_with_its_default(tmp_path: Path) -> None:
             default = None if shown == "none" else float({"true": "1", "false": "0"}.get(shown, shown))
             assert default == getattr(table, key)
     assert set(rows) == {"tags"} | {
-        f"tasks.NAME.{key}" for key in ("task", "data", "label", "size", "digest")
+        f"tasks.NAME.{key}" for key in ("task", "data", "label", "size", "digest", "memory")
     }
 
 
@@ -75,6 +76,8 @@ def test_without_a_file_nothing_is_offered(tmp_path: Path) -> None:
         ("[telemetry]\nenabled = 1", "telemetry.enabled = 1: must be true or false"),
         ("[telemetry]\nperiod_s = 5", "telemetry: period_s = 5: must be 10 to 604800"),
         ("[telemetry]\nmost_epsilon = 5", "telemetry: most_epsilon needs epsilon"),
+        ("[memory]\nsize = 30000", "memory: size = 30000: must be 1 to 20000"),
+        ("[tasks.digits]\nmemory = 1", "tasks.digits.memory = 1: must be true or false"),
         ("tags = [", "is not TOML"),
         ("tasks = 1", "must be a table, [tasks]"),
     ],
