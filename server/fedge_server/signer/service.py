@@ -176,6 +176,6 @@ def _signed(judge: Judge, asked: pb.SignRole) -> pb.SignerReply:
         security("signature_refused", "refused %.60s: %s", asked.role, error, **about)
         return pb.SignerReply(refusal=pb.SignRefusal(reasons=[str(error)[:8000]]))
     version = version_of(asked.payload)
-    about = {"tier": judge.tier, "version": version}
-    _log.info("signed %s version %d", asked.role, version, extra={"role": asked.role, **about})
+    signed = {"role": asked.role, "tier": judge.tier, "version": version}
+    _log.info("signed %s version %d", asked.role, version, extra=signed)
     return pb.SignerReply(signed=pb.SignedRole(key_id=signature.keyid, signature=signature.signature))
