@@ -43,7 +43,7 @@ test: install
 	@# A third of them, by time, waits for processes: three at once keep two cores busy.
 	$(BIN)/pytest -q -n 3 --dist worksteal -m "not soak" --hypothesis-profile thorough --durations 25
 
-# Tests whose random moments or byte counts mean little beside other work.
+# Tests whose random moments or byte counts mean little beside other work, and further cases of what others show.
 soak: install
 	$(BIN)/pytest -q -m soak
 

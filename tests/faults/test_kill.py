@@ -13,6 +13,11 @@ ROUNDS = 3
 DEVICES = 2
 VICTIMS = ("hub", "worker", "agent", "training process")
 STAGES = ("before delivery", "while training", "before submission", "before commit")
+CASES = [  # each victim and each stage twice; `make soak` runs the others
+    pytest.param(stage, victim, marks=[pytest.mark.soak] if (i + j) % 2 else [])
+    for i, stage in enumerate(STAGES)
+    for j, victim in enumerate(VICTIMS)
+]
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +141,7 @@ def kill_victim(federation: Federation, victim: str, run_id: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", VICTIMS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "victim"), CASES)
 def test_the_run_ends_with_all_rounds_and_no_update_counted_twice(
     federation: Federation, gate: Gate, victim: str, stage: str
 ) -> None:

@@ -40,7 +40,7 @@ def test_a_cosine_begins_with_the_whole_rate_and_falls_along_half_a_wave():
     [
         {"momentum": 0.0},  # steps that need no optimiser, and layers that step in their backward pass
         {"momentum": 0.9},
-        {"optimizer": "adam", "learning_rate": 0.01},
+        {"optimizer": "adam", "learning_rate": 0.001},
     ],
 )
 @pytest.mark.parametrize("model", ["logistic", "cnn"])

@@ -205,7 +205,7 @@ def _parent(stat: Path) -> int | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blow", ["interrupt", "kill"])
+@pytest.mark.parametrize("blow", [pytest.param("interrupt", marks=pytest.mark.soak), "kill"])
 def test_an_interrupted_sweep_leaves_no_process_and_goes_on_from_its_last_rounds(
     blow: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,7 +70,10 @@ def test_speakers_learn_text_together_and_nobody_is_asked_for_moments(tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "model"), [("signals", "cnn1d"), ("signals", "gru"), ("characters", "gru")])
+@pytest.mark.parametrize(
+    ("task", "model"),
+    [("signals", "cnn1d"), pytest.param("signals", "gru", marks=pytest.mark.soak), ("characters", "gru")],
+)
 def test_a_device_answers_from_a_window_or_text_as_the_gate_scored(tmp_path, capsys, task, model):
     data = waves(tmp_path / "waves.npz") if task == "signals" else verses(tmp_path / "verses")
     out = tmp_path / "out"

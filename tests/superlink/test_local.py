@@ -51,7 +51,7 @@ def on_ray(side, folder: Path, text: str) -> list[dict[str, object]]:
 
 @needs_ray
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scaffold", "fedper"])
+@pytest.mark.parametrize("name", ["scaffold", pytest.param("fedper", marks=pytest.mark.soak)])
 def test_with_one_key_the_same_run_goes_over_ray_bit_for_bit(name, side, tmp_path):
     settings = f"""
         model.name = "mlp"

@@ -52,7 +52,7 @@ def test_a_release_is_installed_while_the_agent_runs_and_what_became_of_it_is_re
     offer(hub, publisher, 2, answer=2)
     wait(lambda: "installed" in hub.releases.kinds(2))
     assert runs(device.home) == (2, "two")
-    assert not Reports(device.home).waiting()
+    wait(lambda: not Reports(device.home).waiting())
     assert cli.main(["status", "--home", str(device.home), "--format", "json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["version"], shown["previous"], shown["agent"]["reports_to_send"]) == (2, 1, 0)
