@@ -69,7 +69,7 @@ def test_engines_agree_whatever_is_frozen(freeze, train, small, learn, tmp_path)
         assert split(config, learned)[0] == list(entries(learned.model.network, freeze))
         found.append(arrays_of(learned.model.network))
     for name, value in found[0].items():
-        # Not entry by entry: where rounding turns a unit off, which depends on the processor, its row differs.
+        # Not entry by entry: where rounding turns a unit off (by the processor), its row differs.
         assert np.linalg.norm(value - found[1][name]) <= 1e-3 * np.linalg.norm(found[1][name])
 
 
