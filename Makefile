@@ -15,7 +15,7 @@ help:
 	@echo "make lint      format, lint and types"
 	@echo "make check     format, lint, types and fast tests"
 	@echo "make test      all tests but those of make soak"
-	@echo "make soak      tests that need the machine for themselves"
+	@echo "make soak      further cases of what others show"
 	@echo "make proto     generate fedge.wire.v1 from its .proto files"
 
 install: $(STAMP)
@@ -43,7 +43,7 @@ test: install
 	@# A third of them, by time, waits for processes: three at once keep two cores busy.
 	$(BIN)/pytest -q -n 3 --dist worksteal -m "not soak" --hypothesis-profile thorough --durations 25
 
-# Tests whose random moments or byte counts mean little beside other work, and further cases of what others show.
+# Further cases of what others show.
 soak: install
 	$(BIN)/pytest -q -m soak
 

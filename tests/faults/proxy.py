@@ -27,6 +27,7 @@ class Faults:
     delay_s: float = 0.0  # each chunk comes so much later
     bytes_per_s: float | None = None  # of one connection and direction; None: no limit
     reset_after: int | None = None  # RST to both sides once a connection has carried so many bytes
+    hold_after: int | None = None  # nothing more passes once a connection has carried so many bytes
     swallow: bool = False  # accept and read everything, forward nothing: a black hole
     stall: bool = False  # read nothing, forward nothing: the network is gone, and may come back
     flip_up: int | None = None  # one bit of this byte (from 0) of what the client sends is flipped
@@ -65,6 +66,7 @@ class FaultProxy:
         self._target = (host, port)
         self.faults = NONE
         self.accepted = 0  # connections so far
+        self.carried = 0  # bytes so far, of all connections and both directions
         self.port = 0
         self._open: set[_Connection] = set()
         self._loop = asyncio.new_event_loop()
@@ -156,6 +158,8 @@ class FaultProxy:
             while self.faults.stall:
                 await asyncio.sleep(_POLL_S)
             data = await reader.read(CHUNK_BYTES)
+            while self._holds(connection) and not writer.is_closing():
+                await asyncio.sleep(_POLL_S)
             faults = self.faults
             if not data:
                 if not faults.swallow and writer.can_write_eof():
@@ -165,6 +169,7 @@ class FaultProxy:
             connection.carried[direction] += len(data)
             if faults.swallow:
                 continue
+            self.carried += len(data)
             await self._wait(len(data), faults)
             limit = faults.reset_after
             if limit is not None and sum(connection.carried.values()) >= limit:
@@ -173,6 +178,10 @@ class FaultProxy:
             flip = faults.flip_up if direction == "up" else faults.flip_down
             writer.write(_flipped(data, before, flip))
             await writer.drain()
+
+    def _holds(self, connection: _Connection) -> bool:
+        most = self.faults.hold_after
+        return most is not None and sum(connection.carried.values()) >= most
 
     async def _wait(self, size: int, faults: Faults) -> None:
         pause = faults.delay_s + (size / faults.bytes_per_s if faults.bytes_per_s else 0.0)

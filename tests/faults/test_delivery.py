@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import lzma
 import os
@@ -12,8 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,22 +181,52 @@ def test_a_device_is_given_root_tier_and_floor_with_its_certificate(
 # Networks
 
 
-@pytest.mark.soak
 @pytest.mark.slow
 def test_a_connection_that_is_reset_every_400_kb_brings_the_release_in_few_bytes(
     federation: Federation, publisher: Publisher, device: Agent
 ) -> None:
+    """Reset once what it has carried has arrived, so that the bytes do not depend on who is how fast."""
     release = publisher.publish(1, filler=1_500_000)
     hub_knows(federation, device, publisher)
-    with FaultProxy("127.0.0.1", federation.link_port) as proxy:
+    length, parts = release.variants[0].wire_bytes, device.home / "installed" / "parts"
+
+    def have() -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return sum(path.stat().st_size for path in parts.glob("*"))
+        return 0
+
+    offsets: list[int] = []  # that the model was asked for from
+    resets: list[tuple[int, int]] = []  # so many of them came before it, and so many bytes were there
+
+    def anew() -> bool:
+        return any(offset < there for asked, there in resets for offset in offsets[asked:])
+
+    def arrived(going: Future[tuple[int, str]], enough: int) -> bool:
+        return going.done() or have() >= enough or anew()
+
+    with FaultProxy("127.0.0.1", federation.link_port) as proxy, ThreadPoolExecutor(1) as pool:
         device.reach_link_at(proxy.address)
-        proxy.faults = Faults(reset_after=400_000)
+        proxy.faults = Faults(hold_after=400_000)
         attempts = 0
-        while runs(device)[0] != release.version:
-            install(device)
-            attempts += 1
-            assert attempts < 10
-        assert proxy.accepted * 400_000 < 3 * release.variants[0].wire_bytes
+        try:
+            while runs(device)[0] != release.version:
+                attempts += 1
+                assert attempts < 10
+                going = pool.submit(brought, device, release.version, offsets)
+                while not going.done():
+                    enough = (
+                        have() + 240_000
+                    )  # of 400 kB: the others may be metadata, and a message in pieces
+                    wait_for(partial(arrived, going, enough), "bytes arrive")
+                    assert not anew(), "what had arrived was fetched anew"
+                    if not going.done() and enough < length:
+                        resets.append((len(offsets), have()))
+                        proxy.reset_all()
+        finally:
+            proxy.faults = NONE  # what failed need not be waited for
+        assert len(resets) >= 3
+        assert len(offsets) > 3
+        assert proxy.carried < 3 * length
     assert runs(device) == (release.version, "one")
 
 
@@ -270,76 +303,62 @@ def reported(federation: Federation, device: Agent, version: int) -> set[str]:
 # Kills
 
 
-FORTY = """
-import json, os, random, signal, sys, time
-from pathlib import Path
-import fedge_client.agent.installation as installation
-from fedge_client.agent.identity import Identity
-from fedge_client.delivery import Delivery
-from fedge_client.device import Device
-
-home, chance = Path(sys.argv[1]), random.Random(3)
-for line in sys.stdin:
-    version, seconds = json.loads(line)
-    child = os.fork()  # everything is loaded, and no connection was made
-    if child == 0:
-        try:
-            with Delivery(lambda: Identity.open(home)) as service:
-                done = installation.bring(Device.open(home), service.fetch, version)
-                os.write(2, done.to_line())
-        finally:
-            os._exit(0)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    print(json.dumps(os.WIFSIGNALED(os.waitpid(child, 0)[1])), flush=True)
-"""
+BEFORE, AFTER, ANYWHERE = 18, 10, 12  # kills
 
 
-@pytest.mark.soak
 @pytest.mark.slow
 def test_forty_kills_at_random_moments_of_an_installation_leave_a_signed_release_each_time(
     federation: Federation, publisher: Publisher, device: Agent, tmp_path: Path
 ) -> None:
-    published = {runs(device)[0]: "zero"}
+    """At random steps before and after the commit, and at random moments wherever those fall."""
+    chance, published = random.Random(2), {runs(device)[0]: "zero"}
     manifests: dict[int, bytes] = publisher.place.repository.manifests(TIER)
-    chance = random.Random(2)
+
+    def version_after(current: int) -> int:
+        """The next one; where there is none, four are published."""
+        if max(published) == current:
+            for number in range(len(published), len(published) + 4):
+                release = publisher.publish(number % 3, filler=150_000, floor=current)
+                published[release.version] = ("zero", "one", "two")[number % 3]
+            manifests.update(publisher.place.repository.manifests(TIER))
+            hub_knows(federation, device, publisher)
+        return current + 1
+
     with (tmp_path / "err").open("wb") as errors, subprocess.Popen(
-        [sys.executable, "-c", FORTY, str(device.home)],
+        [sys.executable, Path(__file__).with_name("mortal.py"), str(device.home)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         env={**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"},
     ) as process:  # fmt: skip
         assert process.stdin is not None
         assert process.stdout is not None
 
-        def attempt(version: int, seconds: float | None) -> bool:
-            process.stdin.write(json.dumps([version, seconds]) + "\n")
+        def attempt(version: int, place: str, number: float = 0) -> dict[str, Any]:
+            process.stdin.write(json.dumps([version, place, number]) + "\n")
             process.stdin.flush()
-            return bool(json.loads(process.stdout.readline()))
+            answer: dict[str, Any] = json.loads(process.stdout.readline())
+            return answer
 
-        kills, lasts, reached = 0, 0.0, set()
-        while kills < 40:
-            current = runs(device)[0]
-            if not published.keys() - set(range(current + 1)):
-                release = publisher.publish(len(published) % 3, filler=150_000, floor=current)
-                published[release.version] = ("zero", "one", "two")[len(published) % 3]
-                manifests |= publisher.place.repository.manifests(TIER)
-                hub_knows(federation, device, publisher)
-            newest = max(published)
-            if not lasts:
-                start = time.monotonic()
-                attempt(newest, None)
-                lasts = time.monotonic() - start
-                continue
-            killed = attempt(newest, chance.uniform(0, 1.1 * lasts))
-            kills += killed
+        newest = version_after(runs(device)[0])
+        start = time.monotonic()
+        steps = attempt(newest, "never")["steps"]
+        lasts = time.monotonic() - start
+        assert runs(device) == (newest, published[newest]), (tmp_path / "err").read_text()
+        assert steps["before"] > 30  # metadata, chunks, the trial, the slot
+        assert steps["after"] > 5  # the commit's own folder, the part, the reports
+        places = ["before"] * BEFORE + ["after"] * AFTER + ["time"] * ANYWHERE
+        chance.shuffle(places)
+        for place in places:
+            before = runs(device)[0]
+            newest = version_after(before)
+            moment = chance.uniform(0, 1.1 * lasts) if place == "time" else chance.randrange(steps[place])
+            killed = attempt(newest, place, moment)["killed"]
             version, answer = runs(device)
             assert answer == published[version]
+            allowed = {"before": {before}, "after": {newest}, "time": {before, newest}}[place]
+            assert version in allowed, (place, (tmp_path / "err").read_text())
+            assert killed or (place == "time" and version == newest), (tmp_path / "err").read_text()
             assert Device.open(device.home).store.open().notes == manifests[version]
-            if killed:
-                reached.add(version == newest)
         process.stdin.close()
-    assert reached == {True, False}, (tmp_path / "err").read_text()
     assert install(device)[0] == 0
     assert runs(device)[0] == max(published)
 
@@ -487,12 +506,18 @@ def test_a_server_that_was_put_back_or_mixed_is_refused_until_it_is_whole_again(
     assert runs(device) == (release.version, "two")
 
 
-def brought(device: Agent, version: int) -> tuple[int, str]:
-    """Install what a hub says that no longer sees its own repository."""
+def brought(device: Agent, version: int, offsets: list[int] | None = None) -> tuple[int, str]:
+    """Install what a hub says that no longer sees its own repository; notes where the model is taken up."""
     from fedge_client.agent.installation import bring
 
     with Delivery(lambda: Identity.open(device.home)) as service:
-        done = bring(Device.open(device.home), service.fetch, version)
+
+        def fetch(name: str, maximum: int, offset: int = 0, /) -> Iterator[bytes]:
+            if offsets is not None and name.endswith(".model"):
+                offsets.append(offset)
+            return service.fetch(name, maximum, offset)
+
+        done = bring(Device.open(device.home), fetch, version)
     return int(bool(done.fault)), done.fault
 
 

@@ -110,6 +110,18 @@ def test_a_connection_is_reset_once_it_has_carried_so_much(proxy: FaultProxy) ->
         assert is_cut(connection, bytes(8000))
 
 
+def test_a_connection_that_has_carried_its_bytes_holds_until_it_is_reset(proxy: FaultProxy) -> None:
+    proxy.faults = Faults(hold_after=10_000)
+    with connect(proxy) as connection:
+        assert exchange(connection, b"." * 5000) == b"." * 5000
+        connection.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            exchange(connection, b".")
+        proxy.reset_all()
+        assert is_cut(connection, b"")
+    assert proxy.carried == 10_000
+
+
 def test_a_black_hole_takes_everything_and_answers_nothing(proxy: FaultProxy) -> None:
     with connect(proxy) as connection:
         assert exchange(connection, b"before") == b"before"
