@@ -23,6 +23,7 @@ from fedge_client.agent.connection import Closed, Link, backoff, said
 from fedge_client.agent.delivery import Keeper
 from fedge_client.agent.diagnosis import diagnose
 from fedge_client.agent.enrolment import renew
+from fedge_client.agent.figures import COUNTED, Textfile
 from fedge_client.agent.identity import Identity
 from fedge_client.agent.objects import ObjectCache
 from fedge_client.agent.outbox import Outbox
@@ -71,6 +72,12 @@ class Agent:
             linked=self._linked,
             changed=lambda words: self._status.show(telemetry=words),
         )
+        found = settings.metrics
+        self._figures = (
+            Textfile(found.textfile, home, lambda: self._status.facts, found.interval_s)
+            if found.textfile is not None
+            else None
+        )
         self._last_work = time.monotonic()
         self._diagnosed = self._renewed = float("-inf")  # when, by the monotonic clock
         if self._outbox.waiting():
@@ -80,10 +87,10 @@ class Agent:
         """Work until cancelled; with `once`, until there is nothing to do. Returns the exit code."""
         self._status.show(state="connecting", detail="", working=[], outbox=len(self._outbox.waiting()))
         status.notify("READY=1\nSTATUS=connecting")
-        others = [
-            asyncio.create_task(work)
-            for work in (self._workshop.run(), self._send_all(), self._keeper.run(), self._teller.run())
-        ]
+        works = [self._workshop.run(), self._send_all(), self._keeper.run(), self._teller.run()]
+        if self._figures is not None:
+            works.append(self._figures.run())
+        others = [asyncio.create_task(work) for work in works]
         ours = asyncio.create_task(self._once() if once else self._connect_for_ever())
         try:
             done, _ = await asyncio.wait([ours, *others], return_when=asyncio.FIRST_COMPLETED)
@@ -95,6 +102,8 @@ class Agent:
             await self._child.stop()
             self._status.show(state="stopped", detail="", working=[], child="ended")
             self._status.write()
+            if self._figures is not None:
+                self._figures.write(COUNTED.values(), self._status.facts)
 
     # --- the connection
 
@@ -170,6 +179,7 @@ class Agent:
         log.info("connected to %s as %s", address, device[:16], extra={"device": device, "address": address})
         self._last_work = time.monotonic()
         self._linked.set(link)
+        COUNTED.add("fedge_agent_connections_total")
         skew = time.time() - welcome.server_time
         self._show(
             "connected", "", wire=link.wire_version, connected_since=time.time(), clock_skew_s=round(skew)

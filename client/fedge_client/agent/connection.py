@@ -21,6 +21,7 @@ from fedge.wire.v1.distribution_pb2_grpc import DistributionStub
 from fedge.wire.v1.link_pb2_grpc import LinkStub
 from fedge.wire.v1.records_pb2 import Object
 from fedge.wire.v1.telemetry_pb2_grpc import TelemetryStub
+from fedge_client.agent.figures import COUNTED
 from fedge_client.agent.identity import Identity
 from fedge_client.delivery import CALL_S, GRACE_S, Refusal, Report, Standing, Told, note_request, refusals
 
@@ -161,6 +162,7 @@ class Link:
                 call = stub.Fetch(request)
                 try:
                     async for chunk in call:
+                        COUNTED.add("fedge_agent_bytes_total", "down", len(chunk.data))
                         yield chunk.data
                 finally:
                     call.cancel()  # of no effect when it has ended; else the hub need not send the rest
@@ -231,6 +233,7 @@ async def _parts(header: pb.SubmitHeader, path: Path | None) -> AsyncIterator[pb
     with path.open("rb") as file:
         file.seek(header.offset)
         while data := file.read(PART_BYTES):
+            COUNTED.add("fedge_agent_bytes_total", "up", len(data))
             yield pb.SubmitPart(data=data)
 
 

@@ -23,6 +23,7 @@ import grpc
 from fedge.errors import FedgeError, FormatError
 from fedge.logs import security
 from fedge_client.agent.connection import Link, backoff, said
+from fedge_client.agent.figures import COUNTED
 from fedge_client.agent.settings import AgentSettings
 from fedge_client.agent.standing import Done, standing
 from fedge_client.agent.work import Linked
@@ -141,6 +142,9 @@ class Keeper:
             return False
         self._changed(f"installs release {version}" if version else "follows the repository's metadata")
         done = await self._installed(version)
+        outcome = "refused" if done.refused else "failed" if done.fault else "installed"
+        if done.fault or done.changed:
+            COUNTED.add("fedge_agent_installs_total", outcome)
         if done.refused:
             about = {"version": version or None, "reason": done.refused}
             security("release_refused", "delivery: refused: %s", done.fault, **about)

@@ -140,6 +140,14 @@ class MemorySettings:
 
 
 @dataclass(frozen=True, slots=True)
+class MetricsSettings:
+    """What this device tells a Prometheus of its owner's."""
+
+    textfile: Path | None = None  # for the node exporter's textfile collector; None: nothing is written
+    interval_s: float = 15.0  # between two writings; 1 .. 3600
+
+
+@dataclass(frozen=True, slots=True)
 class AgentSettings:
     """The whole file."""
 
@@ -150,6 +158,7 @@ class AgentSettings:
     delivery: DeliverySettings = field(default_factory=DeliverySettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
 
 
 def load(path: Path) -> AgentSettings:
@@ -178,7 +187,7 @@ def parse(found: Mapping[str, Any], folder: Path) -> AgentSettings:
     Raises:
         ConfigError: a key is unknown, or a value is not possible.
     """
-    _known("", found, ("tags", "tasks", "training", "link", "delivery", "telemetry", "memory"))
+    _known("", found, ("tags", "tasks", "training", "link", "delivery", "telemetry", "memory", "metrics"))
     tables = _table("tasks", found.get("tasks", {}))
     if len(tables) > MAX_TASKS:
         raise ConfigError(f"tasks: {len(tables)} are given, at most {MAX_TASKS} can be offered")
@@ -194,6 +203,7 @@ def parse(found: Mapping[str, Any], folder: Path) -> AgentSettings:
         _delivery(_table("delivery", found.get("delivery", {}))),
         _telemetry(_table("telemetry", found.get("telemetry", {}))),
         _memory(_table("memory", found.get("memory", {}))),
+        _metrics(_table("metrics", found.get("metrics", {})), folder),
     )
 
 
@@ -310,6 +320,21 @@ def _memory(table: Mapping[str, Any]) -> MemorySettings:
     )
     if table:
         made.keeping()  # whether they are possible
+    return made
+
+
+def _metrics(table: Mapping[str, Any], folder: Path) -> MetricsSettings:
+    usual = MetricsSettings()
+    _known("metrics", table, tuple(usual.__dataclass_fields__))
+    named = _text("metrics", table, "textfile", None)
+    if named is not None and not named.endswith(".prom"):
+        raise ConfigError(
+            f"metrics.textfile = {named!r}: must end with .prom, else the collector passes it over"
+        )
+    path = None if named is None else (folder / Path(named).expanduser()).absolute()
+    made = MetricsSettings(path, _seconds("metrics.interval_s", table, usual.interval_s))
+    if not 1 <= made.interval_s <= 3600:
+        raise ConfigError(f"metrics.interval_s = {made.interval_s}: must be 1 to 3600")
     return made
 
 

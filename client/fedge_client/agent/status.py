@@ -78,6 +78,11 @@ class Status:
         if self._pending is None:
             self._pending = asyncio.get_running_loop().call_later(_DELAY_S, self.write)
 
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """All that it says now."""
+        return self._shown
+
     def write(self) -> None:
         """Write now; a disk that refuses it does not stop the agent."""
         if self._pending is not None:

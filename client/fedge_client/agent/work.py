@@ -23,6 +23,7 @@ from fedge.wire.v1.records_pb2 import Result
 from fedge_client.agent.answering import LOAD_FAILED, failure
 from fedge_client.agent.child import TrainingChild
 from fedge_client.agent.connection import Closed, Link, said
+from fedge_client.agent.figures import COUNTED
 from fedge_client.agent.frames import Job
 from fedge_client.agent.objects import ObjectCache
 from fedge_client.agent.outbox import Outbox, is_message_id
@@ -121,6 +122,7 @@ class Workshop:
         if (reason := self._objection(work)) is not None:
             about = {"message_id": message_id, "run": work.run_id}
             log.warning("message %s refused: %s", message_id, reason, extra=about)
+            COUNTED.add("fedge_agent_messages_total", "refused")
             self._finish(message_id, failure(reason, LOAD_FAILED))
             return
         seconds = work.seconds_left if 0 <= work.seconds_left <= MAX_SECONDS else MAX_SECONDS  # NaN neither
@@ -180,16 +182,20 @@ class Workshop:
                 result = await self._answer(held.work)
         except TimeoutError:
             log.warning("message %s: no answer before its deadline", message_id)
+            COUNTED.add("fedge_agent_messages_total", "late")
             self._outbox.drop(message_id)
         except Closed:
             self._outbox.drop(message_id)
         except asyncio.CancelledError:
             log.info("message %s: cancelled", message_id)
+            COUNTED.add("fedge_agent_messages_total", "cancelled")
             self._outbox.drop(message_id)
             raise
         else:
             self._finish(message_id, _bounded(result, held.work.max_result_bytes))
-            how = f"failed: {result.failure.reason}" if result.HasField("failure") else "done"
+            failed = result.HasField("failure")
+            COUNTED.add("fedge_agent_messages_total", "failed" if failed else "done")
+            how = f"failed: {result.failure.reason}" if failed else "done"
             seconds, kind = time.monotonic() - started, held.work.message_type
             about = {"message_id": message_id, "run": held.work.run_id, "seconds": round(seconds, 3)}
             log.info("%s %s: %s in %.2f s", kind, message_id, how, seconds, extra=about)

@@ -66,6 +66,9 @@ plan = ""                       # of these: a TOML file (docs/rollout.md); empty
 [inference]
 enabled = true                  # devices that are not sure may ask the global model (docs/inference.md)
 
+[metrics]
+listen = ""                     # where Prometheus may ask, such as "127.0.0.1:9445" (docs/monitoring.md)
+
 [telemetry]
 keep_days = 90                  # counts that devices send of their answers (docs/telemetry.md)
 false_alarms = 0.01             # chance of a drift alarm in so many periods in which nothing changes

@@ -117,6 +117,16 @@ class Distribution(distribution_pb2_grpc.DistributionServicer):
         if changed:
             self._waiting.wake(changed)
 
+    @property
+    def load(self) -> tuple[int, int]:
+        """Devices that wait for news, and files under way."""
+        return len(self._waiting), self._streams.open
+
+    @property
+    def offered(self) -> dict[str, int]:
+        """The newest version on offer, by tier."""
+        return {tier: self._view.newest(tier) for tier in self._view.tiers}
+
     def recheck(self) -> None:
         """Some devices may have been revoked: their calls end."""
         self._waiting.end_of({device for device in self._waiting.devices() if self._gate.is_gone(device)})

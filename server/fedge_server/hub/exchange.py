@@ -21,7 +21,7 @@ from fedge.wire.v1 import link_pb2 as link
 from fedge.wire.v1 import records_pb2 as records
 from fedge_server.hub import answers
 from fedge_server.hub.fleet import Fleet
-from fedge_server.monitoring.metrics import EXPIRED, GIVEN_UP, LINK_BYTES, MESSAGES
+from fedge_server.monitoring.metrics import EXPIRED, GIVEN_UP, LINK_DOWN, LINK_UP, MESSAGES
 from fedge_server.registry.queue import Answer, CloseCount, Queue, Queued
 
 _log = logging.getLogger("fedge.hub")
@@ -133,6 +133,12 @@ class Exchange:
         """The open messages of a device, oldest first."""
         return list(self._of_node.get(node_id, ()))
 
+    @property
+    def load(self) -> tuple[int, int, int]:
+        """Messages that are open, those among them that were never sent, and answers yet to be committed."""
+        unsent = sum(flight.sent is None for flight in self._flights.values())
+        return len(self._flights), unsent, self._commits.qsize()
+
     def content_of(self, flight: Flight) -> records.Content:
         """What a message says; one object serves all messages with the same content."""
         return self._contents[flight.message.content]
@@ -175,8 +181,8 @@ class Exchange:
         traffic = self._traffic.setdefault(run_id, [0, 0])
         traffic[0] += down
         traffic[1] += up
-        LINK_BYTES.labels("down").inc(down)
-        LINK_BYTES.labels("up").inc(up)
+        LINK_DOWN.inc(down)
+        LINK_UP.inc(up)
 
     async def answer(self, answer: Answer) -> str:
         """Commit an answer, together with others that are waiting: 'accepted', 'again' or 'late'.

@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -39,6 +40,8 @@ from fedge_server.hub.supervisor import Argv, Supervisor, worker_argv
 from fedge_server.hub.systemd import tell_systemd
 from fedge_server.identity.authority import Authority
 from fedge_server.inference.models import Models
+from fedge_server.monitoring.monitor import Monitor
+from fedge_server.monitoring.state import Seen
 from fedge_server.registry.database import Registry
 from fedge_server.rollout.service import Rollouts
 from fedge_server.telemetry.keeping import prune_always
@@ -87,6 +90,7 @@ class Hub:
             argv=argv,
             first_backoff_s=first_backoff_s,
         )
+        self._monitor = Monitor(home, settings.metrics, registry, self._seen)
         self._servers: list[Any] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._bundle = self._authority.bundle
@@ -113,10 +117,13 @@ class Hub:
         for server in self._servers:
             await server.start()
         self.home.socket.chmod(0o600)
-        ports = json.dumps({"link": self.link_port, "enrolment": self.enrolment_port})
-        write_atomically(self.home.ports, ports.encode() + b"\n")
+        self._tasks = [self._monitor.start()]
+        ports = {"link": self.link_port, "enrolment": self.enrolment_port}
+        if self._monitor.port:
+            ports["metrics"] = self._monitor.port
+        write_atomically(self.home.ports, json.dumps(ports).encode() + b"\n")
         await self._supervisor.look()
-        self._tasks = [
+        self._tasks += [
             asyncio.create_task(self._keep_house()),
             asyncio.create_task(keep_repository(self.home)),
             asyncio.create_task(take_back_always(self.home, self._registry, self._shelf, distribution.look)),
@@ -162,6 +169,21 @@ class Hub:
         devices.carry(server, devices.enrolment(self._enrolment()))  # its answers name both ports
         return server
 
+    def _seen(self) -> Seen:
+        """What is so now, for the metrics."""
+        polls, streams = self._distribution.load if self._distribution is not None else (0, 0)
+        messages, unsent, commits = self.exchange.load
+        return Seen(
+            online=Counter(member.tier for member in self._fleet.members.values()),
+            open=messages,
+            unsent=unsent,
+            commits=commits,
+            polls=polls,
+            streams=streams,
+            workers=len(self._supervisor.workers()),
+            offered=self._distribution.offered if self._distribution is not None else {},
+        )
+
     async def wait(self) -> None:
         """Until `ask_to_stop`."""
         await self._stopped.wait()
@@ -180,6 +202,7 @@ class Hub:
             names = ", ".join(worker.run_id for worker in running)
             _log.info("stopping %d workers (%s); their runs go on at the next start", len(running), names)
         await self._supervisor.stop()
+        await asyncio.to_thread(self._monitor.stop)
         self._roster.end_all(FedgeError("the hub is stopping"))
         if self._distribution is not None:
             await self._distribution.end()

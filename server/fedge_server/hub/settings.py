@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import tomllib
 from dataclasses import field
 from pathlib import Path
@@ -113,6 +114,45 @@ class Inference:
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
+class Metrics:
+    """`[metrics]`: where Prometheus may ask, over plain HTTP; see docs/monitoring.md."""
+
+    listen: str = ""  # HOST:PORT; empty: nowhere
+    allow_remote: bool = False  # let it be an address that others can reach: nothing is asked of who asks
+
+    def __post_init__(self) -> None:
+        """Refuse what is no address, and one that others reach unless that was allowed."""
+        if self.place is None or self.allow_remote:
+            return
+        host = self.place[0]
+        if not ipaddress.ip_address(host).is_loopback:
+            raise ValueError(
+                f"metrics.listen = {self.listen!r}: others can reach it, and whoever asks is answered; "
+                "use 127.0.0.1, or allow it with metrics.allow_remote = true"
+            )
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """Address and port; None: nowhere.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if not self.listen:
+            return None
+        host, _, port = self.listen.rpartition(":")
+        try:
+            found = str(ipaddress.ip_address(host.strip("[]"))), int(port)
+        except ValueError:
+            found = "", -1
+        if not 0 <= found[1] <= 65535:
+            raise ValueError(
+                f"metrics.listen = {self.listen!r}: must be ADDRESS:PORT, as 127.0.0.1:9445 or [::1]:9445"
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
 class Rollouts:
     """`[rollouts]`: whether a release that was signed begins its rollouts by itself; see docs/rollout.md."""
 
@@ -161,6 +201,7 @@ class Settings:
     rollouts: Rollouts = field(default_factory=Rollouts)
     inference: Inference = field(default_factory=Inference)
     telemetry: Telemetry = field(default_factory=Telemetry)
+    metrics: Metrics = field(default_factory=Metrics)
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> Settings:
@@ -216,6 +257,7 @@ _SECTIONS: dict[str, Any] = {
     "rollouts": Rollouts,
     "inference": Inference,
     "telemetry": Telemetry,
+    "metrics": Metrics,
 }
 
 
@@ -227,6 +269,8 @@ def _one_line(error: ValidationError) -> str:
     if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         valid = list(_SECTIONS) if len(path) == 1 else list(_SECTIONS[path[0]].__dataclass_fields__)
         line = f"unknown key '{key}': {suggestion(path[-1], valid)}"
+    elif detail["type"] == "value_error":
+        line = str(detail["ctx"]["error"])
     elif detail["type"] == "dataclass_type":
         line = f"{key} = {detail['input']!r}: must be a table"
     elif detail["type"] == "string_pattern_mismatch":

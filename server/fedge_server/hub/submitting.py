@@ -188,16 +188,19 @@ class Submitting:
     async def _refuse(self, flight: Flight, peer: Peer, reason: str, context: Any) -> link.SubmitReply:
         """Record a bad answer as the device's failure, so that its round need not wait."""
         signals.answer_refused(peer.device_id, flight.message.run_id, flight.message.id, reason)
-        await self._commit(flight.message.id, answers.failure(answers.ANSWER_REFUSED, reason), "", context)
+        failure = answers.failure(answers.ANSWER_REFUSED, reason)
+        await self._commit(flight.message.id, failure, "", context, refused=True)
         return _reply("REFUSED", reason)
 
-    async def _commit(self, message_id: str, data: bytes, name: str, context: Any) -> link.SubmitReply:
+    async def _commit(
+        self, message_id: str, data: bytes, name: str, context: Any, *, refused: bool = False
+    ) -> link.SubmitReply:
         try:
             outcome = await self._exchange.answer(Answer(message_id, data, name))
         except FedgeError:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the answer cannot be kept now; try again")
             raise
-        ANSWERS.labels(outcome).inc()
+        ANSWERS.labels("refused" if refused else outcome).inc()
         return {"accepted": _ACCEPTED, "again": _AGAIN}.get(outcome, _TOO_LATE)
 
     async def _next(self, context: Any) -> link.SubmitPart | None:

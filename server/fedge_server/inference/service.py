@@ -21,6 +21,7 @@ from fedge.wire.v1 import inference_pb2 as pb
 from fedge.wire.v1 import inference_pb2_grpc
 from fedge_server.inference.limits import Limits
 from fedge_server.inference.models import Entry, Models
+from fedge_server.monitoring.metrics import INFERENCES
 
 T = TypeVar("T")
 _log = logging.getLogger("fedge.inference")
@@ -142,7 +143,9 @@ def _batch_of(sent: pb.InferExamples, spec: Spec, limits: Limits) -> Any:
 
 async def _answered(work: Awaitable[T], context: Any) -> T:
     try:
-        return await work
+        found = await work
+        INFERENCES.labels("answered").inc()
+        return found
     except _VersionError as error:
         await _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
     except FedgeError as error:
@@ -154,5 +157,6 @@ async def _answered(work: Awaitable[T], context: Any) -> T:
 
 
 async def _refuse(context: Any, code: grpc.StatusCode, details: str) -> NoReturn:
+    INFERENCES.labels(code.name.lower()).inc()
     await context.abort(code, details)
     raise AssertionError("abort raises")

@@ -13,12 +13,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily
 
+from fedge_server.rollout.reports import NUMBERS, VERDICTS
+from fedge_server.rounds.record import KINDS
+
+CERTIFICATE_REASONS: Final = (
+    *("none", "malformed", "authority", "purpose", "name", "expired", "not_yet_valid"),
+    *("unknown_device", "revoked"),
+)
+ENROLMENT_REASONS: Final = (
+    *("token_malformed", "token_unknown", "token_expired", "token_used", "clock", "unknown_device"),
+    *("revoked", "malformed", "rate", "internal"),
+)
+HUB_EVENTS: Final = (  # of fedge.logs.EVENTS; the others are a signer's or a device's
+    *("certificate_refused", "enrolment_refused", "foreign_request", "answer_refused", "report_refused"),
+    *("update_rejected", "update_stands_out", "verification_failed"),
+)
 MAX_RUNS: Final = 16  # runs that have series of their own at a time: those under way, the newest first
 _SECONDS: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 _SCORES: Final = (0.5, 1, 1.5, 2, 3, 4, 6, 10, 30, 100)  # robust deviations; 4 and more stands out
+
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, and no news
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +76,10 @@ RENEWALS: Final = _counter("fedge_renewals_total", "Certificates renewed")
 # --- releases
 DELIVERED_BYTES: Final = _counter("fedge_delivered_bytes_total", "Bytes of releases sent to devices")
 REPORTS: Final = _counter("fedge_device_reports_total", "New reports of devices on a version", "kind")
+
+# --- answers
+INFERENCES: Final = _counter("fedge_inference_requests_total", "Questions to global models", "outcome")
+WINDOWS: Final = _counter("fedge_telemetry_windows_total", "Windows that devices sent", "outcome")
 
 # --- runs, as their records in the registry say
 WORKER_RESTARTS: Final = _counter("fedge_worker_restarts_total", "Workers started again after their death")
@@ -111,6 +133,9 @@ VARIANTS: Final = Gauge(
     "fedge_draft_variants", "Variants to be signed: waiting, refused by a signer, published", ("status",)
 )
 ROLLOUTS: Final = Gauge("fedge_rollouts", "The newest rollout of each tier, by its state", ("tier", "status"))
+DRIFT_ALARM: Final = Gauge(
+    "fedge_drift_alarm", "1: an alarm stands under the tier's newest release with windows", ("tier",)
+)
 CERTIFICATE_ENDS: Final = Gauge(
     "fedge_certificate_expiry_timestamp_seconds", "When it ends: the first CA, the server's", ("certificate",)
 )
@@ -129,6 +154,20 @@ COUNTED: Final[tuple[Counter | Histogram, ...]] = tuple(
 LOOKED_UP: Final[tuple[Gauge, ...]] = tuple(
     value for value in list(globals().values()) if isinstance(value, Gauge)
 )
+LINK_DOWN, LINK_UP = LINK_BYTES.labels("down"), LINK_BYTES.labels("up")  # of each chunk: looked up once
+
+# Known from the start: what appears at its first count has no increase that Prometheus could see.
+for _metric, _values in (
+    (ANSWERS, ("accepted", "again", "late", "refused")),
+    (ROUNDS, ("counted", "too_few")),
+    (UPDATES_REJECTED, KINDS),
+    (EVENTS, HUB_EVENTS),
+    (CERTIFICATES_REFUSED, CERTIFICATE_REASONS),
+    (ENROLMENTS_REFUSED, ENROLMENT_REASONS),
+    (REPORTS, (*VERDICTS, *NUMBERS)),
+):
+    for _value in _values:
+        _metric.labels(_value)
 
 
 def counted() -> CollectorRegistry:

@@ -39,7 +39,6 @@ def foreign_request(device: str | None, what: str) -> None:
 
 def answer_refused(device: str, run: str, message: str, reason: str) -> None:
     """An answer was none that may be taken in."""
-    metrics.ANSWERS.labels("refused").inc()
     line = f"device {device}: answer to message {message} refused: {reason}"
     _signal("answer_refused", line, device=device, run=run, message_id=message, reason=reason)
 

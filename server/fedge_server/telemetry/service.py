@@ -15,6 +15,7 @@ from fedge.wire.v1 import telemetry_pb2 as pb
 from fedge.wire.v1 import telemetry_pb2_grpc
 from fedge_server.hub.lanes import Few
 from fedge_server.identity.admission import Peer
+from fedge_server.monitoring.metrics import WINDOWS
 from fedge_server.registry.devices import DeviceRow
 from fedge_server.telemetry.store import Outcome, Sender, Telemetry
 
@@ -55,6 +56,7 @@ class TelemetryService(telemetry_pb2_grpc.TelemetryServicer):
                 _log.error("telemetry cannot be kept: %s", error)
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "cannot be kept now; try again later")
         for outcome in found:
+            WINDOWS.labels(outcome.kind).inc()
             if outcome.kind == "refused":
                 _log.warning("device %s: %s", row.id[:8], outcome.reason)
         return pb.TelemetryReply(outcomes=[_said(outcome) for outcome in found])

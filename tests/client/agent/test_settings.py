@@ -40,6 +40,7 @@ def test_every_key_stands_in_the_table_with_its_default(tmp_path: Path) -> None:
         "delivery": settings.DeliverySettings(),
         "telemetry": settings.TelemetrySettings(),
         "memory": settings.MemorySettings(),
+        "metrics": settings.MetricsSettings(),
     }
     for name, table in tables.items():
         for key in table.__dataclass_fields__:
@@ -77,6 +78,8 @@ def test_without_a_file_nothing_is_offered(tmp_path: Path) -> None:
         ("[telemetry]\nperiod_s = 5", "telemetry: period_s = 5: must be 10 to 604800"),
         ("[telemetry]\nmost_epsilon = 5", "telemetry: most_epsilon needs epsilon"),
         ("[memory]\nsize = 30000", "memory: size = 30000: must be 1 to 20000"),
+        ("[metrics]\ntextfile = 'fedge.txt'", "metrics.textfile = 'fedge.txt': must end with .prom"),
+        ("[metrics]\ninterval_s = 0", "metrics.interval_s = 0.0: must be 1 to 3600"),
         ("[tasks.digits]\nmemory = 1", "tasks.digits.memory = 1: must be true or false"),
         ("tags = [", "is not TOML"),
         ("tasks = 1", "must be a table, [tasks]"),
