@@ -47,7 +47,7 @@ SERVER_OPTIONS: Final = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 _SEALING_KEY_BYTES: Final = 32
 _MAX_VERSION_LENGTH: Final = 64
 _THREADS: Final = 2
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("fedge.hub")
 
 
 Trust = Callable[[str], tuple[bytes, int]]

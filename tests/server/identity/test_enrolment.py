@@ -142,7 +142,7 @@ def test_successes_and_refusals_are_logged_without_the_secret(
     server: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     join = server.join()
-    with caplog.at_level("INFO", logger="fedge_server.hub.enrolment"):
+    with caplog.at_level("INFO", logger="fedge.hub"):
         made = renew(enrol(tmp_path / "device", join))
         with pytest.raises(UserError):
             enrol(tmp_path / "other", join)
