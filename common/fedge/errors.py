@@ -25,6 +25,7 @@ FedgeError                  the work failed                        exit code 1
     ├── SealError           what was sealed does not open here: another key, or changed
     ├── IdentityError       a certificate, token or pin does not say who it must
     │   └── RevokedError    it did, until its device was revoked
+    ├── UnlistedError       metadata says nothing of a tier
     ├── DowngradeError      older than what the device may run
     ├── ExpiredError        metadata past its date, by the clock of this device
     └── HealthError         a model that did not pass its trial on this device
@@ -153,6 +154,10 @@ class RevokedError(IdentityError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "revoked")
+
+
+class UnlistedError(TrustError):
+    """Metadata says nothing of a tier: as before its first release, or as if it had been left out."""
 
 
 class DowngradeError(TrustError):

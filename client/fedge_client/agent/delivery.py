@@ -143,7 +143,7 @@ class Keeper:
         self._changed(f"installs release {version}" if version else "follows the repository's metadata")
         done = await self._installed(version)
         outcome = "refused" if done.refused else "failed" if done.fault else "installed"
-        if done.fault or done.changed:
+        if version or done.changed or done.refused:  # what only followed metadata installed nothing
             COUNTED.add("fedge_agent_installs_total", outcome)
         if done.refused:
             about = {"version": version or None, "reason": done.refused}

@@ -26,6 +26,7 @@ from fedge.errors import (
     IdentityError,
     SignatureError,
     TrustError,
+    UnlistedError,
 )
 from fedge.golden import inputs_of
 from fedge.inference import CompactModel
@@ -59,7 +60,9 @@ def bring(device: Device, fetch: Fetcher, told: int) -> Done:
             refresh(device, fetch)
     except (FedgeError, OSError) as error:
         fault, passing = str(error), _is_passing(error)
-        refused = type(error).__name__ if isinstance(error, TrustError) else ""
+        # A tier that has no release yet stands nowhere: whoever has none and was told of none lacks nothing.
+        early = isinstance(error, UnlistedError) and not told and device.store.state().current is None
+        refused = type(error).__name__ if isinstance(error, TrustError) and not early else ""
         if told and not passing:
             reports.append(Report(told, "install_failed"))
     current = device.store.state().current

@@ -11,7 +11,7 @@ from typing import Final
 
 from fedge.artefact import unpack
 from fedge.delivery import MAX_MARK_BYTES, Kind, ReleaseNote, Sealing, TierMark, mark_path, target_path
-from fedge.errors import DigestError, DowngradeError, FormatError, TrustError
+from fedge.errors import DigestError, DowngradeError, FormatError, TrustError, UnlistedError
 from fedge.files import sha256
 from fedge.golden import MAX_BYTES as MAX_GOLDEN_BYTES
 from fedge.golden import Golden
@@ -40,12 +40,13 @@ def mark_of(trusted: Trusted, tier: str) -> TierMark:
     """What holds for a tier: its floor, which the device keeps, and its newest version.
 
     Raises:
-        TrustError: metadata says nothing of the tier, or something else than fedge writes.
+        UnlistedError: metadata says nothing of the tier.
+        TrustError: it says something else than fedge writes.
         FetchError: its metadata cannot be fetched now.
     """
     target = trusted.target(mark_path(tier))
     if target is None:
-        raise TrustError(f"tier {tier!r}: metadata says nothing of it; ask who publishes for its state")
+        raise UnlistedError(f"tier {tier!r}: metadata says nothing of it; ask who publishes for its state")
     mark = TierMark.from_json(target.custom)
     if mark.tier != tier or mark.floor > mark.newest or target.length > MAX_MARK_BYTES:
         raise FormatError(

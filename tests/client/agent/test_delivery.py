@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from fedge_client import cli
+from fedge_client.agent.installation import bring
 from fedge_client.agent.standing import Done
 from fedge_client.answers import Tally, count, tally
 from fedge_client.delivery import Report
 from fedge_client.device import Device
 from fedge_client.reports import MAX_WAITING, Reports
 from fedge_client.runtime import Runtime
+from fedge_client.updater import folder
 
 
 @pytest.fixture
@@ -253,6 +255,19 @@ def test_answers_are_counted_of_one_version_and_a_disk_in_the_way_costs_nothing_
     assert tally(tmp_path).mean == 0.75
     count(tmp_path, 2, [0.25])
     assert tally(tmp_path) == Tally(2, 1, 0.25)
+
+
+def test_a_tier_that_has_no_release_yet_is_no_matter_of_trust_until_the_device_has_one(
+    tmp_path: Path, publisher: Any
+) -> None:
+    publisher.write()
+    device, fetch = Device.create(tmp_path / "home", "micro", publisher.root), folder(publisher.folder)
+    done = bring(device, fetch, 0)
+    assert "metadata says nothing of it" in done.fault
+    assert done.refused == ""
+    assert bring(device, fetch, 1).refused == "UnlistedError"  # the server had told of one
+    publisher.offer(1, answer=1)
+    assert bring(device, fetch, 1).changed
 
 
 def test_what_an_installation_says_is_read_back_and_anything_else_refused() -> None:
