@@ -59,9 +59,19 @@ def launch(prepared: Prepared, processes: int, device: str, *, quiet: bool) -> N
 
 
 def _reason(failures: Mapping[int, ProcessFailure], processes: int) -> str:
-    """Whoever was killed, else whoever said why: the others only lost them."""
-    ranked = sorted(failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp, item[0]))
-    rank, failure = ranked[0]
+    """Whoever was killed, else whoever said why: the others only lost them, or the launcher ended them."""
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, int, int]:
+        rank, failure = item
+        code = failure.exitcode
+        return (
+            code >= 0,
+            code == -signal.SIGTERM,
+            failure.timestamp,
+            rank,
+        )  # SIGTERM is what the launcher sends
+
+    rank, failure = min(failures.items(), key=order)
     if failure.exitcode < 0:
         name = failure.signal_name()
         hint = " (out of memory?)" if name == "SIGKILL" else ""

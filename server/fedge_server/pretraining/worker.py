@@ -146,4 +146,9 @@ def _guarded() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_guarded())
+    code = _guarded()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is closed. Python's own end would meet torch's threads, one of which has aborted a process
+    # whose work was done: the launcher then ends the first one, which may be writing the summary.
+    os._exit(code)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fedge import tensors
 from fedge.config import Config
@@ -19,6 +20,7 @@ from fedge.learning import local
 from fedge.task import resolve
 from fedge_server.cli import main
 from fedge_server.data import data_of_run, own_data
+from fedge_server.pretraining.launching import _reason
 from fedge_server.pretraining.preparing import prepared
 from fedge_server.pretraining.worker import run
 from fedge_server.registry.database import Registry
@@ -193,6 +195,14 @@ def test_a_folder_of_something_else_is_left_alone(file, tmp_path, capsys, monkey
     with prepared(config, out, 1, overwrite=True) as made:
         assert [record.round for record in made.registry.records(made.run_id)] == [0]
         assert not (out / "summary.json").exists()
+
+
+def test_the_process_is_named_that_fell_and_not_the_one_that_was_ended_for_it(tmp_path):
+    fell = {0: -signal.SIGTERM, 1: -signal.SIGABRT}
+    failures = {rank: ProcessFailure(rank, 1, code, str(tmp_path / "absent")) for rank, code in fell.items()}
+    for failure in failures.values():
+        failure.timestamp = 0
+    assert _reason(failures, 2).startswith("pretrain: process 1 of 2 was ended by SIGABRT")
 
 
 def test_stopping_rules_are_those_of_rounds(file, tmp_path, alone):
