@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ import grpc
 
 from fedge.wire.v1 import distribution_pb2 as delivery_pb
 from fedge.wire.v1.distribution_pb2_grpc import DistributionServicer
+
+Lie = Callable[[bytes, int], AsyncIterator[bytes]]
+"""What is sent in place of a file, given its bytes and the offset that was asked for."""
 
 
 class StubDistribution(DistributionServicer):
@@ -28,6 +31,7 @@ class StubDistribution(DistributionServicer):
         self.refuse_polls: grpc.StatusCode | None = None
         self.refuse_notes = False
         self.break_after = 0  # bytes of a model's stream; 0: never
+        self.lies: dict[str, Lie] = {}  # by the end of a file's name, or "delta"
 
     async def Poll(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.polls.append(request)
@@ -51,6 +55,10 @@ class StubDistribution(DistributionServicer):
         if not path.is_file():
             await context.abort(grpc.StatusCode.NOT_FOUND, "there is none")
         data = path.read_bytes()
+        for lie in [self.lies[end] for end in self.lies if request.name.endswith(end)]:
+            async for part in self._told(lie, data, request.offset):
+                yield part
+            return
         for start in range(request.offset, len(data), 4096):
             if (
                 self.break_after
@@ -60,6 +68,18 @@ class StubDistribution(DistributionServicer):
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "broken off")
             self.sent += len(data[start : start + 4096])
             yield delivery_pb.FilePart(data=data[start : start + 4096])
+
+    async def FetchDelta(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        self.fetched.append((f"{request.base} to {request.version}", 0))
+        if "delta" not in self.lies:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "there is none")
+        async for part in self._told(self.lies["delta"], b"", 0):
+            yield part
+
+    async def _told(self, lie: Lie, data: bytes, offset: int) -> AsyncIterator[Any]:
+        async for part in lie(data, offset):
+            self.sent += len(part)
+            yield delivery_pb.FilePart(data=part)
 
     async def Note(self, request: Any, context: Any) -> Any:  # noqa: N802
         if self.refuse_notes:
