@@ -16,9 +16,8 @@ from typing import Any, Final
 
 from fedge.errors import FormatError
 from fedge.files import read_bounded, sole_holder
-from fedge_client.device import DELIVERY
+from fedge_client.device import ANSWERS, DELIVERY
 
-FILE: Final = "answers.json"
 _MAX_BYTES: Final = 4096
 
 
@@ -45,7 +44,7 @@ class Tally:
 def tally(home: Path) -> Tally:
     """What is counted of the version that answered last."""
     try:
-        value: Any = json.loads(read_bounded(home / DELIVERY / FILE, _MAX_BYTES))
+        value: Any = json.loads(read_bounded(home / DELIVERY / ANSWERS, _MAX_BYTES))
         return Tally(value["version"], value["answers"], float(value["confidence"]))
     except (FormatError, ValueError, TypeError, KeyError, RecursionError):
         return Tally()
@@ -56,7 +55,7 @@ def count(home: Path, version: int, confidences: Iterable[float]) -> None:
     new = [value for value in confidences if 0 <= value <= 1]
     if not new:
         return
-    path = home / DELIVERY / FILE
+    path = home / DELIVERY / ANSWERS
     with contextlib.suppress(OSError), sole_holder(path.with_name(".answers.lock"), patience_s=0.0):
         before = tally(home)
         if before.version != version:
@@ -66,6 +65,6 @@ def count(home: Path, version: int, confidences: Iterable[float]) -> None:
             "answers": before.answers + len(new),
             "confidence": before.confidence + math.fsum(new),
         }
-        written = path.with_name(f".{FILE}.new")
+        written = path.with_name(f".{ANSWERS}.new")
         written.write_text(json.dumps(made) + "\n", encoding="utf-8")  # not synced: a loss does not matter
         written.replace(path)

@@ -3,6 +3,7 @@
     delivery/tier.json   the tier: written last when a device is made
     delivery/root.json   root metadata as it was first given, which everything is trusted by
     delivery/metadata/   what has been verified since (`updater.trust`)
+    delivery/*.json      reports of releases, and answers counted, of the tier (`reports`, `answers`)
     installed/           what runs, what ran before (`updater.store`), and their telemetry references
 
 To find out what runs nothing is written, and the library of The Update Framework is not loaded.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 DELIVERY: Final = "delivery"  # folder of what is trusted
 INSTALLED: Final = "installed"  # folder of what runs
 TIER, ROOT, METADATA = "tier.json", "root.json", "metadata"
+REPORTS, ANSWERS = "reports.json", "answers.json"
 REFERENCES: Final = "references"  # in the folder of what runs, by digest
 SCHEMA: Final = 1
 _MAX_REFERENCES: Final = 4  # two slots, and what is being installed
@@ -66,8 +68,9 @@ class Device:
     def create(cls, home: Path, tier: str, root: bytes, *, floor: int = 0) -> Device:
         """Make a folder the home of a device, or move the device that lives there to another tier.
 
-        The root is given once: where there is one already it stays, and so does what is installed. The
-        floor counts with the tier: a server that gives it again later cannot raise it.
+        The root is given once: where there is one already it stays, and what is installed goes on answering
+        until a version of the new tier is there. The floor counts with the tier: a server that gives it again
+        later cannot raise it, and that of an earlier tier does not count in the new one.
 
         Args:
             home: the device's folder.
@@ -87,7 +90,9 @@ class Device:
             if not (exists(home) and known.exists()):
                 write_atomically(known, root)
             with made.store.locked():
-                made.store.commit(made.store.state().with_floor(floor))
+                made.store.commit(made.store.state().in_channel(tier).with_floor(floor))
+            for name in (REPORTS, ANSWERS):  # they speak of versions of the tier before
+                (home / DELIVERY / name).unlink(missing_ok=True)
             content = json.dumps({"schema": SCHEMA, "tier": tier}).encode() + b"\n"
             write_atomically(home / DELIVERY / TIER, content)
         except OSError as error:
@@ -194,7 +199,7 @@ class Device:
     def previous(self, state: State) -> Release | None:
         """The release committed before, if the device can return to it."""
         record = state.previous
-        if record is None or record.version < state.lowest:
+        if record is None or not state.may_run(record):
             return None
         try:
             return Release.from_bytes(self.store.read(record)[1])

@@ -15,9 +15,8 @@ from typing import Any, Final
 from fedge.errors import FormatError
 from fedge.files import read_bounded, sole_holder, write_atomically
 from fedge_client.delivery import Report
-from fedge_client.device import DELIVERY
+from fedge_client.device import DELIVERY, REPORTS
 
-FILE: Final = "reports.json"
 MAX_WAITING: Final = 64  # the oldest is forgotten first
 MAX_SAID: Final = 256
 SCHEMA: Final = 1
@@ -36,7 +35,7 @@ class Reports:
     """The reports of a device's home."""
 
     def __init__(self, home: Path) -> None:
-        self._path = home / DELIVERY / FILE
+        self._path = home / DELIVERY / REPORTS
 
     def waiting(self) -> list[Report]:
         """Those that the server does not have yet, oldest first."""

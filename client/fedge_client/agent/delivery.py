@@ -201,11 +201,11 @@ class Keeper:
 
     def _note_confidence(self, device: Device) -> None:
         """How sure the release is of its answers, once there are enough."""
-        counted, current = tally(self._home), device.store.state().current
-        enough = 0 < self._settings.answers <= counted.answers
-        if enough and current is not None and counted.version == current.version:
+        answers, runs = tally(self._home), device.store.state().counted
+        enough = 0 < self._settings.answers <= answers.answers
+        if enough and runs is not None and answers.version == runs.version:
             with contextlib.suppress(OSError):  # a full disk must not keep a device from asking
-                self._reports.add([Report(counted.version, "confidence", counted.mean)])
+                self._reports.add([Report(answers.version, "confidence", answers.mean)])
 
     async def _send(self, link: Link) -> None:
         waiting = self._reports.waiting()[:MAX_REPORTS]

@@ -65,13 +65,13 @@ def bring(device: Device, fetch: Fetcher, told: int) -> Done:
         refused = type(error).__name__ if isinstance(error, TrustError) and not early else ""
         if told and not passing:
             reports.append(Report(told, "install_failed"))
-    current = device.store.state().current
-    version = current.version if current else 0
+    counted = device.store.state().counted
+    version = counted.version if counted else 0
     kept = Reports(device.home)
     if version and not kept.has_said(version, "installed"):  # now, or before a kill that came too early
         reports += [Report(version, "installed"), *_health(device, version)]
-        current = device.store.state().current
-        version = current.version if current else 0
+        counted = device.store.state().counted
+        version = counted.version if counted else 0
     with contextlib.suppress(OSError):
         kept.add(reports)
     return Done(version, changed, fault, passing, refused)

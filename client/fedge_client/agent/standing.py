@@ -51,10 +51,10 @@ class Done:
 
 def standing(device: Device, *, told: int = 0, tags: Sequence[str] = ()) -> Standing:
     """What a device says when it asks which version is for it."""
-    current, known = device.store.state().current, device.metadata()
+    counted, known = device.store.state().counted, device.metadata()
     versions = {role: found.version for role, found in known.items()}
     return Standing(
-        has=current.version if current else 0,
+        has=counted.version if counted else 0,  # of an earlier tier: nothing of this one
         told=told,
         tags=tuple(tags),
         root=versions.get("root", 0),

@@ -39,6 +39,7 @@ from fedge_client.updater.store import (
     Slot,
     State,
     Store,
+    check_channel,
     digest_of,
     is_digest,
     refuse_quarantined,
@@ -66,6 +67,7 @@ class Artefact:
     length: int  # bytes on the network
     sha256: str  # of the bytes on the network
     floor: int = 0  # lowest version that the metadata lets run
+    channel: str = ""  # that versions are counted in; those of two channels are in no order
     installed_bytes: int | None = None  # after `Expand`; None: it is installed as it travels
     installed_sha256: str | None = None
     notes: bytes = b""  # verified, to be kept beside it: its manifest, so that it can be opened
@@ -82,6 +84,7 @@ class Artefact:
                 f"{self.name}: version {self.version} with floor {self.floor}; a version is 1 or more, "
                 "and not below its floor"
             )
+        check_channel(self.channel)
         lengths = (self.length, self.length if self.installed_bytes is None else self.installed_bytes)
         if not all(1 <= length <= MAX_INSTALLED_BYTES for length in lengths):
             raise FormatError(f"{self.name}: lengths {lengths} must be 1 to {MAX_INSTALLED_BYTES} bytes")
@@ -107,21 +110,21 @@ def decide(state: State, offered: Artefact, *, whole: bool, again: bool = False)
         HealthError: it failed its trial here before.
         TrustError: it has the version of what runs but other content.
     """
-    current = state.current
+    counted = state.counted
     if offered.version < state.lowest:
         raise DowngradeError(
             f"version {offered.version} is below this device's floor {state.lowest}; publish a newer one"
         )
-    if current is not None and offered.version < current.version:
+    if counted is not None and offered.version < counted.version:
         raise DowngradeError(
-            f"version {offered.version} is older than the installed {current.version}; "
+            f"version {offered.version} is older than the installed {counted.version}; "
             "to go back a fleet, publish the old content under a higher version"
         )
     refuse_quarantined(state, offered.content, offered.version)
-    if current is None:
+    if state.current is None:
         return True
-    if offered.version == current.version:
-        if offered.sha256 != current.digest:
+    if counted is not None and offered.version == counted.version:
+        if offered.sha256 != counted.digest:
             raise TrustError(
                 f"version {offered.version} is installed with other content; it must not be signed twice"
             )
@@ -190,7 +193,7 @@ class Installer:
         if (self._expand is None) != (offered.installed_bytes is None):
             raise FormatError(f"{offered.name}: travels in another form than this installer takes")
         with self.store.locked():
-            state = self.store.state().with_floor(offered.floor)
+            state = self.store.state().in_channel(offered.channel).with_floor(offered.floor)
             self.store.commit(state)  # signed, whatever becomes of the artefact
             whole = self.store.is_whole(state.current)
             if not decide(state, offered, whole=whole, again=again):
@@ -392,4 +395,13 @@ class Installer:
 
 def _record(slot: Slot, offered: Artefact, data: bytes) -> Record:
     notes = offered.notes
-    return Record(slot, offered.version, offered.sha256, sha256(data), len(data), sha256(notes), len(notes))
+    return Record(
+        slot,
+        offered.version,
+        offered.sha256,
+        sha256(data),
+        len(data),
+        sha256(notes),
+        len(notes),
+        offered.channel,
+    )

@@ -95,7 +95,7 @@ def offer(
         raise DigestError(f"{manifest.path}: speaks of another variant than {model.path}; publish it again")
     if entry.golden_sha256 != golden.sha256 or golden.length > MAX_GOLDEN_BYTES:
         raise DigestError(f"{manifest.path}: speaks of another trial than {golden.path}; publish it again")
-    artefact = _artefact(model, entry, data, release.version, mark.floor)
+    artefact = _artefact(model, entry, data, release.version, mark)
     return Offered(release, artefact, golden, _reference(trusted, tier, note, entry), sealing)
 
 
@@ -162,13 +162,14 @@ def _listed(trusted: Trusted, path: str, version: int) -> tuple[Target, ReleaseN
     return target, note
 
 
-def _artefact(model: Target, entry: VariantEntry, manifest: bytes, version: int, floor: int) -> Artefact:
+def _artefact(model: Target, entry: VariantEntry, manifest: bytes, version: int, mark: TierMark) -> Artefact:
     return Artefact(
         name=model.file,
         version=version,
         length=model.length,
         sha256=model.sha256,
-        floor=floor,
+        floor=mark.floor,
+        channel=mark.tier,
         installed_bytes=entry.installed_bytes,
         installed_sha256=entry.installed_sha256,
         notes=manifest,

@@ -31,6 +31,7 @@ Slot = Literal["a", "b"]
 SCHEMA: Final = 1
 ARTEFACT, NOTES = "artefact", "notes"
 MAX_NOTES_BYTES: Final = 8 * 1024**2
+MAX_CHANNEL_CHARS: Final = 64
 MAX_QUARANTINED: Final = 64  # the oldest is forgotten first
 MAX_TRIALS: Final = (
     5  # begun and never ended, of one artefact: the process or the device died of it each time
@@ -51,6 +52,7 @@ class Record:
     installed_bytes: int
     notes_sha256: str  # of what is kept beside it
     notes_bytes: int
+    channel: str = ""  # that its version counts in; empty: in whichever is followed
 
     def __post_init__(self) -> None:
         """Refuse nonsense on construction."""
@@ -59,6 +61,7 @@ class Record:
             raise FormatError(f"current: slot {self.slot!r} with version {self.version!r}; it is damaged")
         if not all(map(is_digest, (self.digest, self.installed_sha256, self.notes_sha256))):
             raise FormatError(f"current: version {self.version} has no usable digest; it is damaged")
+        check_channel(self.channel)
         lengths = (self.installed_bytes, self.notes_bytes)
         if not (0 <= lengths[0] <= MAX_INSTALLED_BYTES and 0 <= lengths[1] <= MAX_NOTES_BYTES):
             raise FormatError(f"current: version {self.version} has {lengths} bytes; it is damaged")
@@ -78,15 +81,17 @@ class State:
     quarantined: tuple[str, ...] = ()  # contents that failed their trial here, by digest, oldest first
     trial: str = ""  # content whose trial has begun and not ended; empty: none
     trials: int = 0  # how often it has begun
+    channel: str = ""  # that is followed, whose floor and numbers these are; empty: there is only one
 
     def __post_init__(self) -> None:
         """Refuse nonsense on construction."""
         numbers = (self.floor, self.announced, self.left, self.trials)
         if not all(type(number) is int and 0 <= number <= MAX_VERSION for number in numbers):
             raise FormatError(f"current: numbers {numbers} are out of range; it is damaged")
-        if self.current is not None and self.current.version < self.floor:
+        check_channel(self.channel)
+        if self.counted is not None and self.counted.version < self.floor:
             raise FormatError(
-                f"current: version {self.current.version} is below floor {self.floor}; it is damaged"
+                f"current: version {self.counted.version} is below floor {self.floor}; it is damaged"
             )
         if self.previous is not None and (self.current is None or self.previous.slot == self.current.slot):
             raise FormatError("current: two versions in one slot; it is damaged")
@@ -100,13 +105,31 @@ class State:
         return max(self.floor, self.announced)
 
     @property
+    def counted(self) -> Record | None:
+        """What runs, where its version can be compared with others: it is of the channel that is followed."""
+        return self.current if self.current is not None and self._counts(self.current) else None
+
+    def _counts(self, record: Record) -> bool:
+        return record.channel in ("", self.channel)
+
+    def may_run(self, record: Record) -> bool:
+        """Whether an installed version is not below the floor, which says nothing of other channels."""
+        return not self._counts(record) or record.version >= self.lowest
+
+    def in_channel(self, channel: str) -> State:
+        """Follow a channel: another one's floor, and what was left of it, do not count in this one."""
+        if channel == self.channel or not self.channel:
+            return replace(self, channel=channel)
+        return replace(self, channel=channel, floor=0, announced=0, left=0)
+
+    @property
     def free_slot(self) -> Slot:
         """The slot that does not run."""
         return "b" if self.current is not None and self.current.slot == "a" else "a"
 
     def with_floor(self, floor: int) -> State:
         """Raise the floor; where what runs is below it, with the next commit."""
-        if self.current is not None and floor > self.current.version:
+        if self.counted is not None and floor > self.counted.version:
             return replace(self, announced=max(self.announced, floor))
         return replace(self, floor=max(self.floor, floor))
 
@@ -136,12 +159,13 @@ class State:
         back, now = self.previous, self.current
         if back is None or now is None:
             raise UserError("there is no previous version to return to; install another one")
-        if back.version < self.lowest:
+        if not self.may_run(back):
             raise UserError(
                 f"the previous version {back.version} is below this device's floor {self.lowest}; "
                 "install a newer one"
             )
-        return back, replace(self, current=back, previous=None, left=now.version)
+        left = now.version if self._counts(now) else self.left
+        return back, replace(self, current=back, previous=None, left=left)
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -156,6 +180,7 @@ class State:
         """
         try:
             value: Any = json.loads(data.decode("utf-8"))
+            value.setdefault("channel", "")  # absent before there were any
             if value.pop("schema") != SCHEMA or value.keys() != {item.name for item in fields(cls)}:
                 raise FormatError("current: damaged, or written by another version of fedge")
             for name in ("current", "previous"):
@@ -238,7 +263,7 @@ class Store:
             except TrustError:
                 if self.state() != state:
                     continue
-                if state.previous is None or state.previous.version < state.lowest:
+                if state.previous is None or not state.may_run(state.previous):
                     raise
                 return Opened(state.previous, *self.read(state.previous), returned=True)
 
@@ -281,6 +306,16 @@ def refuse_quarantined(state: State, digest: str, version: int) -> None:
         raise HealthError(
             f"version {version}: failed its trial on this device before and is in quarantine; publish another"
         )
+
+
+def check_channel(channel: str) -> None:
+    """Refuse what is no channel's name.
+
+    Raises:
+        FormatError: it is too long, or no text.
+    """
+    if not isinstance(channel, str) or len(channel) > MAX_CHANNEL_CHARS:
+        raise FormatError(f"channel {str(channel)[:80]!r}: a name has {MAX_CHANNEL_CHARS} characters at most")
 
 
 def is_digest(value: object) -> bool:
