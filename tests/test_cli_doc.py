@@ -77,6 +77,7 @@ def arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {written(action): action for action in ours}
 
 
+@pytest.mark.slow
 def test_every_subcommand_has_a_section_and_no_other(parsers: dict[str, argparse.ArgumentParser]) -> None:
     assert set(sections(DOCUMENT)) == set(parsers)
 

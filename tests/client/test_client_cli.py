@@ -58,6 +58,7 @@ def test_a_device_is_made_by_its_first_installation_and_answers(
     assert Outgoing(home / "telemetry").opened().sketch.count == 4  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_inputs_are_counted_by_the_reference_that_came_with_the_release(
     home: Path, publisher: Any, root: str, picture: str, tools: Any
 ) -> None:

@@ -75,6 +75,7 @@ def coded(reply: Message) -> bytes:
     return bytes(reply.content[ARRAYS][CODED].numpy())
 
 
+@pytest.mark.slow
 def test_all_values_in_a_codec_are_the_plain_update(device: Device) -> None:
     codec = Codec.of(["topk:1"])
     plain = from_record(device.ask(None, 1).content[ARRAYS])

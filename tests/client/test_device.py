@@ -381,6 +381,7 @@ def test_a_release_of_the_other_slot_put_into_this_one_is_noticed(home: Path, pu
         Runtime.open(home)
 
 
+@pytest.mark.slow
 def test_an_installed_release_is_opened_with_no_write_and_without_the_tuf_library(
     home: Path, publisher: Any
 ) -> None:

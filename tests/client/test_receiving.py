@@ -108,6 +108,7 @@ def test_evaluation_brings_the_whole_and_changes_nothing(federation: Federation)
     assert same(federation.held(), federation.first)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**9), st.integers(0, 7))
 def test_a_change_that_was_damaged_is_refused_or_right(at: int, bit: int) -> None:
     federation = Federation()

@@ -175,6 +175,7 @@ def test_an_archive_of_several_arrays_must_name_the_input(tmp_path: Path) -> Non
         read_input(tmp_path / "x.npz", GREY)
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_flipped_bits_in_an_archive_give_an_array_or_our_error(
     tmp_path_factory: Any, data: st.DataObject
@@ -254,6 +255,7 @@ def test_a_grey_image_of_the_right_size_keeps_its_pixels(tmp_path: Path, suffix:
     np.testing.assert_array_equal(read_input(tmp_path / f"x{suffix}", GREY), pixels[None])
 
 
+@pytest.mark.slow
 def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
     Image.new("1", (14_000, 14_000)).save(tmp_path / "x.png")  # 196 million pixels in 24 kB
     with pytest.raises(DataError, match="cannot be read as an image"):
@@ -263,6 +265,7 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
         read_input(tmp_path / "y.png", GREY)
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_damaged_images_give_pixels_or_our_error(tmp_path_factory: Any, data: st.DataObject) -> None:
     buffer = io.BytesIO()
@@ -376,6 +379,7 @@ print(sorted(heavy & set(sys.modules)))
 """
 
 
+@pytest.mark.slow
 def test_installing_and_answering_import_nothing_of_the_training_side(tmp_path: Path, publisher: Any) -> None:
     publisher.offer(1, answer=1)
     home = Device.create(tmp_path / "home", "micro", publisher.root).home

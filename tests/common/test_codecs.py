@@ -287,6 +287,7 @@ def packed(body: bytes, codec: Codec) -> bytes:
     return b"FU" + bytes([1, len(text)]) + text + zlib.compress(body)
 
 
+@pytest.mark.slow
 @settings(max_examples=5 * settings().max_examples)
 @given(st.sampled_from(CHAINS), st.integers(0, 10**9), st.integers(0, 7))
 def test_a_flipped_bit_is_refused_or_changes_nothing(chain: tuple[str, ...], at: int, bit: int) -> None:

@@ -145,6 +145,7 @@ def test_one_wrong_option_of_a_strategy_counts_once_though_it_fits_none_of_four_
     assert wrong({"strategy": {"mu": [1]}}).endswith("true or false")
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(
         st.sampled_from(["task", "data", "seed", "rounds", "train", "strategy", "tiers", "compress", "new"]),

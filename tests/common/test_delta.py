@@ -52,6 +52,7 @@ NEXT = graph(
 )
 
 
+@pytest.mark.slow
 def test_a_round_later_the_delta_is_a_tenth_of_the_whole() -> None:
     made = delta.make(BASE, NEXT)
     assert delta.apply(BASE, made, len(NEXT)) == NEXT
@@ -87,6 +88,7 @@ def tensors() -> st.SearchStrategy[np.ndarray]:
     )
 
 
+@pytest.mark.slow
 @given(st.lists(tensors(), max_size=4), st.lists(tensors(), max_size=4))
 def test_any_two_graphs_and_any_bits_in_their_tensors(old: list[np.ndarray], new: list[np.ndarray]) -> None:
     base, after = graph(*old), graph(*new, name="h")
@@ -101,6 +103,7 @@ def test_any_two_files(base: bytes, after: bytes) -> None:
 MADE = delta.make(BASE, NEXT)
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_a_damaged_delta_is_refused_or_gives_so_many_bytes(data: st.DataObject) -> None:
     damaged = bytearray(MADE)

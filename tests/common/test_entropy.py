@@ -65,6 +65,7 @@ def test_one_symbol_of_a_half_moves_the_state_as_worked_by_hand() -> None:
     assert encode([(np.array([1], np.uint8), 2)]) == b"\x02\x00\x00\x20"
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_cut_or_longer_is_refused() -> None:
     part = (np.arange(200, dtype=np.uint8), 200)
     stream = encode([part])

@@ -47,6 +47,7 @@ def upward(source: str, package: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", FOLDERS)
 def test_a_package_imports_only_what_lies_below_it(package: str) -> None:
     files = sorted((ROOT / FOLDERS[package] / package).rglob("*.py"))

@@ -215,6 +215,7 @@ def test_a_pull_towards_other_weights_and_a_shift_are_added_to_each_step_as_work
     assert weights(model) == pytest.approx(w, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_a_strong_proximal_term_keeps_the_weights_near() -> None:
     x, y = data(60)
     moved = []

@@ -61,6 +61,7 @@ RELEASES = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(RELEASES)
 def test_a_release_read_back_is_the_one_written(release: Release) -> None:

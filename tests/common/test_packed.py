@@ -65,6 +65,7 @@ def test_any_tensors_come_back(data) -> None:
     assert packed.unpack(packed.pack(installed), len(installed)) == installed
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(st.permutations(["plain", "ternary", "bytes", "short", "whole numbers"]), st.integers(0, 2**32 - 1))
 def test_tensors_of_all_kinds_come_back_in_any_order(order, seed) -> None:
@@ -108,6 +109,7 @@ def test_weights_take_the_bits_of_their_codes(levels, bits) -> None:
     assert len(packed.pack(installed)) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 def test_transposed_weights_take_no_more() -> None:
     values = on_grid((40, 500), 1, 0)
     assert abs(len(packed.pack(model(values))) - len(packed.pack(model(np.ascontiguousarray(values.T))))) < 60

@@ -56,6 +56,7 @@ def object_file(folder: Path, size: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(names, tensors, max_size=3),
     st.dictionaries(names, metrics, max_size=3),

@@ -104,6 +104,7 @@ def test_keys_that_agree_on_nothing_are_refused(key: bytes) -> None:
         masks.pairwise_key(A, key, HERE)
 
 
+@pytest.mark.slow
 @given(st.integers(3, 400), st.floats(0, 0.3), st.floats(0, 0.45))
 def test_graphs_are_regular_and_their_threshold_is_above_half(
     clients: int, corrupt: float, lost: float
@@ -120,6 +121,7 @@ def test_large_rounds_have_few_neighbours_each() -> None:
     assert dense == [9, 44, 102, 128]  # logarithmic, as the paper has it
 
 
+@pytest.mark.slow
 @given(st.integers(3, 1000), st.data())
 def test_the_mean_of_encoded_changes_is_within_the_stated_error(clients: int, data: st.DataObject) -> None:
     draw = np.random.default_rng(data.draw(st.integers(0, 2**32)))

@@ -77,6 +77,7 @@ def test_each_wrong_field_of_signals_and_text_is_named(spec: Spec, change: dict[
         Spec.from_json({**spec.to_json(), **change})
 
 
+@pytest.mark.slow
 @given(
     st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x))
 )

@@ -89,6 +89,7 @@ def test_a_malformed_name_is_one_line(name: str) -> None:
     assert refused(name).startswith(f"task = {name!r}: cannot be loaded (")
 
 
+@pytest.mark.slow
 def test_a_task_can_be_described_without_torch() -> None:
     code = (
         "import sys; from fedge import Task, Dataset, Config; "

@@ -175,6 +175,7 @@ def test_garbage_is_refused(data: bytes) -> None:
         tensors.parse(data)
 
 
+@pytest.mark.slow
 @given(st.dictionaries(NAMES, ARRAYS, max_size=4), TEXTS)
 def test_a_file_is_loaded_as_its_bytes_are_parsed(
     tmp_path_factory: pytest.TempPathFactory, arrays: dict[str, Any], metadata: dict[str, str]

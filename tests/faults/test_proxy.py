@@ -95,6 +95,7 @@ def test_a_delay_comes_on_top_of_each_direction(proxy: FaultProxy) -> None:
     assert time.perf_counter() - started >= 0.2
 
 
+@pytest.mark.slow
 def test_a_rate_holds_for_a_connection(proxy: FaultProxy) -> None:
     proxy.faults = Faults(bytes_per_s=200_000)
     with connect(proxy) as connection:
@@ -122,6 +123,7 @@ def test_a_connection_that_has_carried_its_bytes_holds_until_it_is_reset(proxy: 
     assert proxy.carried == 10_000
 
 
+@pytest.mark.slow
 def test_a_black_hole_takes_everything_and_answers_nothing(proxy: FaultProxy) -> None:
     with connect(proxy) as connection:
         assert exchange(connection, b"before") == b"before"
@@ -132,6 +134,7 @@ def test_a_black_hole_takes_everything_and_answers_nothing(proxy: FaultProxy) ->
             connection.recv(100)
 
 
+@pytest.mark.slow
 def test_a_stalled_connection_goes_on_where_it_stopped(proxy: FaultProxy) -> None:
     with connect(proxy) as connection:
         assert exchange(connection, b"before") == b"before"

@@ -97,6 +97,7 @@ def listed(home: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
+@pytest.mark.slow
 def test_a_home_comes_back_with_what_it_needs_to_go_on(
     tmp_path: Path, home: Path, database_url: str | None, other_url: str | None
 ) -> None:

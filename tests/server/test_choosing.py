@@ -100,6 +100,7 @@ def test_a_population_of_a_million_millions_is_not_listed(by):
     assert [counter.total() for counter in found] == [100] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["size", "round_robin"])
 def test_those_offline_are_not_asked_and_time_goes_on_until_somebody_is_there(by):
     grid = Awake(lambda node: node % 2 == 0, since=1500.0)

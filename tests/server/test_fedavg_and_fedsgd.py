@@ -90,6 +90,7 @@ def test_metrics_are_averaged_as_flower_does_to_the_bit():
     assert "num-examples" not in ours
 
 
+@pytest.mark.slow
 def test_fedsgd_steps_along_the_mean_gradient():
     # mean gradient: (1 * 4 + 3 * 8) / 4 = 7; w = 10 - 0.5 * 7
     replies = [reply(1, {"w": [4]}, 1), reply(2, {"w": [8]}, 3)]

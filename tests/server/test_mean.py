@@ -43,6 +43,7 @@ def bound(values, weights, unit):
     return Fraction(g) * absolute + k * Fraction(2) ** -149
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(NORMAL, WEIGHTS), min_size=1, max_size=40), st.randoms())
 @example([(1e6, 1), (-1e6, 1), (1e-3, 10**9)], None)
 def test_in_any_order_the_mean_is_within_the_stated_bound_of_the_exact_one(pairs, draw):
@@ -79,6 +80,7 @@ def test_values_beyond_float16_do_not_overflow_on_their_way():
     assert mean_of(np.full((3, 1), 60_000, np.float16), [1000, 1000, 1000]).tolist() == [60_000.0]
 
 
+@pytest.mark.slow
 def test_updates_are_only_read_and_come_in_any_form(tmp_path):
     rng = np.random.default_rng(2)
     value = rng.normal(size=(3, PIECE_BYTES // 4)).astype(np.float32)  # three pieces of a file

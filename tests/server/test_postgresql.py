@@ -18,6 +18,7 @@ def database_url(postgresql_url: str) -> str:
     return postgresql_url
 
 
+@pytest.mark.slow
 def test_a_registry_goes_on_when_its_connections_were_cut(registry: Registry) -> None:
     """As when the database server has been restarted."""
     registry.queue_run("r", task="digits", seed=0, config={})
@@ -31,6 +32,7 @@ def test_a_registry_goes_on_when_its_connections_were_cut(registry: Registry) ->
     assert registry.queue.attach("r")
 
 
+@pytest.mark.slow
 def test_a_connection_that_is_cut_within_a_transaction_is_our_error_and_changes_nothing(
     registry: Registry,
 ) -> None:
@@ -47,6 +49,7 @@ def test_a_connection_that_is_cut_within_a_transaction_is_our_error_and_changes_
     assert registry.runs()[0]["status"] == "queued"
 
 
+@pytest.mark.slow
 def test_a_reader_does_not_wait_for_a_writer_and_the_next_writer_does(registry: Registry) -> None:
     registry.queue_run("r", task="digits", seed=0, config={})
     done = threading.Event()
@@ -68,6 +71,7 @@ def test_a_reader_does_not_wait_for_a_writer_and_the_next_writer_does(registry: 
     assert [run["restarts"] for run in registry.runs()] == [6]
 
 
+@pytest.mark.slow
 def test_tables_of_others_in_the_same_database_are_left_alone(tmp_path: Path, database_url: str) -> None:
     other = sa.create_engine(database_url, poolclass=sa.NullPool)
     with other.begin() as connection:
@@ -78,6 +82,7 @@ def test_tables_of_others_in_the_same_database_are_left_alone(tmp_path: Path, da
         assert sa.inspect(connection).has_table("theirs")
 
 
+@pytest.mark.slow
 def test_a_user_who_may_not_make_tables_is_told_so_in_one_line(tmp_path: Path, postgresql_url: str) -> None:
     admin = sa.create_engine(postgresql_url, poolclass=sa.NullPool)
     with admin.begin() as connection:
@@ -92,6 +97,7 @@ def test_a_user_who_may_not_make_tables_is_told_so_in_one_line(tmp_path: Path, p
             connection.execute(sa.text("DROP ROLE guest"))
 
 
+@pytest.mark.slow
 def test_a_writer_that_hangs_holds_others_for_a_bounded_time(tmp_path: Path, postgresql_url: str) -> None:
     url = sa.make_url(postgresql_url).update_query_dict({"options": "-c lock_timeout=200ms"}, append=False)
     with Registry.open(tmp_path, url.render_as_string(hide_password=False)) as impatient:
@@ -103,6 +109,7 @@ def test_a_writer_that_hangs_holds_others_for_a_bounded_time(tmp_path: Path, pos
         impatient.queue_run("r", task="digits", seed=0, config={})
 
 
+@pytest.mark.slow
 def test_patience_is_set_unless_the_url_says_otherwise(registry: Registry) -> None:
     with reading(registry.engine) as connection:
         assert connection.scalar(sa.text("SHOW lock_timeout")) == "30s"

@@ -51,6 +51,7 @@ def push(queue: Queue, session: str, *names: str, run_id: str = "r") -> list[Que
     return messages
 
 
+@pytest.mark.slow
 def test_a_message_goes_out_and_its_answer_is_kept(queue: Queue, session: str) -> None:
     sent = push(queue, session, "a", "b")
     assert queue.open_messages() == sent

@@ -210,6 +210,7 @@ def test_clients_that_are_batched_give_what_each_gives_alone(name, small, learn,
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_scaffold_with_a_quorum_keeps_the_mean_of_all_control_variates(small, learn, tmp_path):
     """Those that are cut off have done nothing, and those that are lost are told: c stays the mean of c_i."""
     config = small(

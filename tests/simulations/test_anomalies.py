@@ -38,6 +38,7 @@ def test_updates_are_scored_where_single_ones_are_seen_or_where_it_is_asked_for(
     assert records[-1].metrics["accuracy"] == pytest.approx(plain[-1].metrics["accuracy"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_scores(small, learn, tmp_path):
     config = small(strategy={"name": "geometricmedian"}, **HOSTILE)
     whole = learn(config, tmp_path / "whole")

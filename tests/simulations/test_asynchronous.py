@@ -98,6 +98,7 @@ def test_nobody_waits_for_the_slow_and_the_same_seed_gives_the_same(engine, smal
     assert first.records[-1].metrics["accuracy"] > 0.6
 
 
+@pytest.mark.slow
 def test_each_answer_is_a_step_of_fedasync(small, learn, tmp_path):
     config = small(strategy={"name": "fedasync", "proximal_mu": 0.01}, rounds={"count": 25}, scenario=UNEVEN)
     records = learn(config, tmp_path).records
@@ -133,6 +134,7 @@ def test_where_everybody_is_silent_the_round_does_not_wait_for_ever(small, learn
     assert record.simulated_s >= 0
 
 
+@pytest.mark.slow
 def test_an_update_that_is_too_old_is_rejected_with_its_age(small, learn, tmp_path):
     config = small(
         strategy={"name": "fedbuff", "buffer": 1, "max_staleness": 1}, rounds={"count": 15}, scenario=UNEVEN
@@ -156,6 +158,7 @@ def test_a_client_that_sends_nan_is_rejected_and_the_round_goes_on(small, learn,
     assert all(np.isfinite(value).all() for value in arrays_of(learned.model.network).values())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_taken_up_again_begins_with_nobody_at_work_and_repeats_itself(small, learn, tmp_path):
     config = small(strategy={"name": "fedbuff", "buffer": 2}, rounds={"count": 5}, scenario=UNEVEN)
     found = []
@@ -195,12 +198,14 @@ def broken(honest):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedbuff", "fedasync"])
 def test_where_every_client_fails_the_run_ends_with_the_reason(name, small, learn, tmp_path):
     with pytest.raises(RoundError, match=r"rounds in a row did not count; .*no disk"):
         learn(small(strategy={"name": name}, scenario=UNEVEN), tmp_path, around=broken)
 
 
+@pytest.mark.slow
 def test_a_round_closes_with_what_came_where_nearly_all_is_rejected(small, learn, tmp_path):
     def around(honest):
         return lambda message, context: (honest if context.node_id == 1 else broken(honest))(message, context)

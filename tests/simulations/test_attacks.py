@@ -103,6 +103,7 @@ def test_of_eight_examples_some_unit_shows_one_alone(attacked: Attacked) -> None
     assert correlation(attacked.best_unit(gradients, 0), data.x[attacked.positions[0]]) > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "protect",
     [

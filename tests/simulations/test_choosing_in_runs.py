@@ -14,6 +14,7 @@ from fedge.learning.state import arrays_of, digest
 from fedge_server import strategies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["size", "round_robin"])
 def test_an_interrupted_run_chooses_the_same(sampling, small, learn, tmp_path):
     config = small(
@@ -28,6 +29,7 @@ def test_an_interrupted_run_chooses_the_same(sampling, small, learn, tmp_path):
     assert [_told(r) for r in resumed.records] == [_told(r) for r in whole.records]
 
 
+@pytest.mark.slow
 def test_the_global_model_is_the_plain_mean_of_what_was_drawn_by_size(small, learn, tmp_path):
     sent = {}
 

@@ -119,6 +119,7 @@ def test_ranges_are_those_of_what_clients_train_on_but_for_the_outermost(field, 
     assert (same == probabilities_of(field.model, field.own(0)).argmax(1)).mean() > 0.98
 
 
+@pytest.mark.slow
 def test_evidence_counts_what_the_same_examples_in_one_place_would(field, variant):
     found = field.clients.evidence(pack(variant), len(variant))
     pooled = [field.part(client, "gate") for client in range(5)]
@@ -177,6 +178,7 @@ def test_a_client_with_more_examples_than_count_looks_at_those_that_stand_first(
     assert last <= places(np.array(rest), 0).min()
 
 
+@pytest.mark.slow
 def test_students_learn_and_the_same_rounds_are_not_asked_twice(field):
     name = next(iter(field.world.task.students))
     student = field.world.task.students[name](field.world.dataset.spec)
@@ -190,6 +192,7 @@ def test_students_learn_and_the_same_rounds_are_not_asked_twice(field):
     assert "round 2/2: 5 clients" in field.said[heard - 1]
 
 
+@pytest.mark.slow
 def test_fewer_epochs_are_fewer_rounds_and_none_begins_after_the_deadline(tmp_path):
     field = Field(tmp_path, rounds=4)
     name, settings = next(iter(field.world.task.students)), field.config.compress.distil
@@ -232,6 +235,7 @@ TENS = np.full(10, 100, np.int64)
 NONE = np.zeros(10, np.int64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tamper", "why"),
     [
@@ -313,6 +317,7 @@ def test_clients_with_few_examples_tell_nothing(tmp_path, variant):
         field.clients.calibrate(field.graph)
 
 
+@pytest.mark.slow
 def test_a_device_has_a_floor_of_its_own(tmp_path, variant):
     field = Field(tmp_path, min_examples=1, count=300)  # of about five examples each keeps back one or two
     with pytest.raises(CompressionError, match="fewer than the 4 of which to tell"):

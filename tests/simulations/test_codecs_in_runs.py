@@ -50,6 +50,7 @@ def test_a_run_with_a_codec_resumes_bit_for_bit(strategy, chain, small, learn, t
     assert digest(arrays_of(resumed.model.network)) == digest(arrays_of(whole.model.network))
 
 
+@pytest.mark.slow
 def test_clients_are_still_trained_together_and_give_what_each_gives_alone(small, learn, tmp_path):
     made = {
         engine: learn(

@@ -97,6 +97,7 @@ def test_a_ring_sends_one_update_made_of_its_own_honest_ones(attack, small, lear
                 np.testing.assert_array_equal(got[node][name], own[0][name])
 
 
+@pytest.mark.slow
 def test_a_ring_counts_those_whose_answers_come_too_late(small, learn, tmp_path, monkeypatch):
     seen = []
     plain = scenario.agreed

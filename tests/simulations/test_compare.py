@@ -53,6 +53,7 @@ def test_the_interval_is_students_t() -> None:
     assert estimate([5.0]).half_width is None
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_the_seed_alone_are_one_group(tmp_path: Path) -> None:
     found = compare([two_rates(tmp_path)])
     assert [(group.label, len(group.runs)) for group in found.groups] == [
@@ -65,6 +66,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(tmp_path: Path) -> Non
     assert [point.mean for point in found.groups[0].curve] == pytest.approx([0.3, 0.5, 0.7])
 
 
+@pytest.mark.slow
 def test_equal_seeds_are_compared_pair_by_pair(tmp_path: Path) -> None:
     (difference,) = compare([two_rates(tmp_path)]).differences
     assert difference.seeds == (0, 1, 2)
@@ -137,6 +139,7 @@ def test_what_cannot_be_compared_is_one_clear_line(
     assert not Path("nowhere").exists()
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_or_json_and_writes_a_page_that_needs_no_network(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

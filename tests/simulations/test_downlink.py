@@ -60,6 +60,7 @@ def test_all_clients_of_a_round_hold_the_servers_own_state_and_get_it_in_fewer_b
     assert all(record.bytes_down < 5 * WHOLE / 2.5 for record in learned.records[1:])
 
 
+@pytest.mark.slow
 def test_who_took_no_part_in_the_last_round_is_sent_the_whole(small, learn, tmp_path):
     seen = []
     config = small(rounds={"count": 6, "fraction": 0.6}, communication=BOTH)
@@ -87,6 +88,7 @@ def test_a_run_resumes_bit_for_bit_with_the_same_bytes(strategy, small, learn, t
     assert digest(arrays_of(resumed.model.network)) == digest(arrays_of(whole.model.network))
 
 
+@pytest.mark.slow
 def test_a_client_that_has_lost_its_state_misses_one_round_and_is_sent_the_whole_then(small, learn, tmp_path):
     def forgetful(app):
         def call(message, context):
@@ -182,6 +184,7 @@ def test_changes_down_need_a_codec_up_and_a_strategy_that_starts_from_what_was_s
         learn(small(strategy={"name": "fedavgm"}, communication=BOTH), tmp_path)
 
 
+@pytest.mark.slow
 def test_after_a_round_that_asked_nobody_all_are_sent_the_whole(small, learn, tmp_path):
     rounds = {"count": 8, "fraction": 0.25, "sampling": "poisson"}
     records = learn(small(rounds=rounds, communication=BOTH, seed=3), tmp_path).records

@@ -237,6 +237,7 @@ def test_layers_that_step_inside_the_backward_pass_give_the_devices_steps() -> N
     assert found(FUSED, job("mlp", loss="focal")) == ""
 
 
+@pytest.mark.slow
 def test_a_layer_that_cannot_step_by_itself_is_batched_without() -> None:
     with pytest.raises(NotImplementedError, match="used twice"):
         found(FUSED, job("twice"))

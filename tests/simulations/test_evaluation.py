@@ -33,6 +33,7 @@ def simulated(**sections):
     return run(Config.from_mapping({**BASE, **ROUNDS, **sections}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["vector", "sequential"])
 def test_nobody_trains_on_what_it_keeps_back(engine):
     """The same run on data whose kept-back inputs are spoilt learns the same to the bit."""
@@ -55,6 +56,7 @@ def test_nobody_trains_on_what_it_keeps_back(engine):
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_engines_agree_on_what_is_kept_back():
     found = [
         simulated(
@@ -67,6 +69,7 @@ def test_engines_agree_on_what_is_kept_back():
     assert found[0]["accuracy_min"] <= found[0]["accuracy_worst_decile"] <= found[0]["accuracy_mean"]
 
 
+@pytest.mark.slow
 def test_the_summary_says_how_sure_and_how_fair(tmp_path):
     result = run(
         Config.from_mapping({**BASE, **ROUNDS, "evaluate": {"federated": True, "client_holdout": 0.25}}),
@@ -124,6 +127,7 @@ def test_the_corrected_interval_by_hand():
     assert found["high"] - 0.85 == pytest.approx(12.7062 * np.sqrt(0.005 * 1.5), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_whole_clients_are_left_out_where_they_are_natural(two_wards):
     config = Config.from_mapping(
         {"task": "tables", "data": two_wards, "clients": {"partition": "natural"}, "evaluate": {"folds": 2},

@@ -87,6 +87,7 @@ def test_the_digest_of_updates_is_of_what_the_clients_sent(name, small, learn, t
     assert learn(other, tmp_path / "other").records[0].updates != digests[0]
 
 
+@pytest.mark.slow
 def test_a_deadline_means_the_same_after_a_resume(small, learn, tmp_path):
     settings = {"rounds": {"count": 5, "deadline_s": 0.28}, "scenario": {"speed_sigma": 0.5}}
     whole = learn(small(**settings), tmp_path / "whole")
@@ -106,6 +107,7 @@ def test_one_client_with_an_absurd_but_well_formed_update_does_not_end_the_run(s
     assert [record.round for record in learned.records] == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedavgm", "fedadagrad", "fedadam", "fedyogi"])
 def test_a_server_steps_parameters_and_takes_the_mean_of_running_statistics(name, small, learn, tmp_path):
     """Momentum carries a running variance below 0, and the model answers with NaN from then on."""
@@ -135,6 +137,7 @@ def test_a_server_steps_parameters_and_takes_the_mean_of_running_statistics(name
     assert not any(found for name, found in between.items() if name.startswith("0.weight"))  # its own step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedavgm", "fedadam"])
 def test_a_round_whose_model_answers_nonsense_leaves_nothing_in_the_servers_moments(
     name, small, learn, tmp_path

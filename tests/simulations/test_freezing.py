@@ -110,6 +110,7 @@ def test_convolutions_and_batch_normalisation_are_frozen_alike(
         np.testing.assert_allclose(value, found[1][name], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_frozen_parts_travel_down_and_not_up(small, learn, tmp_path):
     seen = []
 
@@ -148,6 +149,7 @@ def test_a_client_that_sends_a_frozen_part_back_is_refused(small, learn, tmp_pat
     assert "array names differ: 1.weight" in record.rejected[0].reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "privacy",
     [
@@ -201,6 +203,7 @@ def test_what_leaves_nothing_to_do_is_refused_before_anything_runs(sections, say
         prepare(small(model={"name": "mlp"}, **sections))
 
 
+@pytest.mark.slow
 def test_a_codec_works_on_what_is_not_frozen(small, learn, tmp_path):
     config = small(
         model={"name": "mlp"},
@@ -234,6 +237,7 @@ def watching(seen, lose=()):
     return around
 
 
+@pytest.mark.slow
 def test_clients_that_keep_the_frozen_part_are_sent_it_once_and_learn_the_same(small, learn, tmp_path):
     seen = []
     kept = learn(small(**KEEP), tmp_path / "kept", around=watching(seen))
@@ -249,6 +253,7 @@ def test_clients_that_keep_the_frozen_part_are_sent_it_once_and_learn_the_same(s
     assert down[1:] == down[2:] * 2
 
 
+@pytest.mark.slow
 def test_a_client_that_has_lost_the_frozen_part_is_sent_it_the_next_time(small, learn, tmp_path):
     seen = []
     records = learn(small(**KEEP, rounds={"count": 4}), tmp_path, around=watching(seen, lose=(2,))).records
@@ -257,6 +262,7 @@ def test_a_client_that_has_lost_the_frozen_part_is_sent_it_the_next_time(small, 
     assert [sent for _, node, sent in seen if node == 2] == [True, False, True, False]
 
 
+@pytest.mark.slow
 def test_clients_of_an_older_release_never_say_that_they_hold_anything(small, learn, tmp_path):
     seen = []
 
@@ -272,6 +278,7 @@ def test_clients_of_an_older_release_never_say_that_they_hold_anything(small, le
     assert not seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, {"communication": {"keep_frozen": True, "codec": ["topk:0.1"]}}])
 def test_an_interrupted_run_sends_the_frozen_part_to_the_same_clients(sections, small, learn, tmp_path):
     config = small(**{**KEEP, **sections}, rounds={"count": 5, "cohort": 3}, clients={"count": 6})
@@ -288,6 +295,7 @@ def test_an_interrupted_run_sends_the_frozen_part_to_the_same_clients(sections, 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scaffold", "fedbuff", "ditto"])
 def test_other_strategies_clients_keep_the_frozen_part_too(name, small, learn, tmp_path):
     seen = []

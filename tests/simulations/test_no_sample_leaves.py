@@ -136,6 +136,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Traffic, World, li
     return told_by_clients(tmp_path_factory.mktemp("honest") / "small", 130)
 
 
+@pytest.mark.slow
 def test_no_window_of_an_example_occurs_in_what_clients_send(honest: Any) -> None:
     traffic, _, forms = honest
     assert len(traffic.replies) == CLIENTS * (ROUNDS + 3)  # rounds, ranges, selection, gate

@@ -141,6 +141,7 @@ def test_a_client_trains_on_other_examples_each_round_and_counts_those_alone(sma
     assert all(np.isfinite(v).all() for v in arrays_of(learned.model.network).values())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bits(small, learn, tmp_path):
     config = small(
         clients={"count": 6}, rounds={"count": 5, "deadline_s": 1.5, "fit_work": True}, scenario=UNEVEN

@@ -97,6 +97,7 @@ def test_the_summary_says_that_a_simulation_protects_nobody(private, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_what_is_recorded_of_the_updates_is_not_a_digest_of_what_clients_sent(
     private, small, learn, tmp_path
 ):
@@ -105,6 +106,7 @@ def test_what_is_recorded_of_the_updates_is_not_a_digest_of_what_clients_sent(
     assert noised.updates != bare.updates
 
 
+@pytest.mark.slow
 def test_with_most_replies_missing_the_noise_is_the_same_and_so_is_epsilon(private, learn, tmp_path):
     """Clients that send no change: what the model moved by is the noise, over the clients expected."""
 
@@ -167,6 +169,7 @@ def test_a_run_stops_before_the_round_that_would_pass_the_budget(private, learn,
         assert registry.last_round("test").model_sha256 == learned.model_sha256
 
 
+@pytest.mark.slow
 def test_a_second_run_on_the_same_ledger_goes_on_and_one_on_another_begins_anew(private, learn, tmp_path):
     with Registry.open(tmp_path) as registry:
         registry.begin_run("before", task="digits", seed=0, config={}, data="")
@@ -284,6 +287,7 @@ def test_what_a_device_sends_is_noised_weighs_one_and_tells_no_loss(private, lea
         assert metrics == {"num-examples": 1, "train_loss": 0.0, "guarded": 1}
 
 
+@pytest.mark.slow
 def test_devices_with_too_few_examples_are_named_and_take_no_part(private, learn, tmp_path):
     few = {**ON_DEVICE["example"], "min_examples": 400}
     with pytest.raises(Exception, match=r"client error: DataError: data: .* 400 or more"):
@@ -407,6 +411,7 @@ def test_kill_9_never_loses_a_count(where, noise, tmp_path, monkeypatch):
     assert last.privacy["epsilon"] == epsilon(spent, 1e-5, unit="client", accountant="rdp")
 
 
+@pytest.mark.slow
 def test_the_command_shows_ledgers_and_runs_that_nothing_covers(private, small, learn, tmp_path, capsys):
     from fedge_server.cli import main
 

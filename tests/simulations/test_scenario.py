@@ -68,6 +68,7 @@ def test_a_share_of_the_answers_takes_longer_and_another_share_each_round():
     assert first != second
 
 
+@pytest.mark.slow
 def test_a_share_of_the_answers_is_lost_somewhere_on_the_way():
     fates = ask(scenario(dropouts=0.2, seconds_per_example=0.01), MANY)
     lost = [fate for fate in fates if fate.lost]
@@ -421,6 +422,7 @@ def test_a_run_under_a_scenario_resumes_bit_for_bit_and_replays_to_the_same_mode
     assert replayed.model_sha256 == whole.model_sha256
 
 
+@pytest.mark.slow
 def test_an_attack_reaches_the_model(small, learn, tmp_path):
     honest = learn(small(rounds={"count": 1}), tmp_path / "honest").records[0]
     config = small(rounds={"count": 1}, scenario={"attackers": 0.99, "attacks": ["nan"]})

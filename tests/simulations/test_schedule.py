@@ -35,6 +35,7 @@ def test_a_cosine_begins_with_the_whole_rate_and_falls_along_half_a_wave():
     assert rates(1, **COSINE) == [0.4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "train",
     [
@@ -61,6 +62,7 @@ def test_batched_clients_are_told_the_rate_of_each_round_as_devices_are(tmp_path
     assert np.linalg.norm(ends["batched"] - ends["alone"]) < 1e-3 * apart
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_takes_the_rate_of_its_round(tmp_path, small, learn):
     config = small(rounds={"count": 4}, train=COSINE)
     whole = learn(config, tmp_path / "whole")

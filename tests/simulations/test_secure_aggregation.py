@@ -62,6 +62,7 @@ def test_drop_outs_in_every_phase_cost_their_clients_alone() -> None:
         assert {rejected.reason for rejected in record.rejected} == {"client error: dropped out"}
 
 
+@pytest.mark.slow
 def test_beyond_the_threshold_no_round_counts_and_the_reason_is_told() -> None:
     with pytest.raises(RoundError, match=r"secure aggregation: .* needed"):
         run({**SECTIONS, "scenario": {"dropouts": 0.7}})
@@ -108,6 +109,7 @@ def test_distributed_noise_is_spent_and_ends_at_the_budget() -> None:
     assert "privacy.max_epsilon" in found.summary["stopped"]
 
 
+@pytest.mark.slow
 def test_what_travels_is_noise_of_the_models_size(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Message] = []
     deliver = VectorGrid._deliver

@@ -109,6 +109,7 @@ def test_a_round_with_too_few_updates_moves_nothing_that_the_strategy_remembers(
         assert all(not value.any() for value in found.values())
 
 
+@pytest.mark.slow
 def test_the_norm_bound_rejects_who_is_out_of_proportion_and_resumes_bit_for_bit(small, learn, tmp_path):
     config = small(rounds={"count": 4}, validate={"max_norm_ratio": 5.0})
     late = {2: lambda sent, reply: far(sent, reply) if _round(sent) > 1 else reply}
@@ -140,6 +141,7 @@ def test_with_central_noise_a_bound_on_norms_leaves_none_in_the_record(small, le
     assert [(record.clients, record.norm) for record in records] == [(4, None), (4, None)]
 
 
+@pytest.mark.slow
 def test_the_order_of_arrival_is_that_of_the_simulated_clock_however_many_train_together(
     small, learn, tmp_path
 ):

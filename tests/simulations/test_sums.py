@@ -100,6 +100,7 @@ def test_sums_give_the_model_of_single_updates_and_resume_bit_for_bit(name, smal
     assert digest(arrays_of(resumed.model.network)) == digest(arrays_of(whole.model.network))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedmedian", "qfedavg"])
 def test_who_needs_single_updates_gets_them(name, small, learn, tmp_path):
     adding = Adding()
@@ -107,6 +108,7 @@ def test_who_needs_single_updates_gets_them(name, small, learn, tmp_path):
     assert (learned.records[0].clients, adding.asked) == (5, [])
 
 
+@pytest.mark.slow
 def test_where_clients_change_their_answers_no_sums_are_made(small, learn, tmp_path):
     adding = Adding()
     learn(small(rounds={"count": 1}), tmp_path, tamper={1: lambda _, reply: reply}, trainers=adding)
@@ -131,6 +133,7 @@ def test_a_round_in_which_all_fail_does_not_count(small, learn, tmp_path):
         learn(small(), tmp_path, trainers=adding)
 
 
+@pytest.mark.slow
 def test_who_is_too_late_is_in_no_sum(small, learn, tmp_path):
     settings = {"rounds": {"count": 2, "deadline_s": 0.28}, "scenario": {"speed_sigma": 0.5}}
     summed, alone = (
@@ -152,6 +155,7 @@ class Night(Steady):
         return [Fate(1.0, lost="out of battery" if node_id == 4 else "") for node_id in node_ids]
 
 
+@pytest.mark.slow
 def test_a_round_waits_until_somebody_is_online_and_the_lost_are_named(small, learn, tmp_path, monkeypatch):
     from fedge_simulations import world
 

@@ -125,6 +125,7 @@ def test_wrong_options_are_refused_before_any_run(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_something_else_or_another_sweep_is_left_alone(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,6 +86,7 @@ def flat(network):
     return np.concatenate([value.ravel() for value in arrays_of(network).values()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", [(), ("shift:1",)])
 def test_batched_clients_learn_what_devices_learn(tmp_path, augment):
     settings = replace(SOFT, augment=augment)
@@ -111,6 +112,7 @@ def test_without_a_teacher_clients_would_learn_something_else(tmp_path):
     assert len(set(ends)) == 3
 
 
+@pytest.mark.slow
 def test_a_teacher_is_sent_once_and_kept(tmp_path):
     lesson = Lesson(keep=True)
     lesson.learned(tmp_path)
@@ -121,6 +123,7 @@ def test_a_teacher_is_sent_once_and_kept(tmp_path):
     assert lesson.records[0].bytes_down - lesson.records[1].bytes_down == 5 * size
 
 
+@pytest.mark.slow
 def test_who_keeps_the_teacher_learns_as_who_is_sent_it(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -128,6 +131,7 @@ def test_who_keeps_the_teacher_learns_as_who_is_sent_it(tmp_path):
     assert digest(arrays_of(kept)) == digest(arrays_of(sent))
 
 
+@pytest.mark.slow
 def test_a_client_that_has_lost_the_teacher_gets_it_again(tmp_path):
     def forgetful(app):
         def call(message, context):
@@ -161,6 +165,7 @@ def test_another_teacher_than_the_lesson_names_is_refused_by_clients(tmp_path):
     assert "not the one that the lesson names" in refused.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["vector", "sequential"])
 def test_killed_rounds_go_on_to_the_same_student(tmp_path, engine):
     for name in ("whole", "killed"):
@@ -172,6 +177,7 @@ def test_killed_rounds_go_on_to_the_same_student(tmp_path, engine):
     assert digest(arrays_of(again)) == digest(arrays_of(whole))
 
 
+@pytest.mark.slow
 def test_one_bad_client_is_rejected_and_spoils_nothing(tmp_path):
     def bad(app):
         def call(message, context):

@@ -35,6 +35,7 @@ def quick(**sections) -> Config:
     return Config.from_mapping(values)
 
 
+@pytest.mark.slow
 def test_without_tiers_a_run_leaves_model_history_report_and_summary(tmp_path):
     result = run(quick(), tmp_path / "out")
     out = tmp_path / "out"

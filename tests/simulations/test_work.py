@@ -159,12 +159,14 @@ def test_what_hides_clients_or_decides_their_work_too_is_refused(sections, small
         strategies.build(small(rounds=rounds, **sections), network=network)
 
 
+@pytest.mark.slow
 def test_ray_has_no_clock_to_decide_by(small):
     pytest.importorskip("ray")
     with pytest.raises(ConfigError, match=r"rounds\.local_work"):
         ray.check(small(rounds={"local_work": "adaptive"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "fednova", "scaffold", "ditto", "fedmedian"])
 def test_over_a_slow_link_clients_work_more_and_simulated_time_counts_it(strategy, small, learn, tmp_path):
     config = small(
@@ -182,11 +184,13 @@ def test_over_a_slow_link_clients_work_more_and_simulated_time_counts_it(strateg
     assert json.loads(json.dumps(records[-1].to_json()))["passes"] == made[-1]
 
 
+@pytest.mark.slow
 def test_where_nothing_travels_clients_make_one_pass(small, learn, tmp_path):
     records = learn(small(rounds={"count": 4, "local_work": "adaptive"}), tmp_path).records
     assert [record.passes for record in records] == [1, 2, 1, 1]
 
 
+@pytest.mark.slow
 def test_clients_one_by_one_are_told_the_same(small, learn, tmp_path):
     sections = {"rounds": {"count": 4, "local_work": "adaptive"}, "scenario": SLOW}
     together = learn(small(**sections), tmp_path / "v").records

@@ -95,6 +95,7 @@ def until(engine: Engine, processes: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_however_many_clients_are_stacked_their_sum_has_the_same_bits(digits_job):
     data, job, own = digits_job()
     sums = [Engine(Simulation(workers=1, clients_at_once=k), data).sum(job, own) for k in (1, 2, 5, 21)]

@@ -174,6 +174,7 @@ def test_a_run_finds_its_state_again_and_a_repeated_message_the_one_before_it(tm
         state.before(folder, "m4")
 
 
+@pytest.mark.slow
 def test_only_one_agent_holds_a_home_and_others_see_it(tmp_path: Path) -> None:
     assert not status.is_running(tmp_path)
     assert status.read(tmp_path) == {}

@@ -92,6 +92,7 @@ def test_what_cannot_be_is_refused_in_one_line(text: str, line: str, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own_lies_beside_the_file_and_is_found_without_running_it(tmp_path: Path) -> None:
     (tmp_path / "ours.py").write_text("raise SystemExit('ran')\n")
     (task,) = written(tmp_path, "[tasks.'ours:TASK']").tasks

@@ -85,6 +85,7 @@ def test_classes_get_equal_room_and_the_memory_is_bounded(tmp_path: Path) -> Non
     assert found.x.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_uniformly_each_has_the_same_chance(tmp_path: Path) -> None:
     first: Counter[float] = Counter()
     for run in range(30):
@@ -126,6 +127,7 @@ def test_a_memory_of_another_model_is_refused_until_it_is_removed(tmp_path: Path
     assert not Memory(tmp_path, other).consent
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
     memory = opened(tmp_path, size=20_000, max_bytes=64 * 1024)
     kept = sum(memory.add(example(number), number % 3, 0.0) for number in range(3000))

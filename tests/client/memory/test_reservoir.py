@@ -6,6 +6,8 @@ import math
 import random
 from collections import Counter
 
+import pytest
+
 from fedge_client.memory.reservoir import balanced, uniform
 
 
@@ -47,6 +49,7 @@ def test_a_rare_class_gets_as_much_room_as_it_can_fill() -> None:
     assert max(counts.values()) - min(counts.values()) <= 2
 
 
+@pytest.mark.slow
 def test_within_a_class_every_example_has_the_same_probability() -> None:
     times, kept = 3000, Counter[tuple[int, int]]()
     labels = [0] * 30 + [1] * 4 + [0] * 30

@@ -296,6 +296,7 @@ def test_who_sends_nothing_gives_way_when_all_connections_are_taken(
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_bodies_that_do_not_come_are_given_up_and_their_room_is_free_again(
     up: Any, runtime_of: Any, wire: Any
 ) -> None:
@@ -320,6 +321,7 @@ def test_bodies_that_do_not_come_are_given_up_and_their_room_is_free_again(
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_a_reader_that_stalls_is_cut_off_and_others_are_served(up: Any, runtime_of: Any, wire: Any) -> None:
     many = Spec("features", (3,), "float32", tuple(f"label {i} with a long name" for i in range(900)))
 
@@ -378,6 +380,7 @@ def test_models_are_exchanged_under_load_and_no_request_is_lost(up: Any, runtime
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_the_socket_is_for_the_user_and_the_group_and_only_one_service_is_up(
     tmp_path: Path, runtime_of: Any
 ) -> None:

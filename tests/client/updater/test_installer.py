@@ -168,6 +168,7 @@ def test_a_return_below_the_floor_is_refused(installer: Installer) -> None:
         installer.return_to_previous()
 
 
+@pytest.mark.slow
 @given(
     versions=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.booleans()), max_size=12),
     returns=st.sets(st.integers(0, 11)),
@@ -560,6 +561,7 @@ def test_a_disk_that_refuses_at_any_step_leaves_what_ran(
     assert runs(installer) == 2
 
 
+@pytest.mark.slow
 def test_two_installations_at_once_are_refused(tmp_path: Path, source: Source) -> None:
     home = tmp_path / "home"
 

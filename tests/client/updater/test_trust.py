@@ -622,6 +622,7 @@ def test_a_disk_that_refuses_is_said_so_and_the_next_poll_goes_on(
     assert client.poll().versions()["targets"] == 2
 
 
+@pytest.mark.slow
 def test_two_polls_at_once_with_one_folder_are_refused(client: Client) -> None:
     client.poll()
     with files.sole_holder(client.folder / ".lock"), pytest.raises(FedgeError, match="another process"):

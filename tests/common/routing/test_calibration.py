@@ -82,6 +82,7 @@ def test_too_few_examples_promise_nothing() -> None:
         for_share(np.array([math.nan]), 0.1)
 
 
+@pytest.mark.slow
 def test_the_promises_are_broken_no_more_often_than_stated() -> None:
     """200 calibrations on 400 examples of a known law each; at 80 % a fifth may break the promise."""
     rng = np.random.default_rng(0)

@@ -30,6 +30,7 @@ def window(sketch: Sketch, epsilon: float = 1.0) -> Window:
     return Window(7, 3600, 3, sketch, reference, epsilon, 1.5, 2**30, 4)
 
 
+@pytest.mark.slow
 @given(sketches())
 def test_a_window_travels_unchanged_within_its_bound(sketch: Sketch) -> None:
     sent = window(sketch)

@@ -125,6 +125,7 @@ def test_each_epoch_is_told_with_its_mean_loss(teacher, data):
     assert [loss for _, _, loss in told] == pytest.approx([math.log(10)] * 3, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_past_its_deadline_it_raises_and_changes_nothing(teacher, student, data, helpers):
     before, told = helpers.weights(student), []
     with pytest.raises(TimeUpError, match="epoch 1 of 30"):
@@ -166,6 +167,7 @@ def test_bfloat16_is_chosen_where_convolutions_are_large_and_the_processor_has_i
         assert not precision.numbers_for("fp32", large, 64).bf16
 
 
+@pytest.mark.slow
 def test_a_student_trained_in_bfloat16_is_as_good_and_is_float32(teacher, data, digits, helpers):
     class Images(nn.Module):
         def __init__(self) -> None:

@@ -16,6 +16,7 @@ from fedge_server.compression.export import export
 from fedge_server.compression.measure import latency_us, measure, peak_bytes
 
 
+@pytest.mark.slow
 def test_the_exported_graph_answers_as_torch_does_for_any_batch(exported, teacher, digits):
     model = CompactModel(exported, digits.spec)
     for batch in (1, 2, 7):
@@ -122,6 +123,7 @@ def test_exporting_prints_nothing(teacher, digits, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_memory_is_the_file_and_the_largest_activations_alive_at_once(exported, digits):
     cost = measure(exported, digits.spec)
     # Fused, the widest moment is one dense layer's input and output: 64 + 64 floats of 4 bytes, or the

@@ -181,6 +181,7 @@ def test_nothing_given_is_changed_and_the_same_seed_gives_the_same_weights(stude
     assert not helpers.same(runs[0], runs[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["int4", "ternary", "binary"])
 def test_training_on_the_grid_gives_back_what_rounding_lost(bits, student, data, trained, digits, helpers):
     float_share = helpers.share_right(student, digits.gate)

@@ -60,6 +60,7 @@ def test_without_views_the_teacher_is_asked_anew_and_without_augmentation_once(i
     assert sum(asked) == 20
 
 
+@pytest.mark.slow
 def test_students_learn_without_labels(inputs):
     x, _ = inputs
     soft = replace(SETTINGS, mode="soft", epochs=200, augment=(), learning_rate=0.05)

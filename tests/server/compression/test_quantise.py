@@ -23,6 +23,7 @@ def quantised(exported, digits):
     return quantise(exported, digits.proxy.x[:64])
 
 
+@pytest.mark.slow
 def test_eight_bits_agree_with_the_original_and_take_a_third_of_the_bytes(exported, quantised, digits):
     before = CompactModel(exported, digits.spec).run(digits.gate.x)[1]
     after = CompactModel(quantised, digits.spec).run(digits.gate.x)[1]
@@ -97,6 +98,7 @@ def test_a_network_without_layers_is_refused(digits, helpers):
         quantise(data, digits.proxy.x[:8])
 
 
+@pytest.mark.slow
 def test_without_any_data_products_are_in_int8_by_the_range_of_each_input(exported, digits):
     dynamic = quantise_dynamically(exported)
     kinds = [node.op_type for node in _graph(dynamic).node]

@@ -125,6 +125,7 @@ def test_the_same_seed_gives_the_same_bytes_and_the_teacher_is_not_changed(found
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_without_proxy_data_only_the_unchanged_model_is_tried(teacher, digits):
     lines: list[str] = []
     none = digits.proxy.take(np.zeros(0, np.int64))

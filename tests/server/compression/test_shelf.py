@@ -37,6 +37,7 @@ def made(teacher, digits, helpers, tmp_path):
     return open_workshop
 
 
+@pytest.mark.slow
 def test_a_search_that_goes_on_finds_what_was_made(made):
     workshop, shelf = made()
     graph = workshop.build(Recipe(SMALL, "ternary"))

@@ -84,6 +84,7 @@ def test_with_privacy_nobody_chooses_clients_unasked(digits):
     assert kind_of(settings, nothing_of(digits.proxy), clients=True) == "none"
 
 
+@pytest.mark.slow
 def test_labelled_data_teach_calibrate_order_and_judge_each_with_their_own(server, teacher, helpers):
     settings = config()
     source = source_of(settings, helpers.task(), server, teacher)

@@ -46,6 +46,7 @@ def test_one_network_in_a_sequence_teaches_as_it_does_alone(teacher, student, da
     assert helpers.same(helpers.weights(alone), helpers.weights(listed))
 
 
+@pytest.mark.slow
 def test_a_student_of_weak_teachers_comes_near_to_what_they_know_together(student, data, digits, helpers):
     x, y = data
     weak = [
@@ -122,6 +123,7 @@ def explained(student: nn.Module, teacher: nn.Module, x: torch.Tensor) -> float:
     return float(1 - rest.square().sum() / (wanted - wanted.mean(0)).square().sum())
 
 
+@pytest.mark.slow
 def test_hints_bring_the_hidden_layers_together_and_leave_nothing_behind(student, data, helpers):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
@@ -135,6 +137,7 @@ def test_hints_bring_the_hidden_layers_together_and_leave_nothing_behind(student
     assert not any(module._forward_pre_hooks for module in hinted.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [QUICK, replace(QUICK, augment=("noise:0.1",)), replace(QUICK, mode="hard")]
 )

@@ -130,6 +130,7 @@ def test_the_view_follows_the_timestamp_and_is_empty_without_a_repository(tmp_pa
 # --- waiting
 
 
+@pytest.mark.slow
 def test_who_waits_is_woken_by_news_of_its_tier_alone() -> None:
     async def play() -> None:
         waiting = Waiting()
@@ -270,6 +271,7 @@ async def whole(deltas: Deltas, *pair: int, tier: str = "micro") -> bytes | None
         return file.read()
 
 
+@pytest.mark.slow
 def test_a_delta_is_made_once_for_all_who_ask_and_kept(
     shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +312,7 @@ def test_there_is_none_for_small_files_unknown_versions_and_ways_down(shelf: She
     asyncio.run(play())
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_bounded_and_goes_oldest_first(shelf: Shelf, tmp_path: Path) -> None:
     async def play() -> None:
         deltas = Deltas(shelf, tmp_path / "deltas", most_bytes=1)
@@ -320,6 +323,7 @@ def test_what_is_kept_is_bounded_and_goes_oldest_first(shelf: Shelf, tmp_path: P
     asyncio.run(play())
 
 
+@pytest.mark.slow
 def test_one_that_is_not_worth_it_is_remembered(
     shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

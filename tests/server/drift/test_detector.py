@@ -45,6 +45,7 @@ def test_the_mean_factor_over_all_ranks_is_at_most_1(bet: Bet, room: float, scor
     assert max(factors) <= math.exp(room) * (1 + 1e-12)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 4), min_size=5, max_size=5), st.sampled_from([0.5, 1.3, FREE]))
 def test_over_all_orders_of_any_scores_the_mean_evidence_is_at_most_the_periods(
     scores: list[int], most: float

@@ -55,6 +55,7 @@ def fleet(
     return watch
 
 
+@pytest.mark.slow
 def test_nothing_changes_and_no_alarm_comes() -> None:
     alarms = sum(fleet(seed, 8, 40, lambda *_: None).alarm is not None for seed in range(8))
     assert alarms == 0

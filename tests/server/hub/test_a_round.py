@@ -15,6 +15,7 @@ from fedge.wire.v1 import link_pb2 as link
 SELECTION = admin.Selection(task="digits", task_digest="d" * 64)
 
 
+@pytest.mark.slow
 def test_a_message_reaches_its_device_and_the_answer_its_run(hub: Any, tools: Any) -> None:
     model, update = bytes(range(256)) * 4000, b"u" * 700_000
 
@@ -66,6 +67,7 @@ def test_a_message_reaches_its_device_and_the_answer_its_run(hub: Any, tools: An
     hub(scenario)
 
 
+@pytest.mark.slow
 def test_a_hub_that_was_restarted_goes_on_with_what_is_open(hub: Any, tools: Any) -> None:
     async def scenario(rig: Any) -> None:
         device = rig.device()
@@ -88,6 +90,7 @@ def test_a_hub_that_was_restarted_goes_on_with_what_is_open(hub: Any, tools: Any
     hub(scenario)
 
 
+@pytest.mark.slow
 def test_a_broken_submit_goes_on_where_it_broke(hub: Any, tools: Any) -> None:
     update = bytes(range(250)) * 1000
 
@@ -118,6 +121,7 @@ def test_a_broken_submit_goes_on_where_it_broke(hub: Any, tools: Any) -> None:
     hub(scenario)
 
 
+@pytest.mark.slow
 def test_a_device_that_goes_away_fails_its_messages_after_the_grace(hub: Any) -> None:
     async def scenario(rig: Any) -> None:
         device, never_here = rig.device(), rig.device()
@@ -134,6 +138,7 @@ def test_a_device_that_goes_away_fails_its_messages_after_the_grace(hub: Any) ->
     hub(scenario, offline_grace_s=0.3)
 
 
+@pytest.mark.slow
 def test_a_device_that_is_back_within_the_grace_fails_nothing(hub: Any, tools: Any) -> None:
     async def scenario(rig: Any) -> None:
         device = rig.device()
@@ -153,6 +158,7 @@ def test_a_device_that_is_back_within_the_grace_fails_nothing(hub: Any, tools: A
     hub(scenario, offline_grace_s=0.5)
 
 
+@pytest.mark.slow
 def test_a_deadline_ends_the_replies_and_makes_an_answer_late(hub: Any, tools: Any) -> None:
     async def scenario(rig: Any) -> None:
         device = rig.device()
@@ -210,6 +216,7 @@ def test_a_new_session_closes_what_an_older_one_had_open(hub: Any, tools: Any) -
     hub(scenario)
 
 
+@pytest.mark.slow
 def test_a_device_of_wire_version_1_is_served(hub: Any, tools: Any) -> None:
     async def scenario(rig: Any) -> None:
         device = rig.device()
@@ -232,6 +239,7 @@ def test_a_device_of_wire_version_1_is_served(hub: Any, tools: Any) -> None:
     hub(scenario)
 
 
+@pytest.mark.slow
 def test_nodes_are_chosen_by_task_tier_tag_and_speed(hub: Any) -> None:
     async def scenario(rig: Any) -> None:
         north = rig.device(tier="micro")
@@ -260,6 +268,7 @@ def test_nodes_are_chosen_by_task_tier_tag_and_speed(hub: Any) -> None:
     hub(scenario)
 
 
+@pytest.mark.slow
 def test_a_second_connection_takes_the_place_of_the_first(hub: Any) -> None:
     async def scenario(rig: Any) -> None:
         device = rig.device()
@@ -273,6 +282,7 @@ def test_a_second_connection_takes_the_place_of_the_first(hub: Any) -> None:
     hub(scenario)
 
 
+@pytest.mark.slow
 def test_a_connection_ends_in_peace_at_its_age(hub: Any) -> None:
     async def scenario(rig: Any) -> None:
         stream = await rig.device().welcome()

@@ -26,6 +26,7 @@ def refuse_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[
     return refused
 
 
+@pytest.mark.slow
 def test_a_device_that_is_gone_fails_its_messages_also_after_the_database_refused_once(
     hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def poll(stub: Any, **fields: Any) -> Any:
     return stub.Poll(pb.PollRequest(wire_version=2, **fields), timeout=WAIT_S)
 
 
+@pytest.mark.slow
 def test_a_device_reads_its_tiers_files_from_any_byte_on(hub: Any) -> None:
     async def play(rig: Any) -> None:
         place = repository(rig)
@@ -110,6 +111,7 @@ def test_nobody_without_a_certificate_of_ours_is_served(hub: Any) -> None:
     hub(play)
 
 
+@pytest.mark.slow
 def test_a_tier_that_never_had_a_rollout_gets_its_newest_release(hub: Any) -> None:
     async def play(rig: Any) -> None:
         place = repository(rig)
@@ -125,6 +127,7 @@ def test_a_tier_that_never_had_a_rollout_gets_its_newest_release(hub: Any) -> No
     hub(play)
 
 
+@pytest.mark.slow
 def test_a_waiting_device_hears_of_a_release_when_it_is_published(hub: Any) -> None:
     async def play(rig: Any) -> None:
         place = repository(rig)
@@ -148,6 +151,7 @@ async def _soon(stub: Any, told: int) -> Any:
     return await poll(stub, told=told, wait_s=8)
 
 
+@pytest.mark.slow
 def test_newer_metadata_is_news_too(hub: Any) -> None:
     async def play(rig: Any) -> None:
         place = repository(rig)
@@ -180,6 +184,7 @@ def plan_for(device: Any) -> Plan:
     return Plan((first, PLAN.stages[1]), PLAN.criteria)
 
 
+@pytest.mark.slow
 def test_a_rollout_says_who_gets_what_and_reports_move_it(hub: Any) -> None:
     async def play(rig: Any) -> None:
         place = repository(rig)
@@ -202,6 +207,7 @@ def test_a_rollout_says_who_gets_what_and_reports_move_it(hub: Any) -> None:
     hub(play)
 
 
+@pytest.mark.slow
 def test_bad_reports_are_refused_one_by_one(hub: Any) -> None:
     async def play(rig: Any) -> None:
         version = released(rig, repository(rig), 1, "micro")
@@ -224,6 +230,7 @@ def test_bad_reports_are_refused_one_by_one(hub: Any) -> None:
     hub(play)
 
 
+@pytest.mark.slow
 def test_a_version_that_metadata_does_not_list_is_not_offered(hub: Any) -> None:
     async def play(rig: Any) -> None:
         place = repository(rig)
@@ -244,6 +251,7 @@ def test_a_version_that_metadata_does_not_list_is_not_offered(hub: Any) -> None:
     hub(play)
 
 
+@pytest.mark.slow
 def test_a_revoked_device_is_sent_away_from_a_poll_and_a_stream(hub: Any) -> None:
     async def play(rig: Any) -> None:
         place = repository(rig)
@@ -263,6 +271,7 @@ def test_a_revoked_device_is_sent_away_from_a_poll_and_a_stream(hub: Any) -> Non
     hub(play)
 
 
+@pytest.mark.slow
 def test_a_hub_that_stops_answers_those_who_wait(hub: Any) -> None:
     async def play(rig: Any) -> None:
         stub = stub_of(rig.device())
@@ -285,6 +294,7 @@ def big(rig: Any, megabytes: int) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_who_reads_nothing_is_cut_and_holds_up_nobody(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "STILL_S", 0.4)
 
@@ -344,6 +354,7 @@ def test_where_no_more_may_wait_the_answer_comes_at_once_with_a_long_pause(
     hub(play)
 
 
+@pytest.mark.slow
 def test_requests_that_cannot_be_are_refused(hub: Any) -> None:
     async def play(rig: Any) -> None:
         stub = stub_of(rig.device())
@@ -355,6 +366,7 @@ def test_requests_that_cannot_be_are_refused(hub: Any) -> None:
     hub(play)
 
 
+@pytest.mark.slow
 def test_enrolment_hands_out_the_root_and_the_floor_of_the_tier(hub: Any, tools: Any) -> None:
     async def play(rig: Any) -> None:
         place = repository(rig)
@@ -389,6 +401,7 @@ def enrolled(rig: Any, tier: str = "micro") -> tuple[Any, X25519PrivateKey]:
     return device, private
 
 
+@pytest.mark.slow
 def test_a_device_fetches_a_ciphertext_and_a_key_that_only_it_unwraps(hub: Any) -> None:
     async def play(rig: Any) -> None:
         place, keys = sealing(rig)
@@ -409,6 +422,7 @@ def test_a_device_fetches_a_ciphertext_and_a_key_that_only_it_unwraps(hub: Any) 
     hub(play)
 
 
+@pytest.mark.slow
 def test_no_key_is_given_for_another_tier_a_version_not_on_offer_or_to_a_revoked_device(hub: Any) -> None:
     async def play(rig: Any) -> None:
         place, _ = sealing(rig)
@@ -426,6 +440,7 @@ def test_no_key_is_given_for_another_tier_a_version_not_on_offer_or_to_a_revoked
     hub(play)
 
 
+@pytest.mark.slow
 def test_what_is_made_for_deltas_is_opened_and_sealed_as_the_version_is(hub: Any) -> None:
     async def play(rig: Any) -> None:
         place, keys = sealing(rig)

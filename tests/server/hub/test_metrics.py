@@ -66,6 +66,7 @@ def checked(text: str) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_a_hub_tells_of_devices_messages_and_refusals_without_naming_a_device(
     tools: Any, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_an_expired_certificate_is_refused(hub: Any) -> None:
     hub(scenario)
 
 
+@pytest.mark.slow
 def test_a_certificate_that_expires_ends_the_live_stream(hub: Any) -> None:
     async def scenario(rig: Any) -> None:
         device = rig.device(hours=2.5 / 3600)
@@ -146,6 +147,7 @@ def test_another_devices_message_is_refused_and_logged(
     hub(scenario)
 
 
+@pytest.mark.slow
 def test_only_the_object_of_an_open_message_is_sent(hub: Any) -> None:
     async def scenario(rig: Any) -> None:
         device = rig.device()
@@ -171,6 +173,7 @@ def test_only_the_object_of_an_open_message_is_sent(hub: Any) -> None:
     hub(scenario)
 
 
+@pytest.mark.slow
 def test_a_stream_begins_with_hello(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "HELLO_S", 0.3)
 
@@ -233,6 +236,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_answer_is_recorded_as_the_devices_failure(hub: Any, tools: Any, name: str) -> None:
     given, reason = BAD[name]
@@ -281,6 +285,7 @@ def test_an_answer_begins_with_its_header(hub: Any) -> None:
     hub(scenario)
 
 
+@pytest.mark.slow
 def test_a_newer_submit_takes_over_from_one_that_hangs(hub: Any, tools: Any) -> None:
     update = b"u" * 50_000
 
@@ -326,6 +331,7 @@ def small_disk(tmp_path: Path) -> Any:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_to_the_device_and_leaves_nothing_behind(
     hub: Any, tools: Any, small_disk: Path
 ) -> None:

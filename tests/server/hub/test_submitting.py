@@ -7,11 +7,13 @@ import threading
 from typing import Any
 
 import grpc
+import pytest
 
 from fedge.wire.v1 import link_pb2 as link
 from fedge_server.hub.submitting import AT_ONCE
 
 
+@pytest.mark.slow
 def test_an_answer_sent_again_while_the_first_is_committed_keeps_its_object(hub: Any, tools: Any) -> None:
     async def scenario(rig: Any) -> None:
         device = rig.device()

@@ -97,6 +97,7 @@ def test_a_hundred_devices_are_served_and_never_more_at_once_than_there_are_plac
     hub(scenario)
 
 
+@pytest.mark.slow
 def test_a_turn_waits_and_comes_when_a_place_is_free(
     hub: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

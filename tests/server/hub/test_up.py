@@ -29,6 +29,7 @@ from fedge_server.hub.server import only_hub, read_ports
 WAIT_S = 30.0
 
 
+@pytest.mark.slow
 def test_two_hubs_on_one_home_are_refused(tmp_path: Path) -> None:
     home = Home(tmp_path)
     assert not control.is_up(home)
@@ -82,6 +83,7 @@ def test_health_is_told_on_both_ports(hub: Any) -> None:
     hub(scenario)
 
 
+@pytest.mark.slow
 def test_who_connects_for_enrolment_and_says_nothing_is_sent_away(
     hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

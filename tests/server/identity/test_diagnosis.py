@@ -50,6 +50,7 @@ def test_the_name_does_not_resolve(device: Identity) -> None:
     assert "does not resolve" in found.detail
 
 
+@pytest.mark.slow
 def test_somebody_listens_and_says_nothing(device: Identity) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         found = diagnose(device, f"localhost:{silent.getsockname()[1]}", timeout_s=0.2)

@@ -141,6 +141,7 @@ def test_a_stranger_and_a_device_of_another_tier_get_nothing(site: Any, load: An
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_one_device_cannot_fill_the_queue_and_a_late_answer_is_told_in_time(site: Any, load: Any) -> None:
     go, running = threading.Event(), threading.Semaphore(0)
 

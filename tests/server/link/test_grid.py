@@ -127,6 +127,7 @@ def test_who_stops_iterating_closes_what_is_open_and_a_late_answer_is_counted(hu
     assert grid.late == 1
 
 
+@pytest.mark.slow
 def test_a_deadline_ends_the_iteration_and_closes_the_rest(hub, grid, slow):
     hub.devices |= {1: double, 2: slow}
     assert sources(grid.send_and_receive(messages((1, 2)), timeout=0.5)) == [1]
@@ -153,6 +154,7 @@ def test_a_hub_that_restarts_costs_no_answer_and_no_second_one(hub, grid, slow):
     assert len(hub.pushes) == 1
 
 
+@pytest.mark.slow
 def test_a_hub_that_stays_away_ends_the_round(hub, slow):
     impatient = LinkGrid(hub.home, "run", admin.Selection(task="digits"), patience_s=0.3)
     hub.devices |= {1: slow}

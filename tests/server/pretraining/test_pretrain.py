@@ -180,6 +180,7 @@ def test_mistakes_are_named_before_anything_is_written(file, tmp_path, capsys):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_something_else_is_left_alone(file, tmp_path, capsys, monkeypatch):
     config = Config.load(file)
     (tmp_path / "other").mkdir()

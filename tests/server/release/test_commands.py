@@ -38,6 +38,7 @@ def run(server: ReleasePlace, capsys: pytest.CaptureFixture[str]) -> Run:
     return go
 
 
+@pytest.mark.slow
 def test_a_draft_is_listed_with_its_reason_published_and_shown_with_its_lineage(
     server, registry, drafted, run
 ):
@@ -64,6 +65,7 @@ def test_a_draft_is_listed_with_its_reason_published_and_shown_with_its_lineage(
     assert "  gate: passed on 300 examples, 1.00 points allowed" in run("release", "show", "1", text=True)
 
 
+@pytest.mark.slow
 def test_old_content_gets_a_higher_version(server, registry, drafted, run):
     server.make(["micro", "board"])
     publish_draft(server, registry, drafted("micro", "board"))
@@ -77,6 +79,7 @@ def test_old_content_gets_a_higher_version(server, registry, drafted, run):
     assert server.repository.content("board").mark.newest == 2
 
 
+@pytest.mark.slow
 def test_what_a_device_reported_last_leads_back(server, registry, drafted, run):
     server.make(["micro"])
     for answer in (0, 1):
@@ -122,6 +125,7 @@ def test_mistakes_are_one_line(run, argv, why):
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_socket_of_a_signer_stands_for_its_key(server, registry, drafted, run, tmp_path, monkeypatch):
     key = create_key(tmp_path / "tier-micro.key")
     monkeypatch.chdir(tmp_path)  # a short name for the socket
@@ -218,6 +222,7 @@ def _fresh(home: Path, drafted: Callable[..., str], number: int) -> str:
     return drafted("micro", created=f"2026-01-01T00:{number // 60:02}:{number % 60:02}Z")
 
 
+@pytest.mark.slow
 def test_a_draft_made_again_in_the_second_of_its_release_is_another_one(server, registry, drafted):
     server.make(["micro"])
     publish_draft(server, registry, drafted("micro"))

@@ -82,6 +82,7 @@ def test_preflight_and_keys_show_warn_before_a_role_ends(server, capsys):
     assert "signer /nowhere/s: does not answer" in finding("signers").detail
 
 
+@pytest.mark.slow
 def test_a_backup_brings_the_repository_its_keys_and_the_objects_of_releases_and_drafts_back(
     server, registry, drafted, tmp_path
 ):

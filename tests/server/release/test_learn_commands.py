@@ -47,6 +47,7 @@ def value(said: tuple[int, str, str]) -> Any:
     return json.loads(out)
 
 
+@pytest.mark.slow
 def test_a_learning_from_start_to_removal(
     run: Run, home: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,6 +183,7 @@ def signing(home: Path, registry: Registry, server: ReleasePlace, drafted: Calla
     return rolled_out(Site(home, registry, drafted))
 
 
+@pytest.mark.slow
 def test_drift_leads_to_a_run_a_release_and_rollouts_and_is_answered(signing: Site) -> None:
     site = signing
     site.start()
@@ -286,6 +287,7 @@ def test_killed_at_any_point_it_goes_on_and_does_each_step_once(site: Site, tmp_
     assert number > 10
 
 
+@pytest.mark.slow
 def test_without_a_key_a_cycle_awaits_its_signature_and_goes_on_by_itself_once_there_is_one(
     signing: Site, server: ReleasePlace, tmp_path: Path
 ) -> None:
@@ -310,6 +312,7 @@ def test_without_a_key_a_cycle_awaits_its_signature_and_goes_on_by_itself_once_t
     assert {state.id for state in site.rollouts.newest()} == {"micro-2", "board-3"}
 
 
+@pytest.mark.slow
 def test_a_rollout_that_halts_fails_the_cycle_and_the_next_one_waits_longer(site: Site) -> None:
     site.start()
     site.alarm("micro", 1)

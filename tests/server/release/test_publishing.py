@@ -87,6 +87,7 @@ def test_one_tier_that_can_be_signed_does_not_wait_for_another(server, registry,
     assert (later.release.version, [entry.tier for entry in later.release.variants]) == (2, ["board"])
 
 
+@pytest.mark.slow
 def test_what_the_gate_did_not_pass_is_refused_with_its_reasons_and_the_good_tier_goes_out(
     server, registry, drafted
 ):
@@ -138,6 +139,7 @@ def test_a_publication_that_was_killed_before_it_was_written_down_is_recognised(
     assert server.repository.content("micro").mark.newest == 1  # it was not published twice
 
 
+@pytest.mark.slow
 def test_the_objects_of_a_release_are_in_the_store_for_the_day_it_is_published_again(
     server, registry, drafted
 ):
@@ -181,6 +183,7 @@ unacceptable = 0.1
 """
 
 
+@pytest.mark.slow
 def test_a_release_begins_its_rollouts_by_itself_where_the_settings_say_so(home, registry, server, drafted):
     (home / "server.toml").write_text('[rollouts]\nautomatic = true\nplan = "plan.toml"\n')
     place = ReleasePlace.of(home)

@@ -57,6 +57,7 @@ def look(server: ReleasePlace, registry: Registry) -> list[Step]:
     return take_back(server, registry, mark)
 
 
+@pytest.mark.slow
 def test_the_old_content_is_published_above_the_bad_version_and_the_signed_floor_is_raised(
     server: ReleasePlace, registry: Registry, halted: Rollouts
 ) -> None:
@@ -72,6 +73,7 @@ def test_the_old_content_is_published_above_the_bad_version_and_the_signed_floor
     assert look(server, registry) == []
 
 
+@pytest.mark.slow
 def test_where_it_cannot_be_signed_it_waits_with_one_draft_and_is_done_later(
     server: ReleasePlace, registry: Registry, halted: Rollouts
 ) -> None:
@@ -89,6 +91,7 @@ def test_where_it_cannot_be_signed_it_waits_with_one_draft_and_is_done_later(
     assert registry.drafts.all(unpublished=True) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["record_release", "replaced"])
 def test_whoever_is_killed_half_way_goes_on_and_publishes_nothing_twice(
     server: ReleasePlace,
@@ -115,6 +118,7 @@ def test_whoever_is_killed_half_way_goes_on_and_publishes_nothing_twice(
     assert halted.get("micro-2").replacement == 3
 
 
+@pytest.mark.slow
 def test_a_way_back_that_a_person_has_taken_only_needs_its_floor(
     server: ReleasePlace, registry: Registry, halted: Rollouts
 ) -> None:

@@ -61,6 +61,7 @@ def test_a_servers_home_seals_what_it_publishes(
     assert (server.home / "keys" / "content").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.slow
 def test_the_setting_turns_it_off_and_a_simulation_never_seals(
     server: ReleasePlace, registry: Registry, drafted: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_budget_of_bytes_leaves_room_for_what_sealing_adds(server: ReleasePlac
     assert ReleasePlace.of(tmp_path / "simulation").leaving_room(tiers) == tiers
 
 
+@pytest.mark.slow
 def test_a_stick_holds_what_its_devices_open_and_no_others(
     server: ReleasePlace,
     registry: Registry,
@@ -107,6 +109,7 @@ def test_a_stick_holds_what_its_devices_open_and_no_others(
     assert not (stick / "targets" / "board").exists()
 
 
+@pytest.mark.slow
 def test_a_device_without_a_network_installs_from_a_stick_that_was_made_for_it(
     server: ReleasePlace,
     registry: Registry,
@@ -158,6 +161,7 @@ def enrol_here(home: Path, registry: Registry, ca: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_stick_for_nobody_known_or_over_something_is_not_written(
     server: ReleasePlace, registry: Registry, drafted: Callable[..., str], enrolled: str, tmp_path: Path
 ) -> None:
@@ -170,6 +174,7 @@ def test_a_stick_for_nobody_known_or_over_something_is_not_written(
     assert not (tmp_path / "stick").exists()
 
 
+@pytest.mark.slow
 def test_a_lost_content_key_is_said_so(
     server: ReleasePlace, registry: Registry, drafted: Callable[..., str], enrolled: str, tmp_path: Path
 ) -> None:

@@ -48,6 +48,7 @@ def roles(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return {role["role"]: role for role in json.loads(capsys.readouterr().out)}
 
 
+@pytest.mark.slow
 def test_show_lists_every_role(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = roles(capsys)
     assert set(found) == {"root", "targets", "snapshot", "timestamp", "tier-micro"}
@@ -59,6 +60,7 @@ def test_show_lists_every_role(place: Path, capsys: pytest.CaptureFixture[str]) 
     assert len(lines) == 5
 
 
+@pytest.mark.slow
 def test_keys_are_rotated_and_a_tier_is_suspended_and_renewed(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

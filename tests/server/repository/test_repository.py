@@ -242,6 +242,7 @@ def test_offline_roles_are_renewed_by_their_own_keys(place: Place, client: Clien
         place.repository.renew("snapshot", place.all())
 
 
+@pytest.mark.slow
 def test_files_of_old_snapshots_go_and_roots_stay(place: Place) -> None:
     for number in range(HISTORY + 5):
         place.publish(number, "micro")

@@ -50,6 +50,7 @@ def test_a_whole_trail_holds_and_tells_its_head(audit: Audit) -> None:
     assert Anchor.parse(str(verdict.head)) == verdict.head
 
 
+@pytest.mark.slow
 def test_an_empty_trail_holds(registry: Registry) -> None:
     assert (Audit(registry.engine).verify().entries, Audit(registry.engine).verify().head) == (0, None)
 

@@ -101,6 +101,7 @@ def test_the_state_and_its_evidence_can_be_read(run: Run, begun: list[str]) -> N
     ]
 
 
+@pytest.mark.slow
 def test_pause_resume_and_rollback_with_reasons(run: Run, begun: list[str]) -> None:
     assert value(run, "rollout", "pause", "micro-2", "--reason", "logs")["status"] == "paused"
     code, _, err = run("rollout", "pause", "micro-2", "--reason", "logs")
@@ -114,6 +115,7 @@ def test_pause_resume_and_rollback_with_reasons(run: Run, begun: list[str]) -> N
     assert (found["status"], found["replacement"]) == ("rolled_back", 3)  # nobody had it
 
 
+@pytest.mark.slow
 def test_a_halted_rollout_is_overridden_with_a_reason(run: Run, begun: list[str], filled: Registry) -> None:
     rollouts = Rollouts(filled)
     for device in begun[:3]:
@@ -124,6 +126,7 @@ def test_a_halted_rollout_is_overridden_with_a_reason(run: Run, begun: list[str]
     assert (found["status"], found["evidence"][0]["judged"]) == ("running", 0)
 
 
+@pytest.mark.slow
 def test_the_trail_shows_who_did_what_and_holds(run: Run, begun: list[str], filled: Registry) -> None:
     entries = value(run, "audit", "show", "--subject", "micro-2")
     assert [each["what"] for each in entries] == ["planned", "opened canary"]

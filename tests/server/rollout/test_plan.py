@@ -100,6 +100,7 @@ _values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(_words, _values, max_size=4))
 def test_whatever_a_file_holds_is_a_plan_or_is_refused(value: dict[str, Any]) -> None:
     try:

@@ -49,6 +49,7 @@ def asked(rollouts: Rollouts, devices: list[str], version: int, has: int = 0) ->
     return [device for device in devices if rollouts.offer(device, has) == version]
 
 
+@pytest.mark.slow
 def test_a_good_release_goes_from_the_canary_to_all(rollouts, running, devices, clock) -> None:
     canary = asked(rollouts, devices, 2, has=1)
     assert 3 <= len(canary) < 20
@@ -222,6 +223,7 @@ def test_a_halted_rollout_goes_on_by_override_alone(rollouts, running, devices) 
     assert rollouts.get("micro-2").status is Status.RUNNING
 
 
+@pytest.mark.slow
 def test_a_newer_release_supersedes_and_what_comes_late_of_the_older_is_harmless(
     rollouts, running, devices, release
 ) -> None:
@@ -316,6 +318,7 @@ def test_what_happened_and_what_it_changed_are_committed_together(
     assert rollouts.get("micro-2").status is Status.HOLDING
 
 
+@pytest.mark.slow
 def test_a_new_server_goes_on_where_the_old_one_was(
     rollouts, running, devices, clock, tmp_path: Path, database_url
 ) -> None:

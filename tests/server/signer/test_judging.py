@@ -46,6 +46,7 @@ def publish(place: Place, number: int, signer, **options):
     return place.publish(number, "micro", signing=[signer, *online], **options)
 
 
+@pytest.mark.slow
 def test_it_signs_a_release_and_remembers_the_very_bytes(place, memory):
     signer = Recorder(judge_of(place, memory))
     assert publish(place, 1, signer).version == 1
@@ -159,6 +160,7 @@ def test_a_fresh_signer_judges_everything_on_offer(place, memory, tmp_path):
         publish(place, 2, fresh)
 
 
+@pytest.mark.slow
 def test_a_memory_that_cannot_be_read_or_written_signs_nothing(place, memory, tmp_path):
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "tier-micro.json").write_text("{}")

@@ -85,6 +85,7 @@ def test_a_refusal_comes_back_with_its_reasons(place, folder):
     assert place.repository.content("micro") == before
 
 
+@pytest.mark.slow
 def test_a_sealed_model_is_opened_by_the_signer_which_sees_each_ciphertext_once(place, folder):
     place.options["content_keys"] = ContentKeys(folder / "content")
     with signer(place, folder) as remote:
@@ -118,6 +119,7 @@ def test_another_user_gets_no_word(place, folder):
         RemoteSigning(folder / "s")
 
 
+@pytest.mark.slow
 def test_the_online_keys_alone_ship_nothing(place, folder):
     """With the signer gone there is no signature for the tier, and nothing changes."""
     with signer(place, folder) as remote:
@@ -164,6 +166,7 @@ def test_any_request_gets_a_reply_and_none_but_a_good_one_a_signature(data, cut)
         assert answer(judge, request).WhichOneof("answered") in ("refusal", "failure", "description")
 
 
+@pytest.mark.slow
 def test_a_signer_loads_neither_a_network_stack_nor_what_learns():
     code = (
         "import sys, fedge_server.cli.signer, fedge_server.signer.service, fedge_server.signer.limits;"
@@ -176,6 +179,7 @@ def test_a_signer_loads_neither_a_network_stack_nor_what_learns():
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_peers_that_stall_keep_nobody_out_for_long(place, folder, monkeypatch):
     from fedge_server.signer import service
 
@@ -328,6 +332,7 @@ def as_nobody(work: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_signer_of_another_user_signs_for_the_publisher_alone(folder, place):
     (folder / "own").mkdir(mode=0o700)

@@ -51,6 +51,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
 
 
+@pytest.mark.slow
 def test_a_line_for_each_tier_and_release(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["telemetry", "ls", "--home", str(home)]) == 0
     head, board, micro = capsys.readouterr().out.splitlines()
@@ -72,6 +73,7 @@ def test_a_line_for_each_tier_and_release(home: Path, capsys: pytest.CaptureFixt
     assert "ALARM answers since" in micro
 
 
+@pytest.mark.slow
 def test_one_release_in_full_and_by_tag_and_time(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--home", str(home), "--format", "json"]
     assert main(["telemetry", "show", "micro", *options]) == 0
@@ -88,6 +90,7 @@ def test_one_release_in_full_and_by_tag_and_time(home: Path, capsys: pytest.Capt
     assert "drift alarm stream        answers\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_said(
     home: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:

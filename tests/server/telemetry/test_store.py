@@ -142,6 +142,7 @@ def test_old_windows_go_by_age_and_by_number(registry: Registry, telemetry: Tele
     assert bounded.watch("micro", 1) == drift.Watch()
 
 
+@pytest.mark.slow
 def test_a_change_of_the_world_raises_the_alarm_and_a_quiet_one_does_not(
     registry: Registry, telemetry: Telemetry, clock: Clock
 ) -> None:
@@ -183,6 +184,7 @@ def test_settings_that_are_none_are_refused(values: dict[str, float]) -> None:
         Settings(**values)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_home_opened_again_goes_on(tmp_path: Path, clock: Clock) -> None:
     for slot in range(3):
         with Registry.open(tmp_path / "home") as registry:
