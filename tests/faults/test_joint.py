@@ -134,7 +134,8 @@ FAULTS = {
 
 def run(work: Any, proxy: FaultProxy, device: Device, holder: Any, **values: Any) -> Any:
     async def scenario() -> Any:
-        cloud = GrpcCloud(f"localhost:{proxy.port}", lambda: device)
+        device.link_address = f"localhost:{proxy.port}"
+        cloud = GrpcCloud(lambda: device)
         joint = Joint(holder, cloud, settings(**values))
         try:
             return await work(joint)
@@ -240,7 +241,8 @@ def test_something_else_behind_the_address_is_no_cloud(tmp_path: Path, device: D
         ended: list[asyncio.Future[None]] = []
         server = await asyncio.start_server(babble, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        cloud = GrpcCloud(f"localhost:{port}", lambda: device)
+        device.link_address = f"localhost:{port}"
+        cloud = GrpcCloud(lambda: device)
         joint = Joint(holder, cloud, settings())
         try:
             return await asked(joint, 20, at_once=20)
@@ -262,7 +264,8 @@ def test_a_device_that_is_revoked_answers_alone(tmp_path: Path, holder: Any) -> 
         site = Site(tmp_path)
         device = site.device()
         async with site.up(answers_yes):
-            cloud = GrpcCloud(site.address, lambda: device)
+            device.link_address = site.address
+            cloud = GrpcCloud(lambda: device)
             joint = Joint(holder, cloud, settings(deadline_s=5.0))
             before = await asked(joint, 5, at_once=1)
             site.registry.devices.revoke(device.id, "stolen")

@@ -166,6 +166,11 @@ class Identity:
         return self.hub.device_id
 
     @property
+    def link_address(self) -> str:
+        """host:port of the server's link."""
+        return self.hub.link_address
+
+    @property
     def key_pem(self) -> bytes:
         """The device's private key, as TLS wants it."""
         return self.keys.device.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

@@ -5,16 +5,16 @@ Checked by hand: a device need not have pydantic.
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from fedge.errors import ConfigError, FormatError, UserError
 from fedge.files import read_bounded
+from fedge_client.agent.tables import known, number, seconds, section, text, whole, yes
 
 if TYPE_CHECKING:
     from fedge_client.memory.memory import Settings as KeepingSettings
@@ -28,11 +28,12 @@ LEAST_MEMORY_BYTES: Final = 500_000_000  # torch and flwr alone take about 350 M
 
 LEAST_INSTALL_BYTES: Final = 200_000_000  # onnxruntime and the TUF library, and a small model
 
+MEASURES: Final = ("confidence", "margin", "entropy")  # of doubt, as `fedge.routing` has them
+RULES: Final = ("release", *MEASURES, "device-only", "cloud-only")
+
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TASK = re.compile(r"[A-Za-z0-9_-]{1,64}|[A-Za-z_][\w.]{0,200}:[A-Za-z_]\w{0,63}")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,21 @@ class MetricsSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class AskingSettings:
+    """Whether this device asks the cloud where it is not sure, and how much."""
+
+    enabled: bool = False
+    private: bool = False  # no input ever leaves this device
+    rule: str = "release"  # of RULES: who decides what is doubted; "release": what it carries
+    threshold: float | None = None  # 0 .. 1, of a measure of doubt that `rule` names; ask above it
+    share: float | None = None  # of requests that are sent at most, by the release's thresholds
+    accuracy: float | None = None  # of device and cloud together, at least, by the release's thresholds
+    deadline_s: float = 0.5  # of a request that names none; the cloud is waited for until just before
+    per_hour: float = 3600.0  # examples that may be sent, over a long time
+    burst: float = 100.0  # at once, after a quiet time
+
+
+@dataclass(frozen=True, slots=True)
 class AgentSettings:
     """The whole file."""
 
@@ -159,6 +175,7 @@ class AgentSettings:
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    joint: AskingSettings = field(default_factory=AskingSettings)
 
 
 def load(path: Path) -> AgentSettings:
@@ -187,8 +204,12 @@ def parse(found: Mapping[str, Any], folder: Path) -> AgentSettings:
     Raises:
         ConfigError: a key is unknown, or a value is not possible.
     """
-    _known("", found, ("tags", "tasks", "training", "link", "delivery", "telemetry", "memory", "metrics"))
-    tables = _table("tasks", found.get("tasks", {}))
+    known(
+        "",
+        found,
+        ("tags", "tasks", "training", "link", "delivery", "telemetry", "memory", "metrics", "joint"),
+    )
+    tables = section("tasks", found.get("tasks", {}))
     if len(tables) > MAX_TASKS:
         raise ConfigError(f"tasks: {len(tables)} are given, at most {MAX_TASKS} can be offered")
     tasks = tuple(_task(name, table, folder) for name, table in tables.items())
@@ -198,12 +219,13 @@ def parse(found: Mapping[str, Any], folder: Path) -> AgentSettings:
     return AgentSettings(
         _tags(found.get("tags", [])),
         tasks,
-        _training(_table("training", found.get("training", {}))),
-        _link(_table("link", found.get("link", {}))),
-        _delivery(_table("delivery", found.get("delivery", {}))),
-        _telemetry(_table("telemetry", found.get("telemetry", {}))),
-        _memory(_table("memory", found.get("memory", {}))),
-        _metrics(_table("metrics", found.get("metrics", {})), folder),
+        _training(section("training", found.get("training", {}))),
+        _link(section("link", found.get("link", {}))),
+        _delivery(section("delivery", found.get("delivery", {}))),
+        _telemetry(section("telemetry", found.get("telemetry", {}))),
+        _memory(section("memory", found.get("memory", {}))),
+        _metrics(section("metrics", found.get("metrics", {})), folder),
+        _joint(section("joint", found.get("joint", {}))),
     )
 
 
@@ -220,17 +242,17 @@ def _tags(value: Any) -> tuple[str, ...]:
 
 def _task(table_name: str, value: Any, folder: Path) -> OfferedTask:
     where = f"tasks.{table_name}"
-    table = _table(where, value)
-    _known(where, table, ("task", "data", "label", "size", "digest", "memory"))
-    name = _text(where, table, "task", table_name)
+    table = section(where, value)
+    known(where, table, ("task", "data", "label", "size", "digest", "memory"))
+    name = text(where, table, "task", table_name)
     if not _TASK.fullmatch(name):
         raise ConfigError(f"{where}: {name!r} names no task; use a built-in one or package.module:TASK")
-    data, label, pin = (_text(where, table, key, None) for key in ("data", "label", "digest"))
+    data, label, pin = (text(where, table, key, None) for key in ("data", "label", "digest"))
     if pin is not None and not _DIGEST.fullmatch(pin):
         raise ConfigError(f"{where}.digest = {pin!r}: must be 64 hexadecimal digits in lower case")
     # Absolute: the training process reads it from another folder.
     path = (folder / Path(data).expanduser()).absolute() if data is not None else None
-    memory = (folder / MEMORY / name).absolute() if _yes(f"{where}.memory", table, default=False) else None
+    memory = (folder / MEMORY / name).absolute() if yes(f"{where}.memory", table, default=False) else None
     return OfferedTask(name, path, label, _size(where, table.get("size")), pin or "", memory)
 
 
@@ -244,13 +266,13 @@ def _size(where: str, value: Any) -> tuple[int, int] | None:
 
 
 def _training(table: Mapping[str, Any]) -> Training:
-    _known("training", table, ("max_memory_bytes", "threads", "nice", "idle_unload_s"))
+    known("training", table, ("max_memory_bytes", "threads", "nice", "idle_unload_s"))
     usual = Training()
     made = Training(
-        _whole("training.max_memory_bytes", table, usual.max_memory_bytes, 0, 2**62),
-        _whole("training.threads", table, usual.threads, 1, 1024),
-        _whole("training.nice", table, usual.nice, 0, 19),
-        _seconds("training.idle_unload_s", table, usual.idle_unload_s),
+        whole("training.max_memory_bytes", table, usual.max_memory_bytes, 0, 2**62),
+        whole("training.threads", table, usual.threads, 1, 1024),
+        whole("training.nice", table, usual.nice, 0, 19),
+        seconds("training.idle_unload_s", table, usual.idle_unload_s),
     )
     if 0 < made.max_memory_bytes < LEAST_MEMORY_BYTES:
         raise ConfigError(
@@ -261,11 +283,11 @@ def _training(table: Mapping[str, Any]) -> Training:
 
 
 def _link(table: Mapping[str, Any]) -> LinkSettings:
-    _known("link", table, ("max_cache_bytes", "backoff_max_s"))
+    known("link", table, ("max_cache_bytes", "backoff_max_s"))
     usual = LinkSettings()
     made = LinkSettings(
-        _whole("link.max_cache_bytes", table, usual.max_cache_bytes, 0, 2**62),
-        _seconds("link.backoff_max_s", table, usual.backoff_max_s),
+        whole("link.max_cache_bytes", table, usual.max_cache_bytes, 0, 2**62),
+        seconds("link.backoff_max_s", table, usual.backoff_max_s),
     )
     if made.backoff_max_s < 1:
         raise ConfigError(f"link.backoff_max_s = {made.backoff_max_s}: must be 1 or more")
@@ -274,14 +296,14 @@ def _link(table: Mapping[str, Any]) -> LinkSettings:
 
 def _delivery(table: Mapping[str, Any]) -> DeliverySettings:
     usual = DeliverySettings()
-    _known("delivery", table, tuple(usual.__dataclass_fields__))
+    known("delivery", table, tuple(usual.__dataclass_fields__))
     made = DeliverySettings(
-        _yes("delivery.enabled", table, usual.enabled),
-        _seconds("delivery.poll_s", table, usual.poll_s),
-        _seconds("delivery.retry_s", table, usual.retry_s),
-        _whole("delivery.max_memory_bytes", table, usual.max_memory_bytes, 0, 2**62),
-        _whole("delivery.nice", table, usual.nice, 0, 19),
-        _whole("delivery.answers", table, usual.answers, 0, 2**31),
+        yes("delivery.enabled", table, usual.enabled),
+        seconds("delivery.poll_s", table, usual.poll_s),
+        seconds("delivery.retry_s", table, usual.retry_s),
+        whole("delivery.max_memory_bytes", table, usual.max_memory_bytes, 0, 2**62),
+        whole("delivery.nice", table, usual.nice, 0, 19),
+        whole("delivery.answers", table, usual.answers, 0, 2**31),
     )
     if not 1 <= made.poll_s <= 600:
         raise ConfigError(f"delivery.poll_s = {made.poll_s}: must be 1 to 600")
@@ -297,13 +319,13 @@ def _delivery(table: Mapping[str, Any]) -> DeliverySettings:
 
 def _telemetry(table: Mapping[str, Any]) -> TelemetrySettings:
     usual = TelemetrySettings()
-    _known("telemetry", table, tuple(usual.__dataclass_fields__))
+    known("telemetry", table, tuple(usual.__dataclass_fields__))
     made = TelemetrySettings(
-        _yes("telemetry.enabled", table, usual.enabled),
-        _whole("telemetry.period_s", table, usual.period_s, 1, 2**31),
-        _number("telemetry.epsilon", table),
-        _number("telemetry.most_epsilon", table),
-        _whole("telemetry.keep", table, usual.keep, 1, 2**31),
+        yes("telemetry.enabled", table, usual.enabled),
+        whole("telemetry.period_s", table, usual.period_s, 1, 2**31),
+        seconds("telemetry.epsilon", table, None),
+        seconds("telemetry.most_epsilon", table, None),
+        whole("telemetry.keep", table, usual.keep, 1, 2**31),
     )
     if table:
         made.collecting()  # whether they fit together
@@ -312,11 +334,11 @@ def _telemetry(table: Mapping[str, Any]) -> TelemetrySettings:
 
 def _memory(table: Mapping[str, Any]) -> MemorySettings:
     usual = MemorySettings()
-    _known("memory", table, tuple(usual.__dataclass_fields__))
+    known("memory", table, tuple(usual.__dataclass_fields__))
     made = MemorySettings(
-        _whole("memory.size", table, usual.size, 1, 2**31),
-        _whole("memory.max_bytes", table, usual.max_bytes, 1, 2**62),
-        _yes("memory.balanced", table, usual.balanced),
+        whole("memory.size", table, usual.size, 1, 2**31),
+        whole("memory.max_bytes", table, usual.max_bytes, 1, 2**62),
+        yes("memory.balanced", table, usual.balanced),
     )
     if table:
         made.keeping()  # whether they are possible
@@ -325,66 +347,50 @@ def _memory(table: Mapping[str, Any]) -> MemorySettings:
 
 def _metrics(table: Mapping[str, Any], folder: Path) -> MetricsSettings:
     usual = MetricsSettings()
-    _known("metrics", table, tuple(usual.__dataclass_fields__))
-    named = _text("metrics", table, "textfile", None)
+    known("metrics", table, tuple(usual.__dataclass_fields__))
+    named = text("metrics", table, "textfile", None)
     if named is not None and not named.endswith(".prom"):
         raise ConfigError(
             f"metrics.textfile = {named!r}: must end with .prom, else the collector passes it over"
         )
     path = None if named is None else (folder / Path(named).expanduser()).absolute()
-    made = MetricsSettings(path, _seconds("metrics.interval_s", table, usual.interval_s))
+    made = MetricsSettings(path, seconds("metrics.interval_s", table, usual.interval_s))
     if not 1 <= made.interval_s <= 3600:
         raise ConfigError(f"metrics.interval_s = {made.interval_s}: must be 1 to 3600")
     return made
 
 
-def _known(where: str, table: Mapping[str, Any], keys: tuple[str, ...]) -> None:
-    for key in table:
-        if key not in keys:
-            close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(keys)}"
-            raise ConfigError(f"unknown key {(where + '.' + key).lstrip('.')!r}: {hint}")
+def _joint(table: Mapping[str, Any]) -> AskingSettings:
+    usual = AskingSettings()
+    known("joint", table, tuple(usual.__dataclass_fields__))
+    rule = table.get("rule", usual.rule)
+    if rule not in RULES:
+        raise ConfigError(f"joint.rule = {rule!r}: must be one of {', '.join(RULES)}")
+    made = AskingSettings(
+        yes("joint.enabled", table, usual.enabled),
+        yes("joint.private", table, usual.private),
+        rule,
+        number("joint.threshold", table, None, 0, 1),
+        _share("joint.share", table),
+        _share("joint.accuracy", table),
+        number("joint.deadline_s", table, usual.deadline_s, 0.01, 3600),
+        number("joint.per_hour", table, usual.per_hour, 0, 10**9),
+        number("joint.burst", table, usual.burst, 0, 10**9),
+    )
+    if (rule in MEASURES) != (made.threshold is not None):
+        raise ConfigError(
+            f"joint.rule = {rule!r}, joint.threshold = {made.threshold}: a measure of doubt needs a "
+            "threshold, and no other rule has one"
+        )
+    if (made.share, made.accuracy) != (None, None) and (
+        rule != "release" or None not in (made.share, made.accuracy)
+    ):
+        raise ConfigError("joint.share, joint.accuracy: one of them, and only with joint.rule = 'release'")
+    return made
 
 
-def _table(where: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where} = {value!r}: must be a table, [{where}]")
-    return value
-
-
-def _text(where: str, table: Mapping[str, Any], key: str, default: T) -> str | T:
-    if key not in table:
-        return default
-    value = table[key]
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ConfigError(f"{where}.{key} = {value!r}: must be text")
-    return value
-
-
-def _yes(name: str, table: Mapping[str, Any], default: bool) -> bool:
-    value = table.get(name.rpartition(".")[2], default)
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} = {value!r}: must be true or false")
-    return value
-
-
-def _number(name: str, table: Mapping[str, Any]) -> float | None:
-    """One that may be left out."""
-    key = name.rpartition(".")[2]
-    return _seconds(name, table, 0.0) if key in table else None
-
-
-def _whole(name: str, table: Mapping[str, Any], default: int, least: int, most: int) -> int:
-    value = table.get(name.rpartition(".")[2], default)
-    return int(_between(name, value, least, most, lambda given: type(given) is int))
-
-
-def _seconds(name: str, table: Mapping[str, Any], default: float) -> float:
-    value = table.get(name.rpartition(".")[2], default)
-    return float(_between(name, value, 0, 10**9, lambda given: type(given) in (int, float)))
-
-
-def _between(name: str, value: Any, least: int, most: int, of_type: Callable[[Any], bool]) -> Any:
-    if not of_type(value) or not least <= value <= most:  # NaN neither
-        raise ConfigError(f"{name} = {value!r}: must be a number from {least} to {most}")
+def _share(name: str, table: Mapping[str, Any]) -> float | None:
+    value = number(name, table, None, 0, 1)
+    if value in (0, 1):
+        raise ConfigError(f"{name} = {value}: must be above 0 and below 1")
     return value

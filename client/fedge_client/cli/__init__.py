@@ -8,10 +8,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedge import cli
 from fedge.errors import DataError, UserError
 from fedge_client.cli import agent, enroll, install, memory, preflight, serve, status
+
+if TYPE_CHECKING:
+    from fedge_client.agent.settings import AskingSettings
+    from fedge_client.joint.joint import Answer, Local
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +67,9 @@ def _add_infer(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="an image, .npy, .npz; for tables and signals .csv and .json too; for text .txt, .npy, .npz",
     )
     made.add_argument("--text", help="for a model of text, instead of a file: what comes next after it?")
+    made.add_argument(
+        "--local", action="store_true", help="do not ask the cloud, whatever [joint] in agent.toml says"
+    )
     agent.add_home(made)
     _add_format(made)
 
@@ -74,12 +82,15 @@ def _infer(arguments: argparse.Namespace) -> int:
     from fedge.fitting import fit
     from fedge_client.agent import settings
     from fedge_client.answers import count
+    from fedge_client.joint.joint import Local
     from fedge_client.runtime import Runtime, read_input, read_text
+    from fedge_client.serving.answered import Answered, answer_json
     from fedge_client.telemetry.counting import count_once
 
     if (arguments.file is None) == (arguments.text is None):
         raise UserError("infer: give a FILE, or --text TEXT for a model of text")
-    telemetry = settings.load(arguments.home / settings.FILE).telemetry.collecting()
+    own = settings.load(arguments.home / settings.FILE)
+    telemetry = own.telemetry.collecting()
     runtime = Runtime.open(arguments.home)
     if arguments.text is None:
         examples = read_input(arguments.file, runtime.spec)
@@ -88,23 +99,34 @@ def _infer(arguments: argparse.Namespace) -> int:
             examples = read_text(arguments.text, runtime.spec)
         except DataError as error:
             raise DataError(f"--text {error}") from error
-    started = time.perf_counter()
-    predictions = runtime.infer(examples)
-    took_s = time.perf_counter() - started
-    count(arguments.home, runtime.release.version, (prediction.confidence for prediction in predictions))
+    began = time.monotonic()
+    local = Local.of(runtime, fit(examples, runtime.spec), runtime.infer(examples))
+    asks = own.joint.enabled and not arguments.local
+    answers = _asked(arguments.home, own.joint, local) if asks else local.alone("alone")
+    found = Answered.of(local, answers, time.monotonic() - began)
+    count(arguments.home, found.version, (prediction.confidence for prediction in found.own))
     if telemetry is not None:
-        count_once(arguments.home, telemetry, runtime, fit(examples, runtime.spec), predictions, took_s)
+        count_once(arguments.home, telemetry, runtime, found)
     if arguments.format == "json":
-        answers = [
-            {"label": p.label, "confidence": p.confidence, "probabilities": dict(p.probabilities)}
-            for p in predictions
-        ]
-        _say(json.dumps({"release": runtime.release.version, "predictions": answers}))
-    else:
-        for prediction in predictions:
-            label = repr(prediction.label) if runtime.spec.kind == "text" else prediction.label
-            _say(f"{label} {prediction.confidence:.4f}")
+        _say(json.dumps(answer_json(found)))
+        return 0
+    for prediction, source, why in zip(found.predictions, found.route, found.why, strict=True):
+        label = repr(prediction.label) if runtime.spec.kind == "text" else prediction.label
+        _say(f"{label} {prediction.confidence:.4f}" + (f" {source} ({why})" if asks else ""))
     return 0
+
+
+def _asked(home: Path, asking: AskingSettings, local: Local) -> list[Answer]:
+    """The device's answers, with the cloud's in place of those that it doubts."""
+    import asyncio
+
+    from fedge_client.joint.asking import asking_of
+
+    async def ask() -> list[Answer]:
+        async with asking_of(home, asking) as joint:
+            return await joint.complete(local, time.monotonic() + asking.deadline_s)
+
+    return asyncio.run(ask())
 
 
 def _say(line: str) -> None:

@@ -56,7 +56,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         queue=arguments.queue,
         deadline_s=arguments.deadline_ms / 1000,
     )
-    telemetry = settings.load(arguments.home / settings.FILE).telemetry.collecting()
+    own = settings.load(arguments.home / settings.FILE)
+    telemetry = own.telemetry.collecting()
     said.start(arguments.log_format, running.log)
     return running.serve(
         arguments.home,
@@ -65,5 +66,6 @@ def _serve(arguments: argparse.Namespace) -> int:
         limits=limits,
         threads=arguments.threads,
         telemetry=telemetry,
+        asking=own.joint,
         ready=lambda _: notify("READY=1"),
     )

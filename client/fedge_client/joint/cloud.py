@@ -35,11 +35,16 @@ _WHY: Final[dict[grpc.StatusCode, Failure]] = {
     grpc.StatusCode.INTERNAL: "down",
     grpc.StatusCode.UNKNOWN: "down",
     grpc.StatusCode.UNIMPLEMENTED: "refused",
+    grpc.StatusCode.NOT_FOUND: "version",  # it has not, or not any more, what this device runs
 }
 
 
 class Credentials(Protocol):
     """What a connection is made with; the agent's identity has it."""
+
+    @property
+    def link_address(self) -> str:
+        """host:port of the server's link."""
 
     @property
     def bundle(self) -> bytes:
@@ -58,13 +63,12 @@ class GrpcCloud:
     """A connection that is made at the first question, and anew when the device's certificate is another.
 
     Args:
-        address: host:port of the link.
         credentials: of the moment; asked at each question.
     """
 
-    def __init__(self, address: str, credentials: Callable[[], Credentials]) -> None:
-        self._address, self._credentials = address, credentials
-        self._shown: tuple[bytes, bytes] | None = None
+    def __init__(self, credentials: Callable[[], Credentials]) -> None:
+        self._credentials = credentials
+        self._shown: tuple[str, bytes, bytes] | None = None
         self._channel: Any = None
         self._stub: Any = None
 
@@ -91,7 +95,7 @@ class GrpcCloud:
         try:
             reply: pb.InferReply = await self._stub.Infer(request, timeout=timeout_s)
             if reply.version != version:
-                raise FormatError(f"answer: from release {reply.version}, asked was {version}")
+                raise CloudError("version", f"answer: from release {reply.version}, asked was {version}")
             return CloudAnswer(read_answers(reply, len(x), spec), reply.version, reply.model[:64])
         except FormatError as error:
             raise CloudError("garbage", str(error)) from error
@@ -101,12 +105,12 @@ class GrpcCloud:
 
     async def _connect(self) -> None:
         found = self._credentials()
-        shown = (found.certificate, found.bundle)
+        shown = (found.link_address, found.certificate, found.bundle)
         if shown == self._shown:
             return
         old = self._channel
         credentials = grpc.ssl_channel_credentials(found.bundle, found.key_pem, found.certificate)
-        self._channel = grpc.aio.secure_channel(self._address, credentials, options=_OPTIONS)
+        self._channel = grpc.aio.secure_channel(found.link_address, credentials, options=_OPTIONS)
         self._stub = InferenceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
         self._shown = shown
         if old is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections import Counter
@@ -14,19 +15,23 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedge.errors import DataError, FedgeError, LateError, UserError
+from fedge.errors import DataError, FedgeError, FormatError, LateError, UserError
 from fedge.fitting import fit
-from fedge.routing import Rule, chosen
+from fedge.manifest import VariantEntry
+from fedge.routing import KEY, Routing, Rule, Wanted, chosen
 from fedge.spec import Spec
 from fedge_client.joint.breaker import Breaker, BreakerSettings
 from fedge_client.joint.budget import Bucket, Budget, take
 from fedge_client.runtime import Prediction, Runtime
 from fedge_client.serving.holder import Holder
 
+log = logging.getLogger("fedge.serving")
+
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
-Why = Literal["sure", "asked", "private", "budget", "open", "late", "refused", "busy", "down", "garbage"]
-Failure = Literal["late", "refused", "busy", "down", "garbage"]
+Source = Literal["device", "cloud"]
+Failure = Literal["late", "refused", "busy", "down", "version", "garbage"]
+Why = Literal["alone", "uncalibrated", "sure", "asked", "private", "budget", "open"] | Failure
 
 
 class CloudError(FedgeError):
@@ -57,11 +62,13 @@ class Cloud(Protocol):
 class JointSettings:
     """Who answers what."""
 
-    rule: Rule = field(default_factory=Rule)
+    rule: Rule | None = None  # None: what the release carries
+    wanted: Wanted = field(default_factory=Wanted)  # of what the release carries
     private: bool = False  # no input ever leaves this device, in whatever form
     deadline_s: float = 0.5  # of a request that names none
     reserve_s: float = 0.02  # before the deadline, when the cloud is waited for no more
     at_once: int = 8  # questions that are open; others wait, within their deadline
+    waiting: int = 64  # requests that wait for the cloud, those included; others are answered here at once
     budget: Budget = field(default_factory=Budget)
     breaker: BreakerSettings = field(default_factory=BreakerSettings)
 
@@ -71,9 +78,9 @@ class JointSettings:
         Raises:
             UserError: times that leave no time for the cloud, or no question at all.
         """
-        if self.at_once < 1:
+        if min(self.at_once, self.waiting) < 1:
             raise UserError(
-                f"joint: at_once is {self.at_once}; it must be 1 or more, or the rule DEVICE_ONLY"
+                f"joint: at_once is {self.at_once}, waiting {self.waiting}; each must be 1 or more"
             )
         if not 0 < self.reserve_s < self.deadline_s:
             raise UserError(
@@ -86,22 +93,32 @@ class Answer:
     """One example's answer, and who gave it."""
 
     prediction: Prediction
-    source: Literal["device", "cloud"]
-    why: (
-        Why  # of the source: "sure" and "asked" are the rule's, the others say why the cloud has not answered
-    )
+    source: Source
+    why: Why  # "sure" and "asked" are the rule's; the others say why the cloud was not asked, or has failed
     version: int  # of the release that has answered
     model: str  # SHA-256 of the variant's installed bytes, or of the global model's file
 
 
 @dataclass(frozen=True, slots=True)
-class _Local:
-    x: Array
+class Local:
+    """What the device has answered to a batch, before anybody else is asked."""
+
+    x: Array  # (B, *spec.shape), as the spec says
     predictions: Sequence[Prediction]
-    rows: Float32
     spec: Spec
-    version: int
-    model: str
+    version: int  # of the release
+    model: str  # SHA-256 of the variant's installed bytes
+    entry: VariantEntry  # of the variant
+
+    @classmethod
+    def of(cls, runtime: Runtime, x: Array, predictions: Sequence[Prediction]) -> Local:
+        """What a runtime has answered."""
+        entry = runtime.installed.entry
+        return cls(x, predictions, runtime.spec, runtime.release.version, entry.installed_sha256, entry)
+
+    def alone(self, why: Why) -> list[Answer]:
+        """All of it, for one reason."""
+        return [Answer(each, "device", why, self.version, self.model) for each in self.predictions]
 
 
 class Joint:
@@ -131,7 +148,20 @@ class Joint:
         self._breaker = Breaker()
         self._places = asyncio.Semaphore(settings.at_once)
         self._asking: set[asyncio.Task[CloudAnswer]] = set()
+        self._rules: tuple[VariantEntry, Rule | None] | None = None  # as last read
         self.counts: Counter[str] = Counter()  # examples by `why`
+
+    @property
+    def deadline_s(self) -> float:
+        """Of a request that names none."""
+        return self._settings.deadline_s
+
+    @property
+    def breaker(self) -> Literal["closed", "open", "trial"]:
+        """Whether the cloud is asked, or left alone for now; a trial decides."""
+        if not self._breaker.opened:
+            return "closed"
+        return "trial" if self._breaker.trial else "open"
 
     async def close(self) -> None:
         """End what is under way to the cloud."""
@@ -159,36 +189,57 @@ class Joint:
                 local = await asyncio.shield(work)
         except TimeoutError as error:
             raise LateError(f"the device has no answer within {seconds:.3g} s") from error
-        answers = await self._completed(local, until)
-        self.counts.update(answer.why for answer in answers)
-        return answers
+        return await self.complete(local, until)
 
-    def _answer(self, x: Array, until: float) -> _Local:
+    def _answer(self, x: Array, until: float) -> Local:
         if self._clock() > until:
             raise LateError("the deadline has passed")
         with self._holder.lease() as runtime:
             batch = fit(x, runtime.spec)
             if not len(batch):
                 raise DataError("holds no example")
-            predictions = runtime.infer(batch)
-            entry = runtime.installed.entry
-            rows = np.array([list(p.probabilities.values()) for p in predictions], np.float32)
-            return _Local(
-                batch, predictions, rows, runtime.spec, runtime.release.version, entry.installed_sha256
-            )
+            return Local.of(runtime, batch, runtime.infer(batch))
 
-    async def _completed(self, local: _Local, until: float) -> list[Answer]:
-        """The device's answers, with the cloud's in place of those that are doubted."""
+    async def complete(self, local: Local, until: float) -> list[Answer]:
+        """The device's answers, with the cloud's in place of those that are doubted.
+
+        Args:
+            local: what the device has answered.
+            until: when the caller must have it, by this object's clock; the cloud is waited for until
+                `reserve_s` before.
+        """
+        answers = await self._completed(local, until)
+        self.counts.update(answer.why for answer in answers)
+        return answers
+
+    def _rule(self, entry: VariantEntry) -> Rule | None:
+        """What decides for a variant; None: nothing does, so nothing is asked."""
+        if self._settings.rule is not None:
+            return self._settings.rule
+        if self._rules is None or self._rules[0] is not entry:
+            rule, why = carried_rule(entry, self._settings.wanted)
+            if why:
+                log.warning("the cloud is not asked: %s; see rule, share and accuracy in [joint]", why)
+            self._rules = entry, rule
+        return self._rules[1]
+
+    async def _completed(self, local: Local, until: float) -> list[Answer]:
+        rule = self._rule(local.entry)
+        if rule is None:
+            return local.alone("uncalibrated")
         why: list[Why] = ["sure"] * len(local.x)
-        doubts = self._settings.rule.doubts(local.rows)
-        doubted = chosen(doubts, self._settings.rule.threshold, len(doubts))
+        doubts = rule.doubts(
+            np.array([list(p.probabilities.values()) for p in local.predictions], np.float32)
+        )
+        doubted = chosen(doubts, rule.threshold, len(doubts))
         found: dict[int, Prediction] = {}
         reply: CloudAnswer | None = None
         if len(doubted):
             for i in doubted:
                 why[i] = "private" if self._settings.private or self._cloud is None else "budget"
             wait_s = until - self._settings.reserve_s - self._clock()
-            sent, blocked = self._permitted(doubts, len(doubted), wait_s)
+            granted, blocked = self._permitted(len(doubted), wait_s)
+            sent = chosen(doubts, rule.threshold, granted)
             if blocked is not None:
                 for i in doubted:
                     why[i] = blocked
@@ -201,32 +252,31 @@ class Joint:
         return [self._one(local, i, found.get(i), reply, why[i]) for i in range(len(local.x))]
 
     @staticmethod
-    def _one(local: _Local, i: int, found: Prediction | None, reply: CloudAnswer | None, why: Why) -> Answer:
+    def _one(local: Local, i: int, found: Prediction | None, reply: CloudAnswer | None, why: Why) -> Answer:
         if found is None or reply is None:
             return Answer(local.predictions[i], "device", why, local.version, local.model)
         return Answer(found, "cloud", why, reply.version, reply.model)
 
-    def _permitted(
-        self, doubts: npt.NDArray[np.float64], wanted: int, wait_s: float
-    ) -> tuple[npt.NDArray[np.intp], Why | None]:
-        """Which may be sent, and why none of them, where that is so."""
-        none = np.zeros(0, np.intp)
+    def _permitted(self, wanted: int, wait_s: float) -> tuple[int, Why | None]:
+        """How many may be sent, and why none of them, where that is so."""
         settings = self._settings
         if settings.private or self._cloud is None:
-            return none, None
+            return 0, None
         if wait_s <= 0:
-            return none, "late"
+            return 0, "late"
+        if len(self._asking) >= settings.waiting:
+            return 0, "busy"
         now = self._clock()
         granted, bucket = take(settings.budget, self._bucket, wanted, now)
         if not granted:
-            return none, "budget"
+            return 0, "budget"
         goes, self._breaker = self._breaker.ask(settings.breaker, now)
         if not goes:
-            return none, "open"
+            return 0, "open"
         self._bucket = bucket
-        return chosen(doubts, settings.rule.threshold, granted), None
+        return granted, None
 
-    async def _question(self, local: _Local, sent: npt.NDArray[np.intp], until: float) -> CloudAnswer:
+    async def _question(self, local: Local, sent: npt.NDArray[np.intp], until: float) -> CloudAnswer:
         if self._cloud is None:
             raise AssertionError
         async with self._places:
@@ -234,7 +284,7 @@ class Joint:
             return await self._cloud.ask(local.x[sent], local.spec, local.version, max(wait_s, 0.001))
 
     async def _asked(
-        self, local: _Local, sent: npt.NDArray[np.intp], wait_s: float
+        self, local: Local, sent: npt.NDArray[np.intp], wait_s: float
     ) -> tuple[CloudAnswer | None, Why]:
         """The cloud's answer, or why there is none; whatever it does, not later than `wait_s` from now."""
         task = asyncio.create_task(self._question(local, sent, self._clock() + wait_s))
@@ -259,6 +309,22 @@ class Joint:
             return task.result(), why
         self._breaker = self._breaker.failed(self._settings.breaker, self._clock(), self._rng.random())
         return None, why
+
+
+def carried_rule(entry: VariantEntry, wanted: Wanted) -> tuple[Rule | None, str]:
+    """The rule that a release carries for a variant; else None, and why there is none.
+
+    Args:
+        entry: of the variant.
+        wanted: which one of them.
+    """
+    said = entry.evidence.get(KEY)
+    if said is None:
+        return None, "this release carries no threshold"
+    try:
+        return Routing.from_json(said).wanted(wanted), ""
+    except (FormatError, DataError) as error:
+        return None, str(error)
 
 
 def _prediction(row: Float32, spec: Spec) -> Prediction:

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from fedge.errors import AbsentError, BusyError, DataError, FedgeError, FormatError, LateError
+from fedge_client.joint.joint import Joint
+from fedge_client.serving.answered import answer_json
 from fedge_client.serving.messages import (
     MAX_HEAD_BYTES,
     Head,
@@ -23,7 +25,7 @@ from fedge_client.serving.messages import (
     write_answer,
     write_error,
 )
-from fedge_client.serving.service import Answered, Query, Service, file_query, model_of, text_query
+from fedge_client.serving.service import Query, Service, file_query, model_of, text_query
 
 MEDIA: Final = {
     "image/png": "png",
@@ -238,16 +240,13 @@ class HttpEndpoint:
             "late": service.late,
             "swaps": service.holder.swaps,
             "connections": self.connections,
+            "cloud": None if service.joint is None else cloud_json(service.joint),
         }
 
 
-def answer_json(found: Answered) -> dict[str, Any]:
-    """An answer as `fedge-client infer --format json` gives it."""
-    predictions = [
-        {"label": p.label, "confidence": p.confidence, "probabilities": dict(p.probabilities)}
-        for p in found.predictions
-    ]
-    return {"release": found.version, "model": found.model, "predictions": predictions}
+def cloud_json(joint: Joint) -> dict[str, Any]:
+    """How it stands with the cloud: examples by the reason of their answer, and the circuit breaker."""
+    return {"breaker": joint.breaker, "examples": dict(sorted(joint.counts.items()))}
 
 
 def _length(head: Head, most: int) -> int:

@@ -20,8 +20,9 @@ from fedge.wire import OLDEST_WIRE_VERSION
 from fedge.wire.inference import read_examples
 from fedge.wire.v1 import inference_pb2 as pb
 from fedge.wire.v1 import inference_pb2_grpc
+from fedge_client.serving.answered import Answered
 from fedge_client.serving.limits import Limits
-from fedge_client.serving.service import Answered, Query, Service, file_query, model_of, text_query
+from fedge_client.serving.service import Query, Service, file_query, model_of, text_query
 
 _ENVELOPE_BYTES: Final = 64 * 1024  # of a message beside the input itself
 _AGE_MS: Final = 60_000  # of a connection: then it is made anew, which ends a call that does not go on
@@ -34,7 +35,7 @@ _CODES: Final[tuple[tuple[type[FedgeError], grpc.StatusCode], ...]] = (
 
 
 class LocalInferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """Answers programs of this device from the installed model."""
+    """Answers programs of this device."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -48,7 +49,12 @@ class LocalInferenceServicer(inference_pb2_grpc.InferenceServicer):
                 raise AbsentError(f"release {found.version} is installed, not {request.version}")
         except FedgeError as error:
             await _refuse(context, error)
-        return pb.InferReply(version=found.version, model=found.model, answers=_answers(found))
+        return pb.InferReply(
+            version=found.version,
+            model=found.model,
+            answers=_answers(found),
+            cloud_model=found.cloud_model,
+        )
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeReply:  # noqa: N802
         """What is installed."""
@@ -86,9 +92,13 @@ def _query(request: pb.InferRequest, limits: Limits) -> Query:
 def _answers(found: Answered) -> list[pb.InferAnswer]:
     return [
         pb.InferAnswer(
-            label=p.label, confidence=p.confidence, probabilities=[p.probabilities[n] for n in found.labels]
+            label=p.label,
+            confidence=p.confidence,
+            probabilities=[p.probabilities[n] for n in found.labels],
+            source=source,
+            why=why,
         )
-        for p in found.predictions
+        for p, source, why in zip(found.predictions, found.route, found.why, strict=True)
     ]
 
 

@@ -15,12 +15,15 @@ from typing import Any, Final
 
 from fedge.errors import FedgeError, UserError
 from fedge.files import sole_holder
+from fedge_client.agent.settings import AskingSettings
 from fedge_client.answers import count
+from fedge_client.joint.joint import Joint
 from fedge_client.runtime import Runtime
+from fedge_client.serving.answered import Answered
 from fedge_client.serving.holder import Holder
 from fedge_client.serving.http import HttpEndpoint
 from fedge_client.serving.limits import Limits
-from fedge_client.serving.service import Answered, Counter, Service
+from fedge_client.serving.service import Counter, Service
 from fedge_client.telemetry.counting import TICK_S, Counting
 from fedge_client.telemetry.settings import Settings
 
@@ -147,7 +150,7 @@ class Watcher:
 
 
 class Confidences:
-    """How sure the answers are, on their way to the file that the agent reports a mean from.
+    """How sure the device's own answers are, on their way to the file that the agent reports a mean from.
 
     Kept in memory between two writes, and no more than is bounded: the rest does not count.
     """
@@ -159,7 +162,7 @@ class Confidences:
     def add(self, found: Answered) -> None:
         """Keep those of an answer."""
         kept = self._kept.setdefault(found.version, [])
-        kept += [p.confidence for p in found.predictions][: _MAX_KEPT - len(kept)]
+        kept += [p.confidence for p in found.own][: _MAX_KEPT - len(kept)]
 
     async def write(self) -> None:
         """Count what has come since the last time."""
@@ -183,13 +186,14 @@ async def listening(
     grpc: Address | None,
     told: Callable[[Answered], None] = lambda _: None,
     counter: Counter | None = None,
+    joint: Joint | None = None,
 ) -> AsyncIterator[Listening]:
     """A service of this holder that is up for as long as the block lasts.
 
     Raises:
         UserError: another service is up here, or an address cannot be listened on.
     """
-    service = Service(holder, limits, told, counter)
+    service = Service(holder, limits, told, counter, joint)
     async with AsyncExitStack() as held:
         held.callback(service.close)
         _alone(home, held)
@@ -279,16 +283,30 @@ def serve(
     limits: Limits,
     threads: int = 1,
     telemetry: Settings | None = None,
+    asking: AskingSettings | None = None,
     ready: Callable[[Listening], Any] = lambda _: None,
 ) -> int:
     """Serve the installed model until a signal ends it; returns the exit code.
 
     Raises:
-        UserError: neither address, another service is up here, or an address is taken.
+        UserError: neither address, another service is up here, an address is taken, or the cloud is to be
+            asked and the device is not enrolled.
     """
     if http is None and grpc is None:
         raise UserError("give an address for --http or for --grpc")
-    return asyncio.run(_serve(home.absolute(), http, grpc, limits, threads, telemetry, ready))
+    return asyncio.run(_serve(home.absolute(), http, grpc, limits, threads, telemetry, asking, ready))
+
+
+async def _joint(
+    home: Path, asking: AskingSettings | None, holder: Holder[Runtime], held: AsyncExitStack
+) -> Joint | None:
+    """Who is asked where the device is not sure, if anybody."""
+    if asking is None or not asking.enabled:
+        return None
+    from fedge_client.joint.asking import asking_of  # gRPC and certificates: only where it is asked for
+
+    log.info("joint: the cloud is %s", "not asked: private" if asking.private else "asked in doubt")
+    return await held.enter_async_context(asking_of(home, asking, holder))
 
 
 async def _serve(
@@ -298,6 +316,7 @@ async def _serve(
     limits: Limits,
     threads: int,
     telemetry: Settings | None,
+    asking: AskingSettings | None,
     ready: Callable[[Listening], Any],
 ) -> int:
     holder: Holder[Runtime] = Holder()
@@ -310,7 +329,11 @@ async def _serve(
     sure, counting = Confidences(home), None if telemetry is None else Counting(home, telemetry)
     if counting is not None:
         await asyncio.to_thread(counting.tick, holder.current)
-    async with listening(home, holder, limits, http, grpc, sure.add, counting) as up:
+    async with AsyncExitStack() as held:
+        joint = await _joint(home, asking, holder, held)
+        up = await held.enter_async_context(
+            listening(home, holder, limits, http, grpc, sure.add, counting, joint)
+        )
         work = [asyncio.create_task(each) for each in (watcher.run(), sure.run(), _count(counting, holder))]
         for where in filter(None, (up.http, up.grpc)):
             log.info("listening on %s", where)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import numpy.typing as npt
 
 from fedge.errors import BusyError, DataError, FormatError, LateError
+from fedge.fitting import fit
 from fedge.spec import Spec
 from fedge_client.inputs import decode, read_text
+from fedge_client.joint.joint import Joint, Local
 from fedge_client.runtime import Prediction, Runtime
+from fedge_client.serving.answered import Answered
 from fedge_client.serving.holder import Holder
 from fedge_client.serving.limits import Limits
 
@@ -28,28 +31,11 @@ FILES = frozenset(
 )  # `.npz` is left out: it may unpack to a thousand times its length
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """The answer to one request."""
-
-    version: int  # of the release that has answered
-    model: str  # SHA-256 of the variant's installed bytes; empty: not known
-    labels: tuple[str, ...]
-    predictions: Sequence[Prediction]  # in the order of the examples
-
-
 class Counter(Protocol):
     """Counts what becomes of requests."""
 
-    def answered(
-        self,
-        runtime: Runtime,
-        x: Array,
-        predictions: Sequence[Prediction],
-        seconds: float,
-        route: str = "local",
-    ) -> None:
-        """Examples (B, *spec.shape) of a request, their answers, and how they came; called in a thread."""
+    def answered(self, found: Answered) -> None:
+        """A request that was answered; called in a thread, perhaps after its answer was given."""
 
     def failed(self) -> None:
         """A request that fits got no answer: refused, late, or the model failed on it."""
@@ -83,6 +69,7 @@ class Service:
         limits: of requests.
         told: of each answer that was in time, in the event loop.
         counter: of what becomes of requests; None: it is not counted.
+        joint: asks the cloud where the device is not sure; None: nobody is asked.
     """
 
     def __init__(
@@ -91,10 +78,13 @@ class Service:
         limits: Limits,
         told: Callable[[Answered], None] = lambda _: None,
         counter: Counter | None = None,
+        joint: Joint | None = None,
     ) -> None:
         self.holder, self.limits, self._told, self._counter = holder, limits, told, counter
+        self.joint = joint
         self._executor = ThreadPoolExecutor(limits.workers, thread_name_prefix="serving")
         self._open = 0  # requests that wait or are at work, those included whose caller has gone
+        self._uncounted: deque[Answered] = deque()
         self.answered = self.refused = self.late = 0
 
     @property
@@ -105,9 +95,11 @@ class Service:
     def close(self) -> None:
         """End the threads; what is at work is waited for."""
         self._executor.shutdown(cancel_futures=True)
+        while self._uncounted:
+            self._count()
 
     async def infer(self, query: Query, deadline_s: float | None = None) -> Answered:
-        """The answer to a query.
+        """The answer to a query: the device's, or the cloud's where that is asked and answers in time.
 
         Raises:
             BusyError: too many requests are open.
@@ -121,15 +113,15 @@ class Service:
             self._failed()
             raise BusyError(f"{self._open} requests are open; ask again later")
         seconds = limits.deadline_s if deadline_s is None else min(deadline_s, limits.deadline_s)
-        until = time.monotonic() + seconds
-        future = asyncio.get_running_loop().run_in_executor(self._executor, self._work, query, until, seconds)
+        began = time.monotonic()
+        future = asyncio.get_running_loop().run_in_executor(
+            self._executor, self._work, query, began + seconds
+        )
         self._open += 1
         future.add_done_callback(self._ended)
         try:
             async with asyncio.timeout(seconds):
-                found = await asyncio.shield(
-                    future
-                )  # a thread cannot be stopped: it looks at the time itself
+                local = await asyncio.shield(future)  # a thread cannot be stopped: it looks at the time
         except (TimeoutError, LateError) as error:
             self.late += 1
             self._failed()
@@ -137,20 +129,33 @@ class Service:
         except FormatError:
             self._failed()
             raise
+        if self.joint is None:
+            answers = local.alone("alone")
+        else:
+            wait_s = seconds if deadline_s is not None else min(self.joint.deadline_s, seconds)
+            answers = await self.joint.complete(local, began + wait_s)
         self.answered += 1
+        found = Answered.of(local, answers, time.monotonic() - began)
         self._told(found)
+        if self._counter is not None:
+            self._uncounted.append(found)
+            self._executor.submit(self._count)  # before requests that wait: no more than these pile up
         return found
+
+    def _count(self) -> None:
+        if self._counter is not None:
+            self._counter.answered(self._uncounted.popleft())
 
     def _failed(self) -> None:
         if self._counter is not None:
             self._counter.failed()
 
-    def _ended(self, future: asyncio.Future[Answered]) -> None:
+    def _ended(self, future: asyncio.Future[Local]) -> None:
         self._open -= 1
         if not future.cancelled():
             future.exception()  # seen: whoever asked may have gone
 
-    def _work(self, query: Query, until: float, seconds: float) -> Answered:
+    def _work(self, query: Query, until: float) -> Local:
         _in_time(until)
         with self.holder.lease() as runtime:
             x = query(runtime.spec)
@@ -163,9 +168,7 @@ class Service:
                 _in_time(until)
                 predictions += runtime.infer(example)
             _in_time(until)  # else it has been told as late
-            if self._counter is not None:
-                self._counter.answered(runtime, batch, predictions, time.monotonic() - (until - seconds))
-            return Answered(runtime.release.version, model_of(runtime), runtime.spec.labels, predictions)
+            return Local.of(runtime, fit(batch, runtime.spec), predictions)
 
 
 def model_of(runtime: Runtime) -> str:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from fedge.telemetry.window import Window
 from fedge_client.device import Device
-from fedge_client.runtime import Prediction, Runtime
+from fedge_client.runtime import Runtime
+from fedge_client.serving.answered import Answered, Array, route_of
 from fedge_client.telemetry.collector import Answering, Collector, cpu_s, memory_bytes
 from fedge_client.telemetry.outgoing import FOLDER, leave, owned
 from fedge_client.telemetry.settings import Settings
@@ -45,26 +45,11 @@ class Counting:
         self._failures = 0
         self._said = False  # that answers are not counted
 
-    def answered(
-        self,
-        runtime: Runtime,
-        x: npt.NDArray[Any],
-        predictions: Sequence[Prediction],
-        seconds: float,
-        route: str = "local",
-    ) -> None:
-        """Count the answers of a request.
-
-        Args:
-            runtime: that has answered; where another one does so by now they are not counted.
-            x: (B, *spec.shape) raw.
-            predictions: B of them.
-            seconds: that the request took.
-            route: of `fedge.telemetry.sketch.ROUTES`.
-        """
-        collector, version = self._collector, runtime.release.version
-        if collector is not None:
-            collector.answered(x, _rows(predictions), seconds / len(predictions), route, version=version)
+    def answered(self, found: Answered) -> None:
+        """Count the answers of a request; where another release answers by now they are not counted."""
+        if (collector := self._collector) is not None:
+            for x, rows, route in _by_route(found):
+                collector.answered(x, rows, _each_s(found), route, version=found.version)
 
     def failed(self) -> None:
         """Count a request that got no answer."""
@@ -114,41 +99,33 @@ class Counting:
         return True
 
 
-def count_once(
-    home: Path, settings: Settings, runtime: Runtime, x: npt.NDArray[Any], predictions: Sequence[Prediction],
-    seconds: float, route: str = "local",
-) -> None:  # fmt: skip
+def count_once(home: Path, settings: Settings, runtime: Runtime, found: Answered) -> None:
     """Count the answers of one command; beside a service that is up they are left for it to take up.
 
     Args:
         home: of the device.
         settings: of the collection.
         runtime: that has answered.
-        x: (B, *spec.shape) raw.
-        predictions: B of them.
-        seconds: that they took together.
-        route: of `fedge.telemetry.sketch.ROUTES`.
+        found: its answers.
     """
     folder, answering = home / FOLDER, answering_of(home, runtime)
-    rows, each_s = _rows(predictions), seconds / len(predictions)
     try:
         with owned(folder):
             collector = Collector(folder, answering, settings)
-            collector.answered(x, rows, each_s, route)
+            for x, rows, route in _by_route(found):
+                collector.answered(x, rows, _each_s(found), route)
             collector.tick()
             collector.keep()
     except BlockingIOError:
-        _leave(folder, settings, answering, x, rows, each_s, route)
+        _leave(folder, settings, answering, found)
     except OSError:
         return  # a disk that refuses a lock takes no counts either
 
 
-def _leave(
-    folder: Path, settings: Settings, answering: Answering, x: npt.NDArray[Any], rows: npt.NDArray[Any],
-    each_s: float, route: str,
-) -> None:  # fmt: skip
+def _leave(folder: Path, settings: Settings, answering: Answering, found: Answered) -> None:
     sketch = answering.nothing()
-    answering.count(sketch, x, rows, each_s, route)
+    for x, rows, route in _by_route(found):
+        answering.count(sketch, x, rows, _each_s(found), route)
     part = Window(
         slot=0,  # of the window that takes it up
         period_s=settings.period_s,
@@ -170,6 +147,17 @@ def answering_of(home: Path, runtime: Runtime) -> Answering:
     return Answering(runtime.release.version, runtime.spec, reference)
 
 
-def _rows(predictions: Sequence[Prediction]) -> npt.NDArray[Any]:
-    """Probabilities (B, classes)."""
-    return np.array([list(each.probabilities.values()) for each in predictions], np.float32)
+def _by_route(found: Answered) -> Iterator[tuple[Array, Array, str]]:
+    """Inputs (N, *spec.shape), the device's own probabilities (N, classes) and the route, for each route.
+
+    Whoever has answered: a release's reference is made of what its variant says, and drift is seen in that.
+    """
+    rows = np.array([list(each.probabilities.values()) for each in found.own], np.float32)
+    routes = [route_of(*each) for each in zip(found.route, found.why, strict=True)]
+    for route in dict.fromkeys(routes):
+        those = np.array([each == route for each in routes])
+        yield found.x[those], rows[those], route
+
+
+def _each_s(found: Answered) -> float:
+    return found.seconds / len(found.own)

@@ -196,3 +196,19 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path) -> Non
 def test_private_keys_are_not_shown(device: Identity) -> None:
     assert "PRIVATE" not in repr(device)
     assert repr(replace(device.keys)) == "Keys()"
+
+
+def test_whoever_asks_the_cloud_shows_the_certificate_that_the_agent_has_renewed(
+    device: Identity, authority: Authority, tmp_path: Path
+) -> None:
+    from fedge_client.joint.asking import Renewed
+
+    shown = Renewed(tmp_path / "home")
+    first = shown()
+    assert (first.certificate, shown()) == (device.certificate, first)
+    certificate = authority.issue_device(device.keys.request(), 200)
+    hub = hub_of(device.device_id, link_address="elsewhere.example.org:9443")
+    device.with_reply(hub, certificate, authority.bundle)
+    assert (shown().certificate, shown().link_address) == (certificate, hub.link_address)
+    (device.folder / "hub.json").write_text("{")  # damaged: what was read before still serves
+    assert shown().certificate == certificate

@@ -41,12 +41,13 @@ def test_every_key_stands_in_the_table_with_its_default(tmp_path: Path) -> None:
         "telemetry": settings.TelemetrySettings(),
         "memory": settings.MemorySettings(),
         "metrics": settings.MetricsSettings(),
+        "joint": settings.AskingSettings(),
     }
     for name, table in tables.items():
         for key in table.__dataclass_fields__:
             shown = rows.pop(f"{name}.{key}").replace(",", "").strip()
-            default = None if shown == "none" else float({"true": "1", "false": "0"}.get(shown, shown))
-            assert default == getattr(table, key)
+            words = {"none": None, "true": True, "false": False, '`"release"`': "release"}
+            assert (words[shown] if shown in words else float(shown)) == getattr(table, key)
     assert set(rows) == {"tags"} | {
         f"tasks.NAME.{key}" for key in ("task", "data", "label", "size", "digest", "memory")
     }
@@ -81,6 +82,15 @@ def test_without_a_file_nothing_is_offered(tmp_path: Path) -> None:
         ("[metrics]\ntextfile = 'fedge.txt'", "metrics.textfile = 'fedge.txt': must end with .prom"),
         ("[metrics]\ninterval_s = 0", "metrics.interval_s = 0.0: must be 1 to 3600"),
         ("[tasks.digits]\nmemory = 1", "tasks.digits.memory = 1: must be true or false"),
+        ("[joint]\nenabled = 1", "joint.enabled = 1: must be true or false"),
+        ("[joint]\nrule = 'hunch'", "joint.rule = 'hunch': must be one of release, confidence, margin"),
+        ("[joint]\nrule = 'margin'", "a measure of doubt needs a threshold"),
+        ("[joint]\nrule = 'cloud-only'\nthreshold = 0.1", "no other rule has one"),
+        ("[joint]\nrule = 'entropy'\nthreshold = 2", "joint.threshold = 2: must be a number from 0 to 1"),
+        ("[joint]\nshare = 1", "joint.share = 1.0: must be above 0 and below 1"),
+        ("[joint]\nshare = 0.1\naccuracy = 0.9", "one of them, and only with joint.rule = 'release'"),
+        ("[joint]\naccuracy = 0.9\nrule = 'device-only'", "only with joint.rule = 'release'"),
+        ("[joint]\ndeadline_s = inf", "joint.deadline_s = inf: must be a number"),
         ("tags = [", "is not TOML"),
         ("tasks = 1", "must be a table, [tasks]"),
     ],

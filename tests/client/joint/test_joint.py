@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedge.errors import AbsentError, DataError, LateError, UserError
-from fedge.routing import CLOUD_ONLY, DEVICE_ONLY, Rule
+from fedge.routing import CLOUD_ONLY, DEVICE_ONLY, Routing, Rule, Wanted
 from fedge.spec import Spec
 from fedge_client.joint import BreakerSettings, Budget, CloudAnswer, CloudError, Joint, JointSettings
 from fedge_client.runtime import Runtime
@@ -25,10 +25,14 @@ SURE, UNSURE = [8.0, 0.0], [0.1, 0.0]  # logits of this file's variant: confiden
 @pytest.fixture
 def holder(tools: Any) -> Holder[Runtime]:
     """A variant whose logits are its input."""
+    return holder_of(tools)
+
+
+def holder_of(tools: Any, **evidence: Any) -> Holder[Runtime]:
     from fedge.inference import CompactModel
 
     model = tools.linear_model(SPEC, np.eye(2), np.zeros(2))
-    entry, _ = tools.entry_of("micro", model)
+    entry, _ = tools.entry_of("micro", model, evidence=evidence)
     release = tools.release_of(5, (entry,), spec=SPEC)
     return Holder(Runtime(SimpleNamespace(release=release, entry=entry), CompactModel(model, SPEC)))
 
@@ -169,3 +173,56 @@ def test_a_device_that_has_no_answer_in_time_says_so_then(holder: Any) -> None:
 def test_settings_that_leave_no_time_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(UserError, match="reserve_s"):
         JointSettings(**values)
+
+
+CARRIED = Routing(
+    "confidence", Rule("confidence", 0.4), promise="p", examples=9, shares={0.1: 0.48, 0.5: 0.2}
+)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "values", "why"),
+    [
+        ({}, {}, "uncalibrated"),
+        ({"routing": {"measure": "hunch"}}, {}, "uncalibrated"),
+        ({"routing": Routing(reason="9 examples are few", shares={0.5: 0.1}).to_json()}, {}, "uncalibrated"),
+        (
+            {"routing": Routing(reason="9 examples are few", shares={0.5: 0.1}).to_json()},
+            {"wanted": Wanted(share=0.6)},
+            "asked",
+        ),
+        ({"routing": CARRIED.to_json()}, {}, "asked"),
+        ({"routing": CARRIED.to_json()}, {"wanted": Wanted(share=0.2)}, "sure"),
+        ({"routing": CARRIED.to_json()}, {"wanted": Wanted(share=0.05)}, "uncalibrated"),
+        ({"routing": CARRIED.to_json()}, {"rule": Rule("confidence", 0.48)}, "sure"),
+    ],
+    ids=["none", "unreadable", "reason", "reason-share", "promise", "share", "small-share", "override"],
+)
+def test_the_release_says_when_to_ask_unless_the_device_does(
+    evidence: dict[str, Any], values: dict[str, Any], why: str, tools: Any
+) -> None:
+    """The device's doubt of this example is 0.475."""
+    [(answers, _)], counts = run(
+        holder_of(tools, **evidence), Scripted(), [UNSURE], **({"rule": None} | values)
+    )
+    assert ([a.why for a in answers], counts) == ([why], {why: 1})
+
+
+def test_when_too_many_wait_for_the_cloud_the_device_answers_at_once(holder: Any) -> None:
+    async def scenario() -> list[str]:
+        go = asyncio.Event()
+        joint = Joint(holder, Scripted(lambda: waited(go)), settings(waiting=2))
+        x = np.array([UNSURE], np.float32)
+        waiting = [asyncio.ensure_future(joint.infer(x)) for _ in range(2)]
+        while len(joint._asking) < 2:
+            await asyncio.sleep(0.001)
+        [third] = await joint.infer(x)
+        go.set()
+        others = [answers[0].why for answers in await asyncio.gather(*waiting)]
+        await joint.close()
+        return [third.why, *others]
+
+    async def waited(go: asyncio.Event) -> None:
+        await go.wait()
+
+    assert asyncio.run(scenario()) == ["busy", "asked", "asked"]

@@ -84,3 +84,77 @@ def test_what_does_not_fit_gets_a_clear_status(
             await InferenceStub(channel).Infer(request(np.zeros((8, 8), np.uint8)))
 
     asyncio.run(scenario())
+
+
+def test_over_http_and_grpc_each_answer_says_who_gave_it_and_why_and_health_how_the_cloud_is(
+    tmp_path: Path, tools: Any, wire: Any
+) -> None:
+    """The variant's logits are its input; the cloud answers the second label, then is away."""
+    from types import SimpleNamespace
+
+    from fedge.inference import CompactModel
+    from fedge.routing import Rule
+    from fedge.spec import Spec
+    from fedge_client.joint import BreakerSettings, CloudAnswer, CloudError, Joint, JointSettings
+    from fedge_client.runtime import Runtime
+    from fedge_client.serving.answered import Answered
+    from fedge_client.serving.limits import Limits
+    from fedge_client.serving.running import Address, listening
+
+    spec = Spec("features", (2,), "float32", ("no", "yes"))
+    model = tools.linear_model(spec, np.eye(2), np.zeros(2))
+    entry, _ = tools.entry_of("micro", model)
+    release = tools.release_of(3, (entry,), spec=spec)
+    holder = Holder(Runtime(SimpleNamespace(release=release, entry=entry), CompactModel(model, spec)))
+    told: list[Answered] = []
+    counted: list[Answered] = []
+    counter = SimpleNamespace(answered=counted.append)
+
+    class Cloud:
+        away = False
+
+        async def ask(self, x: Any, spec: Spec, version: int, timeout_s: float) -> CloudAnswer:
+            if self.away:
+                raise CloudError("down", "no connection")
+            return CloudAnswer(np.tile(np.array([0.1, 0.9], np.float32), (len(x), 1)), version, "c" * 64)
+
+    async def scenario() -> None:
+        cloud = Cloud()
+        settings = JointSettings(
+            rule=Rule("confidence", 0.2), deadline_s=20.0, breaker=BreakerSettings(1, 60.0, 60.0)
+        )
+        joint = Joint(holder, cloud, settings)
+        where = [Address.parse(f"unix:{tmp_path}/{name}.sock") for name in ("http", "grpc")]
+        async with listening(tmp_path, holder, Limits(), *where, told.append, counter, joint) as up:
+            reader, writer = await asyncio.open_unix_connection(up.http.removeprefix("unix:"))
+
+            async def asked(request: bytes) -> Any:
+                writer.write(request)
+                return (await wire.read_reply(reader)).json
+
+            both = wire.post(b"8,0\n0.1,0\n", "text/csv")
+            found = await asked(both)
+            assert [(p["source"], p["why"], p["label"]) for p in found["predictions"]] == [
+                ("device", "sure", "no"),
+                ("cloud", "asked", "yes"),
+            ]
+            assert (found["release"], found["cloud_model"]) == (3, "c" * 64)
+            cloud.away = True
+            found = await asked(both)
+            assert [p["why"] for p in found["predictions"]] == ["sure", "down"]
+            assert "cloud_model" not in found
+            async with grpc.aio.insecure_channel(up.grpc, options=OPTIONS) as channel:
+                reply = await InferenceStub(channel).Infer(request(np.array([[0.1, 0.0]], np.float32)))
+            assert [(a.source, a.why, a.label) for a in reply.answers] == [("device", "open", "no")]
+            health = await asked(b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert health["cloud"] == {
+                "breaker": "open",
+                "examples": {"asked": 1, "down": 1, "open": 1, "sure": 2},
+            }
+            writer.close()
+        await joint.close()
+        assert [(each.route, each.why) for each in counted] == [(each.route, each.why) for each in told]
+        assert [p.label for p in told[0].own] == ["no", "no"]  # what the device itself would have said
+        assert (told[0].route, told[0].x.shape) == (("device", "cloud"), (2, 2))
+
+    asyncio.run(scenario())

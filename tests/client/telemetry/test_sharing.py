@@ -20,6 +20,7 @@ from fedge_client.agent.settings import TelemetrySettings
 from fedge_client.agent.telling import Teller
 from fedge_client.agent.work import Linked
 from fedge_client.runtime import Prediction
+from fedge_client.serving.answered import Answered
 from fedge_client.telemetry.closing import Left
 from fedge_client.telemetry.collector import Answering, Collector
 from fedge_client.telemetry.counting import Counting, count_once
@@ -47,6 +48,12 @@ def release(version: int = 1) -> Any:
     return SimpleNamespace(release=SimpleNamespace(version=version), spec=SPEC, installed=installed)
 
 
+def answered(version: int = 1, route: Any = ("device",) * 3, why: Any = ("alone",) * 3) -> Answered:
+    """Three answers."""
+    labels = ("no", "yes")
+    return Answered(version, "a" * 64, labels, PREDICTIONS, route, why, "", PREDICTIONS, X, 0.03)
+
+
 def due(folder: Path, hours: int, settings: Settings = EVERY) -> list[Window]:
     """What the agent would send so many hours from now."""
     left = Left(folder, settings, now=lambda: time.time() + hours * HOUR)
@@ -57,43 +64,43 @@ def test_a_window_that_nobody_counts_in_any_more_is_closed_by_who_sends_it(tmp_p
     folder = tmp_path / FOLDER
     assert due(folder, 0) == []
     assert not folder.exists()  # a device that answers nothing has no folder
-    count_once(tmp_path, EVERY, release(), X, PREDICTIONS, 0.03)
+    count_once(tmp_path, EVERY, release(), answered())
     assert due(folder, 0) == []  # its hour is not over
     (found,) = due(folder, 2)
     assert found.sketch.routes.tolist() == [3, 0, 0, 0, 0]
     assert [window.slot for window in due(folder, 2)] == [found.slot]  # until the server has it
     Left(folder, EVERY).sent(found.slot)
     assert due(folder, 2) == []
-    count_once(tmp_path, EVERY, release(), X, PREDICTIONS, 0.03)
+    count_once(tmp_path, EVERY, release(), answered())
     (later,) = due(folder, 2)
     assert later.slot > found.slot  # it names another one, though its hour is the same
 
 
 def test_with_noise_it_is_told_once_whoever_closes_it(tmp_path: Path) -> None:
     folder, noisy = tmp_path / FOLDER, Settings(keep_every_s=0.0, epsilon=1.0, most_epsilon=1.0)
-    count_once(tmp_path, noisy, release(), X, PREDICTIONS, 0.03)
+    count_once(tmp_path, noisy, release(), answered())
     (found,) = due(folder, 2, noisy)
     assert found.epsilon == 1.0
     assert Outgoing(folder).noised == 1
     Left(folder, noisy).sent(found.slot)
-    count_once(tmp_path, noisy, release(), X, PREDICTIONS, 0.03)
+    count_once(tmp_path, noisy, release(), answered())
     assert due(folder, 4, noisy) == []  # the budget is spent
 
 
 def test_a_command_beside_a_service_is_counted_by_the_service(tmp_path: Path) -> None:
     counting, runtime = Counting(tmp_path, EVERY), release()
-    counting.answered(runtime, X, PREDICTIONS, 0.03)  # before the folder is owned: lost
+    counting.answered(answered())  # before the folder is owned: lost
     counting.tick(runtime)
-    counting.answered(runtime, X, PREDICTIONS, 0.03, "cloud")
-    counting.answered(release(2), X, PREDICTIONS, 0.03)  # of a release that does not answer any more
+    counting.answered(answered(route=("cloud", "device", "device"), why=("asked", "late", "open")))
+    counting.answered(answered(2))  # of a release that does not answer any more
     counting.failed()
-    count_once(tmp_path, EVERY, runtime, X, PREDICTIONS, 0.03)
-    count_once(tmp_path, EVERY, release(2), X, PREDICTIONS, 0.03)  # another release: it does not add up
+    count_once(tmp_path, EVERY, runtime, answered())
+    count_once(tmp_path, EVERY, release(2), answered(2))  # another release: it does not add up
     assert due(tmp_path / FOLDER, 2) == []  # the service owns the window
     counting.close()
     assert not any((tmp_path / FOLDER / "parts").iterdir())
     (found,) = due(tmp_path / FOLDER, 2)
-    assert found.sketch.routes.tolist() == [3, 3, 0, 0, 1]
+    assert found.sketch.routes.tolist() == [3, 1, 1, 1, 1]
     assert found.version == 1
 
 
@@ -104,9 +111,9 @@ def test_a_service_that_cannot_own_the_folder_yet_counts_once_it_can(
     counting, runtime = Counting(tmp_path, EVERY), release()
     with owned(tmp_path / FOLDER):
         counting.tick(runtime)
-        counting.answered(runtime, X, PREDICTIONS, 0.03)
+        counting.answered(answered())
     counting.tick(runtime)
-    counting.answered(runtime, X, PREDICTIONS, 0.03)
+    counting.answered(answered())
     counting.tick(release(2))  # installed: the window of the first is closed
     counting.close()
     (found,) = due(tmp_path / FOLDER, 0)
@@ -117,7 +124,7 @@ def test_what_nobody_takes_up_is_bounded_and_what_a_kill_left_half_written_goes(
     folder, runtime = tmp_path / FOLDER, release()
     with owned(folder):
         for _ in range(MAX_PARTS + 3):
-            count_once(tmp_path, EVERY, runtime, X, PREDICTIONS, 0.03)
+            count_once(tmp_path, EVERY, runtime, answered())
         parts = folder / "parts"
         assert len(list(parts.iterdir())) == MAX_PARTS
         (parts / ".half").write_bytes(b"half")

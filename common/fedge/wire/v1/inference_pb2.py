@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x65\x64ge/wire/v1/inference.proto\x12\x08\x66\x65\x64ge.v1\";\n\rInferExamples\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\'\n\tInferFile\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xa0\x01\n\x0cInferRequest\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12+\n\x08\x65xamples\x18\x03 \x01(\x0b\x32\x17.fedge.v1.InferExamplesH\x00\x12#\n\x04\x66ile\x18\x04 \x01(\x0b\x32\x13.fedge.v1.InferFileH\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x42\x07\n\x05input\"G\n\x0bInferAnswer\x12\r\n\x05label\x18\x01 \x01(\t\x12\x12\n\nconfidence\x18\x02 \x01(\x02\x12\x15\n\rprobabilities\x18\x03 \x03(\x02\"T\n\nInferReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12&\n\x07\x61nswers\x18\x03 \x03(\x0b\x32\x15.fedge.v1.InferAnswer\"8\n\x0f\x44\x65scribeRequest\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\"K\n\rDescribeReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x0c\n\x04spec\x18\x04 \x01(\t2\x82\x01\n\tInference\x12\x35\n\x05Infer\x12\x16.fedge.v1.InferRequest\x1a\x14.fedge.v1.InferReply\x12>\n\x08\x44\x65scribe\x12\x19.fedge.v1.DescribeRequest\x1a\x17.fedge.v1.DescribeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x65\x64ge/wire/v1/inference.proto\x12\x08\x66\x65\x64ge.v1\";\n\rInferExamples\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\'\n\tInferFile\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xa0\x01\n\x0cInferRequest\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12+\n\x08\x65xamples\x18\x03 \x01(\x0b\x32\x17.fedge.v1.InferExamplesH\x00\x12#\n\x04\x66ile\x18\x04 \x01(\x0b\x32\x13.fedge.v1.InferFileH\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x42\x07\n\x05input\"d\n\x0bInferAnswer\x12\r\n\x05label\x18\x01 \x01(\t\x12\x12\n\nconfidence\x18\x02 \x01(\x02\x12\x15\n\rprobabilities\x18\x03 \x03(\x02\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\x0b\n\x03why\x18\x05 \x01(\t\"i\n\nInferReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12&\n\x07\x61nswers\x18\x03 \x03(\x0b\x32\x15.fedge.v1.InferAnswer\x12\x13\n\x0b\x63loud_model\x18\x04 \x01(\t\"8\n\x0f\x44\x65scribeRequest\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\"K\n\rDescribeReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04task\x18\x03 \x01(\t\x12\x0c\n\x04spec\x18\x04 \x01(\t2\x82\x01\n\tInference\x12\x35\n\x05Infer\x12\x16.fedge.v1.InferRequest\x1a\x14.fedge.v1.InferReply\x12>\n\x08\x44\x65scribe\x12\x19.fedge.v1.DescribeRequest\x1a\x17.fedge.v1.DescribeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,13 +38,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFERREQUEST']._serialized_start=146
   _globals['_INFERREQUEST']._serialized_end=306
   _globals['_INFERANSWER']._serialized_start=308
-  _globals['_INFERANSWER']._serialized_end=379
-  _globals['_INFERREPLY']._serialized_start=381
-  _globals['_INFERREPLY']._serialized_end=465
-  _globals['_DESCRIBEREQUEST']._serialized_start=467
-  _globals['_DESCRIBEREQUEST']._serialized_end=523
-  _globals['_DESCRIBEREPLY']._serialized_start=525
-  _globals['_DESCRIBEREPLY']._serialized_end=600
-  _globals['_INFERENCE']._serialized_start=603
-  _globals['_INFERENCE']._serialized_end=733
+  _globals['_INFERANSWER']._serialized_end=408
+  _globals['_INFERREPLY']._serialized_start=410
+  _globals['_INFERREPLY']._serialized_end=515
+  _globals['_DESCRIBEREQUEST']._serialized_start=517
+  _globals['_DESCRIBEREQUEST']._serialized_end=573
+  _globals['_DESCRIBEREPLY']._serialized_start=575
+  _globals['_DESCRIBEREPLY']._serialized_end=650
+  _globals['_INFERENCE']._serialized_start=653
+  _globals['_INFERENCE']._serialized_end=783
 # @@protoc_insertion_point(module_scope)

@@ -39,24 +39,30 @@ class InferRequest(_message.Message):
     def __init__(self, wire_version: _Optional[int] = ..., version: _Optional[int] = ..., examples: _Optional[_Union[InferExamples, _Mapping]] = ..., file: _Optional[_Union[InferFile, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
 
 class InferAnswer(_message.Message):
-    __slots__ = ("label", "confidence", "probabilities")
+    __slots__ = ("label", "confidence", "probabilities", "source", "why")
     LABEL_FIELD_NUMBER: _ClassVar[int]
     CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
     PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
     label: str
     confidence: float
     probabilities: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, label: _Optional[str] = ..., confidence: _Optional[float] = ..., probabilities: _Optional[_Iterable[float]] = ...) -> None: ...
+    source: str
+    why: str
+    def __init__(self, label: _Optional[str] = ..., confidence: _Optional[float] = ..., probabilities: _Optional[_Iterable[float]] = ..., source: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
 
 class InferReply(_message.Message):
-    __slots__ = ("version", "model", "answers")
+    __slots__ = ("version", "model", "answers", "cloud_model")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    CLOUD_MODEL_FIELD_NUMBER: _ClassVar[int]
     version: int
     model: str
     answers: _containers.RepeatedCompositeFieldContainer[InferAnswer]
-    def __init__(self, version: _Optional[int] = ..., model: _Optional[str] = ..., answers: _Optional[_Iterable[_Union[InferAnswer, _Mapping]]] = ...) -> None: ...
+    cloud_model: str
+    def __init__(self, version: _Optional[int] = ..., model: _Optional[str] = ..., answers: _Optional[_Iterable[_Union[InferAnswer, _Mapping]]] = ..., cloud_model: _Optional[str] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ("wire_version", "version")
