@@ -102,4 +102,5 @@ def tier_row(outcome: TierOutcome, travels: Callable[[int], int] = int) -> dict[
         "worst_class_drop": variant.gate.worst_class_drop,
         "latency_us": round(variant.latency_us, 1),
         "gate": "passed",
+        "routing": variant.routing.describe(),
     }

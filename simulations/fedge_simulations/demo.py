@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedge.artefact import unpack
 from fedge.config import Config
@@ -33,6 +34,8 @@ Say = Callable[[str], None]
 
 SERVER, DATA = "server", "data"  # folders of a demonstration beside DEVICES
 RUN = "demo"  # name of its run
+# Of the device that asks the cloud; which opens its model for the first question.
+JOINT = b"\n[joint]\nenabled = true\nshare = 0.2\ndeadline_s = 10.0\n"
 COPIED = ("history.jsonl", "model.safetensors", "report.html", "summary.json")
 
 
@@ -63,8 +66,8 @@ class Folders:
 
 def demonstrate(
     config: Config, source: Path, overrides: Sequence[str], out: Path, *, overwrite: bool, say: Say
-) -> dict[str, Any]:
-    """Deploy, train, compress, release and answer; returns the summary.
+) -> tuple[dict[str, Any], list[str]]:
+    """Deploy, train, compress, release and answer; returns the summary, and what ends the demonstration.
 
     Args:
         config: the run; it has one client for each device.
@@ -88,12 +91,17 @@ def demonstrate(
     say(_describe(world, names))
     _deal(world, names, folders)
     deployed = [*overrides, *_for_the_server(world, folders)]
-    with ExitStack() as stack:
-        _start(stack, names, folders, say)
-        _run(source, deployed, folders, say)
-    for name in COPIED:
-        shutil.copyfile(folders.server / "runs" / RUN / name, out / name)
-    return _deliver(Config.load(source, deployed), names, folders)
+    with ExitStack() as hub:
+        _hub(hub, names, folders, say)
+        with ExitStack() as agents:
+            _agents(agents, names, folders, say)
+            _run(source, deployed, folders, say)
+        for name in COPIED:
+            shutil.copyfile(folders.server / "runs" / RUN / name, out / name)
+        summary, doubts = _deliver(Config.load(source, deployed), names, folders)
+        said = _ask(doubts, names, folders, summary) if doubts else []
+    write_atomically(out / "summary.json", json.dumps(summary, indent=2).encode())
+    return summary, said
 
 
 def device_names(tiers: Sequence[str], count: int) -> dict[str, str]:
@@ -150,8 +158,8 @@ def _for_the_server(world: World, folders: Folders) -> list[str]:
     ]
 
 
-def _start(stack: ExitStack, names: dict[str, str], folders: Folders, say: Say) -> None:
-    """A hub, and an enrolled and connected agent for each device; all end with the stack."""
+def _hub(stack: ExitStack, names: dict[str, str], folders: Folders, say: Say) -> None:
+    """A hub that is up, and ends with the stack."""
     home = ("--home", str(folders.server))
     completed(
         "fedge_server", "init", *home, "--name", "127.0.0.1", "--listen", "127.0.0.1",
@@ -163,6 +171,11 @@ def _start(stack: ExitStack, names: dict[str, str], folders: Folders, say: Say) 
     wait_until((folders.server / "ports.json").exists, hub, log, "hub")
     ports = json.loads((folders.server / "ports.json").read_text("utf-8"))
     say(f"hub up on 127.0.0.1: devices on port {ports['link']}, enrolment on port {ports['enrolment']}")
+
+
+def _agents(stack: ExitStack, names: dict[str, str], folders: Folders, say: Say) -> None:
+    """An enrolled and connected agent for each device; all end with the stack."""
+    home = ("--home", str(folders.server))
     for name, tier in names.items():
         answer = json.loads(
             completed(
@@ -198,15 +211,22 @@ def _stick(folders: Folders) -> Path:
     return stick
 
 
-def _deliver(config: Config, names: dict[str, str], folders: Folders) -> dict[str, Any]:
-    """Install on every device what was released for its tier, and add what they answer to the summary."""
+def _deliver(
+    config: Config, names: dict[str, str], folders: Folders
+) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """Install on every device what was released for its tier, and add what they answer to the summary.
+
+    Returns:
+        The summary; and for each tier two inputs of the gate (2, ...), the one that its variant is surest of
+        and the one that it doubts most: nothing where there is no release.
+    """
     from fedge.task import resolve
 
     summary: dict[str, Any] = json.loads((folders.out / "summary.json").read_text("utf-8"))
     server, scored = own_data(config, resolve(config.task)), {}
     with Registry.open(folders.server) as registry:
         if not (releases := released(registry)):
-            return summary
+            return summary, {}
         for entry in releases[-1].variants:
             wire = registry.store.get(entry.wire_sha256, entry.wire_bytes)
             model = CompactModel(unpack(wire, entry.installed_bytes), server.spec)
@@ -220,5 +240,29 @@ def _deliver(config: Config, names: dict[str, str], folders: Folders) -> dict[st
                 f"device {result.id}: accuracy {result.accuracy:.4f} is not the {claimed:.4f} of the gate"
             )
     summary["devices"] = [result.to_json() for result in results]
-    write_atomically(folders.out / "summary.json", json.dumps(summary, indent=2).encode())
-    return summary
+    extremes = {tier: [rows.max(1).argmax(), rows.max(1).argmin()] for tier, rows in scored.items()}
+    return summary, {tier: server.gate.x[those] for tier, those in extremes.items()}
+
+
+def _ask(
+    doubts: dict[str, npt.NDArray[Any]], names: dict[str, str], folders: Folders, summary: dict[str, Any]
+) -> list[str]:
+    """Let a device answer jointly with the cloud; what it printed, and where that release comes from."""
+    name, tier = next((name, tier) for name, tier in reversed(names.items()) if tier in doubts)
+    inputs, agent = folders.out / DATA / "asked.npy", folders.device(name) / "agent.toml"
+    np.save(inputs, doubts[tier])
+    write_atomically(agent, agent.read_bytes() + JOINT)
+    answers = completed(
+        "fedge_client", "infer", str(inputs), "--home", str(folders.device(name)), name=f"device {name}"
+    ).splitlines()
+    release = str(summary["devices"][0]["release"])
+    story = completed(
+        "fedge_server", "release", "show", release, "--home", str(folders.server), name="server"
+    )
+    summary["joint"] = {"device": name, "answers": answers}
+    return [
+        f"device {name} may ask the cloud now, and answers the digits that it is surest of and doubts most:",
+        *(f"  {line}" for line in answers),
+        "where these answers come from:",
+        *(f"  {line}" for line in story.splitlines()),
+    ]

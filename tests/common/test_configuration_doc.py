@@ -80,6 +80,7 @@ CODE = {
     "compress.prune": config.Prune,
     "compress.grid": config.Grid,
     "compress.gate": config.Gate,
+    "compress.routing": config.Calibration,
     "compress.clients": config.OnClients,
     "tiers.NAME": Tier,
 }

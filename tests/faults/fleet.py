@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -53,6 +55,10 @@ TIER = "edge"  # that Federation's devices are of
 SPEC = Spec("image", (8, 8), "uint8", tuple("0123456789"))
 WAIT_S, AGAIN_S = 20.0, 0.2  # of a Poll; before the next one after a failure
 INSTALLING = 4  # at a time, in threads
+AT_ONCE = {
+    "stages": [{"name": "all", "percent": 100, "hold_h": 0, "min_installs": 1}],
+    "criteria": {"install": {"tolerated": 0.02, "unacceptable": 0.5, "at_least": 1}},
+}
 GATE = {
     "passed": True,
     "reasons": [],
@@ -108,6 +114,20 @@ def digits_model(*, sureness: float = 1.0, shift: int = 0, note: str = "") -> by
     model.graph.initializer.extend(onnx.numpy_helper.from_array(a, name) for name, a in constants.items())
     model.doc_string = note
     return bytes(model.SerializeToString())
+
+
+def ask(path: Path, x: Any) -> tuple[int, Any]:
+    """Ask a device's service on this socket; status and JSON of its answer."""
+    file = io.BytesIO()
+    np.save(file, x)
+    connection = http.client.HTTPConnection("localhost", timeout=30)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(str(path))
+    connection.request("POST", "/v1/infer", file.getvalue(), {"Content-Type": "application/x-npy"})
+    reply = connection.getresponse()
+    found = reply.status, json.loads(reply.read())
+    connection.close()
+    return found
 
 
 @lru_cache
@@ -334,15 +354,15 @@ class Fleet:
         self.federation.hub.kill()
         self.federation.start_hub()
 
-    def publish(self, model: bytes, recipe: str) -> int:
+    def publish(self, model: bytes, recipe: str, evidence: Mapping[str, Any] | None = None) -> int:
         """Draft a release of this model, whose gate has passed by its report, and publish it; its version."""
-        draft = self._drafted(model, recipe)
+        draft = self._drafted(model, recipe, dict(evidence or {}))
         said = json.loads(self.server("release", "publish", draft, "--format", "json"))
         if said["release"] is None:
             raise AssertionError(f"not published: {said['waiting']}")
         return int(said["release"])
 
-    def _drafted(self, model: bytes, recipe: str) -> str:
+    def _drafted(self, model: bytes, recipe: str, evidence: dict[str, Any]) -> str:
         answers = CompactModel(model, SPEC).run_each(golden.inputs_of(SPEC, 7))
         wire, report = pack(model), json.dumps(GATE, sort_keys=True).encode()
         gold = golden.write(SPEC, 7, answers)
@@ -357,6 +377,7 @@ class Fleet:
             evidence_sha256=sha256(report),
             golden_sha256=sha256(gold),
             reference_sha256=sha256(known),
+            evidence=evidence,
         )
         release = Release(
             version=1,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
-import io
 import json
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,17 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from federation import SCRIPTS, Process, wait_for
-from fleet import TIER, Fleet, digits, digits_model
+from fleet import AT_ONCE, TIER, Fleet, ask, digits, digits_model
 
 from fedge.telemetry.window import Window
 from fedge_client.cli import main
 from fedge_client.telemetry.outgoing import FOLDER, Closed
 
 PERIOD_S = 10  # of a window: the shortest
-AT_ONCE = {
-    "stages": [{"name": "all", "percent": 100, "hold_h": 0, "min_installs": 1}],
-    "criteria": {"install": {"tolerated": 0.02, "unacceptable": 0.5, "at_least": 1}},
-}
 TOLD = {"telemetry": {"period_s": PERIOD_S}}
 
 
@@ -39,19 +32,6 @@ def fleet() -> Iterator[Fleet]:
             yield fleet
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def ask(path: Path, x: Any) -> int:
-    """Ask a device's service; the status of its answer."""
-    file = io.BytesIO()
-    np.save(file, x)
-    connection = http.client.HTTPConnection("localhost", timeout=30)
-    connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.connect(str(path))
-    connection.request("POST", "/v1/infer", file.getvalue(), {"Content-Type": "application/x-npy"})
-    status = connection.getresponse().status
-    connection.close()
-    return status
 
 
 def told(fleet: Fleet) -> dict[str, Any]:
@@ -73,7 +53,7 @@ def test_what_a_device_answers_is_told_once_though_its_agent_is_killed(fleet: Fl
         wait_for((agent.home / "serving" / "http.sock").exists, "the service listens")
         x, _ = digits()
         wait_for(lambda: time.time() % PERIOD_S < PERIOD_S / 2, "one window has room for all that is asked")
-        assert ask(agent.home / "serving" / "http.sock", x[:7]) == 200
+        assert ask(agent.home / "serving" / "http.sock", x[:7])[0] == 200
         np.save(fleet.folder / "x.npy", x[:2])
         assert main(["infer", str(fleet.folder / "x.npy"), "--home", str(agent.home)]) == 0  # beside it
         assert agent.process is not None

@@ -141,6 +141,12 @@ def test_the_demo_deploys_a_hub_and_four_agents_whose_devices_answer_as_the_gate
     assert {device["tier"] for device in summary["devices"]} == {"gateway", "board", "micro"}
     assert "round 30/30" in printed
     assert "one compact version per tier" in printed
+    sure, doubted = summary["joint"]["answers"]
+    assert sure.endswith(" device (sure)")
+    assert doubted.endswith(" cloud (asked)")
+    end = printed[printed.index("may ask the cloud now") :]
+    assert f"  {sure}\n  {doubted}\n" in end
+    assert f"from global model {summary['global_model']['sha256'][:16]} of run demo" in end
     server = out / "server"
     with Registry.open(server) as registry:
         (release,) = released(registry)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fedge.config.compressing import (
     PRESETS,
+    Calibration,
     Compress,
     Distil,
     Gate,
@@ -69,6 +70,7 @@ __all__ = [
     "AccountantName",
     "Attack",
     "Augmentation",
+    "Calibration",
     "Clients",
     "Communication",
     "Compress",

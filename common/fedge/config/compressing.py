@@ -75,6 +75,15 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True, config=STRICT)
+class Calibration:
+    """`[compress.routing]`: when a device that may ask the cloud should, as a release says it."""
+
+    doubt: Literal["confidence", "margin", "entropy"] = "confidence"  # measure of an answer's doubt
+    gap: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.005  # of requests answered worse than the cloud
+    confidence: Confidence = 0.95  # of each promise, over all recipes
+
+
+@dataclass(frozen=True, slots=True, config=STRICT)
 class OnClients:
     """`[compress.clients]`: how clients distil, calibrate and gate, where they are the data."""
 
@@ -104,6 +113,7 @@ class Compress:
     prune: Prune = Prune()
     grid: Grid = Grid()
     gate: Gate = Gate()
+    routing: Calibration = Calibration()
     clients: OnClients = OnClients()
 
 

@@ -78,6 +78,20 @@ class Routing:
             raise DataError(f"this release carries no threshold for {what} {wanted:g}; it has: {said}")
         return Rule(self.doubt, known[near])
 
+    def describe(self) -> str:
+        """In a line."""
+        if self.rule is not None:
+            return (
+                f"ask above {self.rule.threshold:.3g} of {self.doubt}, {self.promise} at "
+                f"{100 * self.confidence:.4g} %; of {self.examples} examples {100 * self.sent:.1f} % are sent"
+            )
+        known = [
+            f"{what} from {min(values):g} to {max(values):g}"
+            for what, values in (("a share", self.shares), ("an accuracy", self.accuracies))
+            if values
+        ]
+        return f"no threshold by itself ({self.reason}); for {' or '.join(known) or 'nothing else either'}"
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         said: dict[str, Any] = {

@@ -160,6 +160,8 @@ def _story_lines(value: Mapping[str, Any]) -> list[str]:
 def _variant_lines(
     entry: Mapping[str, Any], report: Mapping[str, Any], rollout: Mapping[str, Any] | None
 ) -> list[str]:
+    from fedge.routing import KEY, Routing
+
     evidence = entry["evidence"]
     figures = (
         f"accuracy {evidence.get('accuracy', 0):.4f}, "
@@ -173,6 +175,8 @@ def _variant_lines(
             f"  gate: {'passed' if report.get('passed') else 'not passed'} on {report.get('n')} examples, "
             f"{100 * report.get('max_drop', 0):.2f} points allowed"
         )
+    if (said := evidence.get(KEY)) is not None:
+        lines.append(f"  cloud: {Routing.from_json(said).describe()}")
     if rollout:
         reason = f" ({rollout['reason']})" if rollout["reason"] else ""
         lines.append(f"  rollout: {str(rollout['status']).replace('_', ' ')}{reason}")

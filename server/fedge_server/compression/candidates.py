@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fedge.config import Tier
 from fedge.counts import Counts
 from fedge.inference import Float32
+from fedge.routing import Routing
 from fedge_server.compression.budgets import Figure, figures
 from fedge_server.compression.gate import GateReport
 from fedge_server.compression.measure import Cost
@@ -78,6 +79,7 @@ class Variant:
     parameters: int
     gate: GateReport
     probabilities: Float32 | None  # (N, C) that the gate scored, in the order of its data; None: clients have
+    routing: Routing  # when a device should ask the cloud
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ from fedge.learning.surveys import (
 from fedge.learning.terms import Lesson, Terms
 from fedge.learning.whole import WholeModel
 from fedge.ranges import Ranges
+from fedge.routing import Routing
 from fedge.statistics import Moments
 from fedge.task import STUDENT, Task
 from fedge.task_digest import task_digest
@@ -194,6 +195,11 @@ class Clients:
             CompressionError: nobody has counted.
         """
         return self._counted(wire, installed_bytes, "gate")
+
+    def routing(self, wire: bytes, installed_bytes: int, among: int) -> Routing:
+        """Not known: clients count for all their examples together, and tell nothing of one answer."""
+        doubt = self.config.compress.routing.doubt
+        return Routing(doubt, reason="clients tell how many answers are right, and not how doubtful each is")
 
     def _counted(self, wire: bytes, installed_bytes: int, part: Part) -> Evidence:
         clients, classes = self.config.compress.clients, self.data.spec.classes

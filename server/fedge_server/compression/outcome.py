@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from fedge.config import Config, Tier
+from fedge.routing import Routing
 from fedge_server.compression.budgets import Figure, shortage
 from fedge_server.compression.candidates import Candidate, TierOutcome, Trial, Variant, front
 from fedge_server.compression.gate import MAX_ATTEMPTS, Evidence, GateReport
@@ -24,6 +25,9 @@ class Exam(Protocol):
 
     def sit(self, candidate: Candidate, tier: Tier, attempt: int) -> GateReport:
         """The report on a tier's candidate number `attempt`."""
+
+    def routing(self, candidate: Candidate) -> Routing:
+        """When a device should ask the cloud."""
 
 
 class Sitting:
@@ -121,6 +125,7 @@ def _variant(tier: str, candidate: Candidate, report: GateReport, exam: Exam) ->
         parameters=candidate.parameters,
         gate=report,
         probabilities=exam.evidence(candidate).probabilities,
+        routing=exam.routing(candidate),
     )
 
 

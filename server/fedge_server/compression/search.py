@@ -23,6 +23,7 @@ from fedge.config import Config, Tier
 from fedge.counts import Counts
 from fedge.errors import CompressionError, FormatError, TimeUpError
 from fedge.learning.whole import WholeModel
+from fedge.routing import Routing
 from fedge.spec import Spec
 from fedge.task import Task
 from fedge_server.compression.candidates import Candidate, TierOutcome, Trial
@@ -74,13 +75,16 @@ def compress(
     shelf = Shelf.of(folder, teacher, task, source.identity(), config) if folder is not None else None
     workshop = Workshop(teacher, task, spec, source, config, shelf=shelf, deadline=deadline, say=progress)
     search = Search(workshop, source, config, deadline, progress)
-    exam = _Exam(source, spec, config)
+    every = recipes(task, config, teachable=source.learns)
+    exam = _Exam(source, spec, config, len(every))
     sittings = [Sitting(name, exam) for name in config.tiers]
-    search.run(recipes(task, config, teachable=source.learns), sittings)
+    search.run(every, sittings)
     outcomes = []
     for sitting in sittings:
         outcomes.append(sitting.outcome(list(search.built.values()), tuple(search.left)))
         progress(f"compress: tier {sitting.name}: {outcomes[-1].reason}")
+        if (variant := outcomes[-1].variant) is not None:
+            progress(f"compress: tier {sitting.name}: {variant.routing.describe()}")
     if shelf is not None:
         shelf.tidy()
     return tuple(outcomes)
@@ -235,9 +239,9 @@ class Search:
 class _Exam:
     """The gate for all tiers of one search: every candidate is scored once, by the bytes that ship."""
 
-    def __init__(self, source: Source, spec: Spec, config: Config) -> None:
+    def __init__(self, source: Source, spec: Spec, config: Config, recipes: int) -> None:
         self.config, self.examples = config, source.gate_examples
-        self._source, self._spec = source, spec
+        self._source, self._spec, self._recipes = source, spec, recipes
         self._seen: dict[Recipe, Evidence] = {}
 
     def evidence(self, candidate: Candidate) -> Evidence:
@@ -246,6 +250,11 @@ class _Exam:
             cost = candidate.cost
             self._seen[candidate.recipe] = self._source.evidence(cost.wire, len(cost.installed))
         return self._seen[candidate.recipe]
+
+    def routing(self, candidate: Candidate) -> Routing:
+        """When a device should ask the cloud, whichever recipe is chosen."""
+        cost = candidate.cost
+        return self._source.routing(cost.wire, len(cost.installed), self._recipes)
 
     def sit(self, candidate: Candidate, tier: Tier, attempt: int) -> GateReport:
         """The report on a tier's candidate number `attempt`."""

@@ -23,18 +23,20 @@ import torch
 from torch import nn
 
 from fedge.artefact import unpack
-from fedge.config import Compress, Config, DataKind, Distil
+from fedge.config import Calibration, Compress, Config, DataKind, Distil
 from fedge.counts import Counts
 from fedge.dataset import Examples, stratified
 from fedge.errors import CompressionError, ConfigError
 from fedge.inference import CompactModel, Float32
 from fedge.learning.whole import WholeModel
+from fedge.routing import Routing
 from fedge.spec import Spec
 from fedge_server.compression.distil import preprocessed
 from fedge_server.compression.gate import Evidence, evidence_of, score
 from fedge_server.compression.material import Material
 from fedge_server.compression.quantise import MAX_CALIBRATION, quantise
 from fedge_server.compression.recovery import Cut, pruned_and_recovered
+from fedge_server.compression.routing import routing_of
 from fedge_server.data import ServerData
 from fedge_server.rounds.scoring import probabilities_of
 
@@ -150,6 +152,16 @@ class Source(Protocol):
         """
         ...
 
+    def routing(self, wire: bytes, installed_bytes: int, among: int) -> Routing:
+        """When a device should ask the cloud, or why that is not known. No data of the gate.
+
+        Args:
+            wire: as it ships.
+            installed_bytes: that it unpacks to.
+            among: recipes that it was chosen from.
+        """
+        ...
+
 
 def kind_of(config: Config, proxy: Examples, *, clients: bool) -> DataKind:
     """The source that a run's compression has, by what there is.
@@ -202,6 +214,7 @@ class OnServer:
     seed: int
     answers: Float32  # of the model to the gate's data
     settings: Distil
+    calibration: Calibration
     trains_grids: bool = True
     _material: Material | None = field(default=None, init=False)
     _apart: Float32 | None = field(default=None, init=False)  # the model's answers to what is set apart
@@ -212,8 +225,8 @@ class OnServer:
         proxy = data.proxy if kind != "none" else data.proxy.take(np.arange(0))
         training, apart = parts(proxy, config.seed)
         answers = probabilities_of(model.eval(), data.gate)
-        distil = config.compress.distil
-        return cls(kind, model, data.spec, training, apart, data.gate, config.seed, answers, distil)
+        distil, routing = config.compress.distil, config.compress.routing
+        return cls(kind, model, data.spec, training, apart, data.gate, config.seed, answers, distil, routing)
 
     @property
     def gate_examples(self) -> int:
@@ -293,14 +306,34 @@ class OnServer:
         """On the proxy data set apart; without labels what the teacher answers there is taken for true."""
         if not len(self.apart):
             return None
-        return self._counts(_run(CompactModel(unpack(wire, installed_bytes), self.spec), self.apart.x))
+        return self._counts(self._answers(wire, installed_bytes))
+
+    def _answers(self, wire: bytes, installed_bytes: int) -> Float32:
+        return _run(CompactModel(unpack(wire, installed_bytes), self.spec), self.apart.x)
 
     def _counts(self, answers: Float32) -> Counts:
+        teacher, truth = self._known()
+        return evidence_of(answers, teacher, truth, self.spec.classes).counts
+
+    def _known(self) -> tuple[Float32, npt.NDArray[np.int64]]:
+        """The model's answers to the data set apart, and what is taken for true there."""
         if self._apart is None:
             self._apart = probabilities_of(self.model, self.apart)
-        teacher = self._apart
-        truth = self.apart.y if self.kind == "labelled" else teacher.argmax(axis=1)
-        return evidence_of(answers, teacher, truth, self.spec.classes).counts
+        return self._apart, self.apart.y if self.kind == "labelled" else self._apart.argmax(axis=1)
+
+    def routing(self, wire: bytes, installed_bytes: int, among: int) -> Routing:
+        """Calibrated on the proxy data set apart."""
+        if not len(self.apart):
+            return Routing(self.calibration.doubt, reason="the server has no proxy data to calibrate on")
+        teacher, truth = self._known()
+        return routing_of(
+            self._answers(wire, installed_bytes),
+            teacher,
+            truth,
+            self.calibration,
+            among=among,
+            labelled=self.kind == "labelled",
+        )
 
     def evidence(self, wire: bytes, installed_bytes: int) -> Evidence:
         """On the gate's data."""

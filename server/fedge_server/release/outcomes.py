@@ -7,6 +7,7 @@ its own, so what other tiers run is neither signed again nor installed again.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,18 +20,24 @@ import numpy.typing as npt
 from fedge import golden
 from fedge.artefact import unpack
 from fedge.config import Tier
-from fedge.errors import FedgeError
+from fedge.errors import CompressionError, FedgeError
 from fedge.files import sha256
 from fedge.inference import CompactModel
 from fedge.manifest import Lineage, Release, VariantEntry
+from fedge.routing import KEY
 from fedge.spec import Spec
 from fedge_server.compression import TierOutcome, Variant
+from fedge_server.hub.home import Home
+from fedge_server.inference.exporting import export_model
+from fedge_server.inference.exports import Exports
 from fedge_server.registry.database import Registry
 from fedge_server.registry.drafts import VERSION
 from fedge_server.release.place import ReleasePlace
 from fedge_server.release.publishing import Published, postpone, publish_draft
 from fedge_server.release.references import reference_of
 from fedge_server.rounds.loop import Learned
+
+log = logging.getLogger("fedge.inference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +73,7 @@ class _Ready:
                 "max_drop": gate.max_drop,
                 "confidence": gate.confidence,
                 "examples": gate.n,
+                KEY: variant.routing.to_json(),
             },
         )
 
@@ -118,14 +126,26 @@ def publish_outcomes(
     for item in ready:
         for data in item.objects:
             registry.store.put(data)
-    name = registry.drafts.untouched(draft) or registry.drafts.add(draft)
     place = ReleasePlace.of(home)
+    if place.is_server and place.inference.enabled:
+        _export(home, learned, spec)
+    name = registry.drafts.untouched(draft) or registry.drafts.add(draft)
     try:
         return publish_draft(place, registry, name)
     except FedgeError as error:
         if not place.is_server:
             raise
         return postpone(registry, name, str(error))  # the run is whole: a person can publish it later
+
+
+def _export(home: Path, learned: Learned, spec: Spec) -> None:
+    """So that the global model can answer devices from when the release is out."""
+    try:
+        export_model(Exports(Home(home).exports), learned.model_sha256, learned.model, spec)
+    except CompressionError as error:
+        log.warning(
+            "devices that ask the cloud will not be answered, its model cannot be exported: %s", error
+        )
 
 
 def _ready(

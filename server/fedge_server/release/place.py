@@ -26,7 +26,7 @@ from fedge.errors import FedgeError, SignerAwayError, UserError
 from fedge.files import sole_holder, write_atomically
 from fedge.sealing import room_within, sealed_bytes
 from fedge_server.hub.home import Home
-from fedge_server.hub.settings import Delivery, Rollouts, Settings
+from fedge_server.hub.settings import Delivery, Inference, Rollouts, Settings
 from fedge_server.repository import (
     ContentKeys,
     FileSigning,
@@ -70,6 +70,7 @@ class ReleasePlace:
     is_server: bool  # whether keys come from init alone
     delivery: Delivery = field(default_factory=Delivery)
     rollouts: Rollouts = field(default_factory=Rollouts)
+    inference: Inference = field(default_factory=Inference)
 
     @classmethod
     def of(cls, home: Path) -> ReleasePlace:
@@ -82,7 +83,7 @@ class ReleasePlace:
         if not settings.exists():
             return cls(home, is_server=False)
         loaded = Settings.load(settings)
-        return cls(home, is_server=True, delivery=loaded.delivery, rollouts=loaded.rollouts)
+        return cls(home, True, loaded.delivery, loaded.rollouts, loaded.inference)
 
     @property
     def keys(self) -> Path:

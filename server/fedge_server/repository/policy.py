@@ -19,6 +19,7 @@ from fedge.delivery import MAX_TARGETS_BYTES, Kind, lineage_digest, tier_of
 from fedge.errors import FedgeError, FormatError, TrustError
 from fedge.golden import Golden
 from fedge.manifest import Release, VariantEntry
+from fedge.routing import KEY, Routing
 from fedge.sealing import FORMAT, Place, key_id, opened, sealed_bytes
 from fedge.spec import Spec
 from fedge.telemetry.reference import Reference
@@ -134,6 +135,8 @@ def _release(tier: str, version: int, offered: Offered, evidence: Evidence) -> I
         return
     Golden.from_bytes(evidence.golden, release.spec)
     yield from _reference(files, entry, evidence, release.spec)
+    if KEY in entry.evidence:
+        Routing.from_json(entry.evidence[KEY])  # devices decide by it what leaves them
 
 
 def _reference(

@@ -78,7 +78,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from fedge_simulations.demo import demonstrate
 
     source = Path(str(files("fedge_simulations").joinpath("demo.toml")))
-    summary = demonstrate(
+    summary, said = demonstrate(
         Config.load(source, arguments.overrides),
         source,
         arguments.overrides,
@@ -87,6 +87,10 @@ def _demo(arguments: argparse.Namespace) -> int:
         say=silent if arguments.format == "json" else say,
     )
     show(summary, arguments)
+    if arguments.format == "text":
+        say("")
+        for line in said:
+            say(line)
     variants, devices = summary.get("variants", []), summary.get("devices", [])
     return (
         0 if all(v["gate"] == "passed" for v in variants) and all(d["same_as_gate"] for d in devices) else 1

@@ -17,6 +17,7 @@ from fedge_server.compression.choose import source_of
 from fedge_server.compression.export import export
 from fedge_server.compression.gate import evidence_of, score
 from fedge_server.compression.quantise import quantise
+from fedge_server.compression.routing import routing_of
 from fedge_server.compression.sources import OnServer, kind_of, parts
 from fedge_server.data import ServerData
 from fedge_server.rounds.scoring import probabilities_of
@@ -152,3 +153,38 @@ def test_nothing_is_distilled_or_calibrated_from_nothing(server, teacher, helper
     evidence = source.evidence(pack(graph), len(graph))
     assert (int(evidence.counts.losses.sum()), evidence.counts.examples) == (0, len(server.gate))
     assert isinstance(source, OnServer)
+
+
+def test_a_choice_among_many_recipes_makes_thresholds_more_cautious():
+    n = 2000
+    doubt = np.linspace(0, 0.9, n).astype(np.float32)
+    answers = np.stack([1 - doubt / 2, doubt / 2], axis=1)  # doubts 0 to 0.45
+    truth = (doubt > 0.8).astype(np.int64)  # the device always says 0: it errs where it doubts most
+    teacher = np.eye(2, dtype=np.float32)[truth]
+    settings = Config.from_mapping({"compress": {"routing": {"gap": 0.05}}}).compress.routing
+    one = routing_of(answers, teacher, truth, settings, among=1, labelled=True)
+    many = routing_of(answers, teacher, truth, settings, among=100, labelled=True)
+    assert one.rule is not None
+    assert many.rule is not None
+    assert 0.4 < many.rule.threshold < one.rule.threshold < 0.45  # more caution among many
+    assert (one.confidence, many.confidence) == (0.95, pytest.approx(0.9995))
+    assert one.accuracies
+    assert routing_of(answers, teacher, truth, settings, among=1, labelled=False).accuracies == {}
+    answers[7] = np.nan
+    assert "NaN" in routing_of(answers, teacher, truth, settings, among=1, labelled=True).reason
+
+
+@pytest.mark.slow
+def test_routing_is_calibrated_without_the_gates_data(server, teacher, helpers):
+    graph = export(copy.deepcopy(teacher), server.spec)
+    wire, length = pack(graph), len(graph)
+
+    def routing(data, kind="labelled"):
+        return source_of(config(kind), helpers.task(), data, teacher).routing(wire, length, 10)
+
+    found = routing(server)
+    assert found.shares or found.rule
+    order = np.random.default_rng(0).permutation(len(server.proxy))
+    other = ServerData(server.spec, server.proxy, server.test, server.proxy.take(order))
+    assert routing(other) == found
+    assert "no proxy data" in routing(server, "none").reason

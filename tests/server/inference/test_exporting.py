@@ -12,7 +12,7 @@ import torch
 from fedge.config import Config
 from fedge.errors import AbsentError
 from fedge.task import resolve
-from fedge_server.inference.exporting import export_release
+from fedge_server.inference.exporting import export_model
 from fedge_server.inference.exports import Exports, loader
 from fedge_server.inference.released import newest, reader
 from fedge_server.registry.database import Registry
@@ -41,18 +41,17 @@ def test_the_global_model_of_a_release_answers_as_it_does_in_torch(tmp_path: Pat
         load = loader(exports, reader(registry))
         with pytest.raises(AbsentError, match="was not exported"):
             load(version)
-        export_release(exports, registry, release, config)
+        path = registry.store.path(release.lineage.global_model)
+        model, digest = whole_model(str(path), config, resolve("digits"), release.spec, registry)
+        export_model(exports, digest, model, release.spec)
         loaded = load(version)
-        model, digest = whole_model(
-            str(registry.store.path(loaded.model)), config, resolve("digits"), release.spec, registry
-        )
         assert (loaded.version, loaded.model, loaded.tiers) == (1, digest, {"micro"})
         x = np.random.default_rng(0).integers(0, 17, (5, *release.spec.shape)).astype(release.spec.dtype)
         with torch.inference_mode():
-            wanted = torch.softmax(model(torch.from_numpy(x)), 1).numpy()
+            wanted = torch.softmax(model.eval()(torch.from_numpy(x)), 1).numpy()
         assert loaded.run(x) == pytest.approx(wanted, abs=1e-4)
         written = [path.stat().st_mtime_ns for path in exports.folder.iterdir()]
-        export_release(exports, registry, release, config)  # is there already
+        export_model(exports, digest, model, release.spec)  # is there already
         assert [path.stat().st_mtime_ns for path in exports.folder.iterdir()] == written
         with pytest.raises(AbsentError, match="no release 9"):
             reader(registry)(9)

@@ -14,6 +14,7 @@ from fedge import golden
 from fedge.files import sha256
 from fedge.inference import CompactModel
 from fedge.manifest import Lineage, Release
+from fedge.routing import Routing
 from fedge_server.registry.database import Registry
 from fedge_server.release import ReleasePlace
 
@@ -62,7 +63,11 @@ def drafted(registry: Registry, tools: Any) -> Callable[..., str]:
         entries = []
         for tier in tiers:
             entry, wire = tools.entry_of(
-                tier, model, evidence_sha256=sha256(data), golden_sha256=sha256(gold)
+                tier,
+                model,
+                evidence_sha256=sha256(data),
+                golden_sha256=sha256(gold),
+                evidence={"routing": Routing(reason="9 examples are few", shares={0.1: 0.5}).to_json()},
             )
             entries.append(entry)
             for each in (wire, data, gold):

@@ -62,7 +62,9 @@ def test_a_draft_is_listed_with_its_reason_published_and_shown_with_its_lineage(
     assert shown["lineage"]["run"] == "run-1"
     assert shown["reports"]["micro"]["n"] == 300
     assert shown["rollouts"] == {"micro": None}
-    assert "  gate: passed on 300 examples, 1.00 points allowed" in run("release", "show", "1", text=True)
+    told = run("release", "show", "1", text=True)
+    assert "  gate: passed on 300 examples, 1.00 points allowed" in told
+    assert "  cloud: no threshold by itself (9 examples are few); for a share from 0.1 to 0.1" in told
 
 
 @pytest.mark.slow

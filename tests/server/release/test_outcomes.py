@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedge import golden
 from fedge.artefact import unpack
@@ -16,7 +17,10 @@ from fedge.dataset import Examples
 from fedge.errors import FedgeError
 from fedge.golden import Golden
 from fedge.inference import CompactModel
+from fedge.learning.whole import WholeModel
+from fedge.routing import KEY, Routing, Rule
 from fedge_server.data import ServerData
+from fedge_server.inference.exports import Exports
 from fedge_server.inference.released import reader
 from fedge_server.registry.dump import copy_database
 from fedge_server.release import ReleasePlace, publish_draft
@@ -25,13 +29,26 @@ from fedge_server.release.references import examples_of
 from fedge_server.telemetry.references import references
 
 TIERS = {"micro": Tier(max_latency_ms=250.0), "board": Tier()}
+
+
+class Rows(torch.nn.Module):
+    """Images as rows of numbers."""
+
+    def forward(self, raw: torch.Tensor) -> torch.Tensor:
+        return raw.float().flatten(1)
+
+
 LEARNED = SimpleNamespace(
     records=[
         SimpleNamespace(counted=True, round=3, updates="b" * 64),
         SimpleNamespace(counted=False, round=4, updates=""),
     ],
     model_sha256="0f" * 32,
+    model=WholeModel(Rows(), torch.nn.Linear(64, 3)),
 )
+
+
+ROUTING = Routing("margin", Rule("margin", 0.25), "", "at most 0.5 %", 0.005, 0.95, 0.0, 0.1, 900, {0.1: 0.5})
 
 
 class Gate(SimpleNamespace):
@@ -46,7 +63,10 @@ def outcome(tools: Any, tier: str, answer: int = 1) -> Any:
     gate = Gate(passed=True, accuracy=0.9, drop=0.0, drop_upper=0.01, max_drop=0.02, confidence=0.95, n=300)
     _, wire = tools.entry_of(tier, model)
     return SimpleNamespace(
-        tier=tier, variant=SimpleNamespace(tier=tier, recipe="int8", wire=wire, installed=model, gate=gate)
+        tier=tier,
+        variant=SimpleNamespace(
+            tier=tier, recipe="int8", wire=wire, installed=model, gate=gate, routing=ROUTING
+        ),
     )
 
 
@@ -64,6 +84,7 @@ def test_golden_answers_are_those_of_the_decoded_shipping_bytes_one_at_a_time(pu
     made = outcome(tools, "micro")
     done = publish(made, outcome(tools, "board"), SimpleNamespace(tier="gateway", variant=None))
     assert [entry.tier for entry in done.release.variants] == ["micro", "board"]
+    assert Routing.from_json(done.release.variant("micro").evidence[KEY]) == ROUTING  # signed with it
     assert (done.release.lineage.round, done.release.lineage.updates) == (3, "b" * 64)
     entry = done.release.variant("micro")
     found = Golden.from_bytes(registry.store.get(entry.golden_sha256), tools.images)
@@ -117,6 +138,8 @@ def test_without_a_variant_there_is_no_draft(publish, registry):
 def test_a_run_that_is_asked_again_goes_on_with_the_draft_it_has(server, publish, registry, tools):
     first, again = (publish(outcome(tools, "micro")) for _ in range(2))
     assert first.draft == again.draft
+    exported = CompactModel(Exports(server.home / "exports").get(LEARNED.model_sha256), tools.images)
+    assert exported.run(tools.images.zeros(2))[1].shape == (2, 3)  # it can answer devices that ask
     assert len(registry.drafts.all()) == 1
     server.make(["micro"])
     assert publish(outcome(tools, "micro")).release.version == 1

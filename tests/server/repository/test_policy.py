@@ -16,6 +16,7 @@ from fedge.artefact import pack
 from fedge.delivery import Kind, ReleaseNote, TierMark, lineage_digest, role_of
 from fedge.files import sha256
 from fedge.manifest import Lineage, Release
+from fedge.routing import Routing
 from fedge.spec import Spec
 from fedge.telemetry.reference import Reference
 from fedge_server.repository import Evidence, Request, reasons_against
@@ -155,10 +156,10 @@ def test_a_manifest_of_another_version_tier_or_model_is_found_out() -> None:
         assert any(why in reason for reason in reasons), reasons
 
 
-def with_reference(named: bytes, offered: bytes, shown: bytes) -> tuple[str, ...]:
-    """What speaks against a release whose manifest names one reference, and which offers and shows others."""
+def with_entry(offered: bytes = b"", shown: bytes = b"", **changes: Any) -> tuple[str, ...]:
+    """What speaks against a release whose variant is changed, and which offers and shows references."""
     release = made(1)[0]
-    entry = replace(release.variants[0], reference_sha256=sha256(named) if named else "")
+    entry = replace(release.variants[0], **changes)
     manifest = replace(release, variants=(entry,)).to_bytes()
     note = ReleaseNote(1, sha256(manifest), lineage_digest(release.lineage))
     files: dict[Kind, FileEntry] = {**made(1)[1].files, "manifest": FileEntry.of(manifest)}
@@ -167,6 +168,18 @@ def with_reference(named: bytes, offered: bytes, shown: bytes) -> tuple[str, ...
     new = TierContent(TierMark("micro", 0, 1), {1: Offered(note, files)})
     evidence = Evidence(manifest, report_of(), golden_of(), shown)
     return reasons_against(request(None, new, evidence={1: evidence}))
+
+
+def with_reference(named: bytes, offered: bytes, shown: bytes) -> tuple[str, ...]:
+    """The same where the manifest names one reference, and others are offered and shown."""
+    return with_entry(offered, shown, reference_sha256=sha256(named) if named else "")
+
+
+def test_thresholds_that_no_device_can_read_are_not_signed() -> None:
+    routing = Routing(reason="9 examples are few", shares={0.1: 0.5}).to_json()
+    assert with_entry(evidence={"routing": routing}) == ()
+    (reason,) = with_entry(evidence={"routing": routing | {"measure": "hunch"}})
+    assert "doubt 'hunch' is unknown" in reason
 
 
 def test_a_telemetry_reference_is_the_one_that_the_manifest_names_and_of_its_spec() -> None:
