@@ -19,6 +19,7 @@ from fedge.telemetry.reference import Reference
 from fedge.telemetry.sketch import CELLS, CONFIDENCE_BINS, binned, counted, padded
 from fedge.telemetry.views import features_of
 from fedge_server.drift.scores import Shapes
+from fedge_server.drift.watch import Settings, Track, Watch, observe
 
 Array = npt.NDArray[Any]
 Positions = npt.NDArray[np.int64]
@@ -59,6 +60,27 @@ class World:
         """A window of a device."""
         seen = self.conditions.get(condition, self.conditions[""])
         return seen.window(self.draw(condition, device, rng, answers), self.classes)
+
+
+def quiet_evidence(world: World, settings: Settings, seed: int, periods: int) -> list[float]:
+    """The watch's highest evidence (natural logarithm) in each period, where nothing changes."""
+    rng, watch, found = np.random.default_rng(seed), Watch(), list[float]()
+    tracks = [Track() for _ in range(world.devices)]
+    for period in range(periods):
+        found.append(-np.inf)
+        for device in range(world.devices):
+            window = world.window("", device, rng, 0)
+            watch, tracks[device] = observe(
+                settings,
+                watch,
+                tracks[device],
+                period=period,
+                slot=period,
+                window=window,
+                reference=world.reference,
+            )
+            found[-1] = max(found[-1], watch.log_evidence)
+    return found
 
 
 def people(path: Path) -> World:

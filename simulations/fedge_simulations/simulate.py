@@ -142,7 +142,7 @@ def run(
             server=world.server,
             say=say,
             started=started,
-            fleet=_fleet(world, folder),
+            fleet=fleet_of(world, folder),
             page=out is not None,
         )
         learned = learn(world, folder, place.run_id, observer(place, observe))
@@ -177,7 +177,7 @@ def learn(world: World, home: Path, run_id: str, observe: Observer) -> Learned:
     return results[0]
 
 
-def _fleet(world: World, folder: Path) -> Fleet:
+def fleet_of(world: World, folder: Path) -> Fleet:
     """The world's clients for what follows their rounds: as they are then, on a clock that begins anew.
 
     Of any engine they answer in this process: of "ray" and "sequential" alike one by one.

@@ -53,6 +53,7 @@ from fedge_server.rollout.state import State
 
 TIER = "edge"  # that Federation's devices are of
 SPEC = Spec("image", (8, 8), "uint8", tuple("0123456789"))
+NO_PORTS: Mapping[str, int] = {"link": 1, "enrolment": 1}  # where no hub is ever up
 WAIT_S, AGAIN_S = 20.0, 0.2  # of a Poll; before the next one after a failure
 INSTALLING = 4  # at a time, in threads
 AT_ONCE = {
@@ -139,6 +140,24 @@ def judged(model: bytes) -> tuple[float, float]:
     return float(right), float(probabilities.max(axis=1).mean())
 
 
+def signer_of(tier: str, folder: Path, socket: Path) -> Process:
+    """A signer's process that listens; it keeps the tier's key and what it has signed in the folder.
+
+    Args:
+        tier: whose releases it signs.
+        folder: its own.
+        socket: with a short path.
+    """
+    key = folder / f"tier-{tier}.key"
+    if not key.exists():
+        create_key(key)
+    command = [SCRIPTS / "fedge-server", "signer", "serve", "--key", key, "--socket", socket]
+    command += ["--memory", folder / "signer-memory"]
+    made = Process(command, folder / "signer.log", folder, {})
+    wait_for(socket.exists, "the signer listens")
+    return made
+
+
 class SimulatedDevice:
     """One device, enrolled as any other, on the loop of its fleet."""
 
@@ -209,34 +228,43 @@ class SimulatedDevice:
         ]
 
 
-def enrolled(federation: Federation, folder: Path, count: int) -> list[Path]:
-    """Homes of new devices, made as enrolment makes them: one address may enrol two a second."""
-    authority, root = Authority.open(federation.home / "ca"), federation.home / "repository" / "metadata"
-    ports = json.loads((federation.home / "ports.json").read_text("ascii"))
+def enrolled(
+    server: Path, folder: Path, count: int, tier: str = TIER, ports: Mapping[str, int] = NO_PORTS
+) -> list[Path]:
+    """Homes of new devices, made as enrolment makes them: one address may enrol two a second.
+
+    Args:
+        server: its home.
+        folder: where the homes lie.
+        count: of devices.
+        tier: of all of them.
+        ports: of a hub that is up, by name.
+    """
+    authority, root = Authority.open(server / "ca"), server / "repository" / "metadata"
     homes = []
-    with Registry.open(federation.home) as registry:
+    with Registry.open(server) as registry:
         for number in range(count):
-            home = folder / f"simulated-{number}"
+            home = folder / f"{tier}-{number}"
             keys = load_or_create_keys(home / "identity")
             node, token = node_id_of(keys.device_id), keys.device_id[:16]
             hub = Hub(
-                f"127.0.0.1:{ports['link']}", f"127.0.0.1:{ports['enrolment']}", keys.device_id, TIER, node
+                f"127.0.0.1:{ports['link']}", f"127.0.0.1:{ports['enrolment']}", keys.device_id, tier, node
             )
             certificate = authority.issue_device(keys.request(), 24.0)
             until = commit(home / "identity", keys, hub, certificate, authority.bundle).not_after
-            registry.devices.create_token(token_id=token, secret_sha256="", tier=TIER, expires=until)
+            registry.devices.create_token(token_id=token, secret_sha256="", tier=tier, expires=until)
             registry.devices.enrol(
                 device_id=keys.device_id,
                 node_id=node,
                 public_key="",
                 sealing_key=keys.sealing_public.hex(),
-                tier=TIER,
+                tier=tier,
                 token_id=token,
                 fedge_version="",
                 wire_version=2,
                 not_after=until,
             )
-            Device.create(home, TIER, (root / "1.root.json").read_bytes())
+            Device.create(home, tier, (root / "1.root.json").read_bytes())
             homes.append(home)
     return homes
 
@@ -314,9 +342,10 @@ class Fleet:
 
     def _begin(self) -> None:
         """Enrol the simulated devices, and let them live."""
-        self.simulated = [
-            SimulatedDevice(home) for home in enrolled(self.federation, self.folder, self.devices)
-        ]
+        server = self.federation.home
+        ports = json.loads((server / "ports.json").read_text("ascii"))
+        homes = enrolled(server, self.folder, self.devices, ports=ports)
+        self.simulated = [SimulatedDevice(home) for home in homes]
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
         self._lives = [
@@ -335,13 +364,7 @@ class Fleet:
 
     def start_signer(self) -> None:
         """A process that alone holds the key of the tier, with a memory of its own."""
-        key = self.folder / f"tier-{TIER}.key"
-        if not key.exists():
-            create_key(key)
-        command = [SCRIPTS / "fedge-server", "signer", "serve", "--key", key, "--socket", self._socket]
-        command += ["--memory", self.folder / "signer-memory"]
-        self.signer = Process(command, self.folder / "signer.log", self.folder, {})
-        wait_for(self._socket.exists, "the signer listens")
+        self.signer = signer_of(TIER, self.folder, self._socket)
 
     def stop_signer(self) -> None:
         """From now on nothing can be signed for the tier."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -70,8 +70,12 @@ class Learnings:
         """Begin a learning, or give one that is there another configuration and other terms.
 
         A cycle that is under way goes on as it began; a new learning counts on from runs of its name.
+
+        Raises:
+            UserError: another learning has one of its tiers: they would take turns on the same devices.
         """
         with writing(self._engine) as connection:
+            _check_tiers(connection, name, config["tiers"])
             values = {"task": task, "config": dict(config), "terms": terms.to_json()}
             known = _read(connection, name)
             if known is None:
@@ -140,6 +144,17 @@ class Learnings:
         audit.append(
             connection, at=self._clock(), who=note.who, what=note.what, subject=subject(name), why=note.why
         )
+
+
+def _check_tiers(connection: sa.Connection, name: str, tiers: Iterable[str]) -> None:
+    """Refuse tiers that another learning has; whoever writes is alone, so that two cannot pass at once."""
+    others = sa.select(_table.c.name, _table.c.config).where(_table.c.name != name).order_by(_table.c.name)
+    for other, config in connection.execute(others):
+        if both := sorted({*tiers} & config.get("tiers", {}).keys()):
+            raise UserError(
+                f"learning {name}: tier {both[0]!r} is that of learning {other} already, and its devices run "
+                f"one model; take other tiers, or remove that one: fedge-server learn rm {other}"
+            )
 
 
 def _read(connection: sa.Connection, name: str) -> Learning | None:

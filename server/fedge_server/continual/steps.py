@@ -25,7 +25,7 @@ from fedge_server.registry import schema
 from fedge_server.registry.database import Registry
 from fedge_server.registry.drafts import Draft
 from fedge_server.registry.engine import reading
-from fedge_server.rollout import records
+from fedge_server.rollout import fleet, records
 from fedge_server.rollout import state as rollout
 from fedge_server.rollout.service import Rollouts
 from fedge_server.telemetry.store import Telemetry
@@ -85,11 +85,29 @@ def versions(engine: sa.Engine, tiers: tuple[str, ...]) -> dict[str, int]:
     return found
 
 
+def alike(engine: sa.Engine, tier: str, version: int) -> list[int]:
+    """Releases that install what this one does: a way back brings old content under a new version."""
+    with reading(engine) as connection:
+        content = fleet.content(connection, version, tier)
+        variants = schema.variants.c
+        same = sa.select(variants.release).where(variants.tier == tier, variants.installed == content)
+        return sorted(connection.scalars(same))
+
+
 def _watch(world: World, learning: Learning) -> Event:
-    """Alarms of drift; the newest release of those under which one stands."""
-    telemetry = Telemetry(world.registry.engine)
-    there = versions(world.registry.engine, learning.tiers)
-    raised = [version for tier, version in there.items() if telemetry.watch(tier, version).alarm is not None]
+    """Alarms of drift under what devices have; the newest release of those under which one stands.
+
+    Where a rollout went back, devices have old content under a new version, which is watched anew: what
+    drifted before it is a part of its baselines, so the alarm that stands under the old version still counts.
+    """
+    engine = world.registry.engine
+    telemetry, there = Telemetry(engine), versions(engine, learning.tiers)
+    raised = [
+        each
+        for tier, version in there.items()
+        for each in alike(engine, tier, version)
+        if telemetry.watch(tier, each).alarm is not None
+    ]
     return Drift(stands=bool(raised), release=max(raised, default=0))
 
 
