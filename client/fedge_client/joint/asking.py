@@ -7,13 +7,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from fedge.errors import FedgeError
+from fedge.errors import FedgeError, FormatError
 from fedge.routing import CLOUD_ONLY, DEVICE_ONLY, Rule, Wanted
 from fedge_client.agent.identity import BUNDLE, CERTIFICATE, FOLDER, HUB, Identity
 from fedge_client.agent.settings import AskingSettings
 from fedge_client.joint.budget import Budget
 from fedge_client.joint.cloud import GrpcCloud
-from fedge_client.joint.joint import Joint, JointSettings
+from fedge_client.joint.joint import CloudError, Joint, JointSettings, log
 from fedge_client.runtime import Runtime
 from fedge_client.serving.holder import Holder
 
@@ -28,23 +28,31 @@ class Renewed:
 
     Raises:
         UserError: it is not enrolled, or others may read its keys.
-        FormatError: a file is damaged.
     """
 
     def __init__(self, home: Path) -> None:
         self._home = home
         self._seen = self._mark()
-        self._identity = Identity.open(home)
+        self._identity: Identity | None = None
+        try:
+            self._identity = Identity.open(home)
+        except FormatError as error:  # the device answers alone, until that is mended
+            log.warning("joint: the cloud is not asked: %s", error)
 
     def __call__(self) -> Identity:
-        """Costs three looks at the disk; what cannot be read now leaves the one that was read before."""
+        """Costs three looks at the disk; what cannot be read now leaves the one that was read before.
+
+        Raises:
+            CloudError: there is none.
+        """
         mark = self._mark()
         if mark != self._seen:
             try:
-                self._identity = Identity.open(self._home)
-            except FedgeError:
-                return self._identity  # looked at again at the next call
-            self._seen = mark
+                self._identity, self._seen = Identity.open(self._home), mark
+            except FedgeError as error:  # looked at again at the next call
+                log.info("joint: the identity cannot be read now: %s", error)
+        if self._identity is None:
+            raise CloudError("refused", "this device's identity is damaged")
         return self._identity
 
     def _mark(self) -> tuple[object, ...]:
@@ -90,7 +98,6 @@ async def asking_of(
 
     Raises:
         UserError: the device is not enrolled, or the settings do not fit together.
-        FormatError: its identity is damaged.
     """
     settings = joint_settings(asking)
     cloud = None if asking.private else GrpcCloud(Renewed(home))

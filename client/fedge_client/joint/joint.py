@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from fedge.fitting import fit
 from fedge.manifest import VariantEntry
 from fedge.routing import KEY, Routing, Rule, Wanted, chosen
 from fedge.spec import Spec
+from fedge.wire import MAX_MESSAGE_BYTES
 from fedge_client.joint.breaker import Breaker, BreakerSettings
 from fedge_client.joint.budget import Bucket, Budget, take
 from fedge_client.runtime import Prediction, Runtime
@@ -31,7 +32,10 @@ Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 Source = Literal["device", "cloud"]
 Failure = Literal["late", "refused", "busy", "down", "version", "garbage"]
-Why = Literal["alone", "uncalibrated", "sure", "asked", "private", "budget", "open"] | Failure
+Why = Literal["alone", "uncalibrated", "sure", "asked", "private", "budget", "large", "open"] | Failure
+
+MOST_EXAMPLES: Final = 256  # of a question, as a hub takes them unless told otherwise
+MOST_BYTES: Final = MAX_MESSAGE_BYTES - 64 * 1024  # of its examples
 
 
 class CloudError(FedgeError):
@@ -235,14 +239,11 @@ class Joint:
         found: dict[int, Prediction] = {}
         reply: CloudAnswer | None = None
         if len(doubted):
-            for i in doubted:
-                why[i] = "private" if self._settings.private or self._cloud is None else "budget"
             wait_s = until - self._settings.reserve_s - self._clock()
-            granted, blocked = self._permitted(len(doubted), wait_s)
+            granted, left = self._permitted(len(doubted), local.x[0].nbytes, wait_s)
             sent = chosen(doubts, rule.threshold, granted)
-            if blocked is not None:
-                for i in doubted:
-                    why[i] = blocked
+            for i in doubted:
+                why[i] = left
             if len(sent):
                 reply, reason = await self._asked(local, sent, wait_s)
                 for place, i in enumerate(sent):
@@ -257,11 +258,14 @@ class Joint:
             return Answer(local.predictions[i], "device", why, local.version, local.model)
         return Answer(found, "cloud", why, reply.version, reply.model)
 
-    def _permitted(self, wanted: int, wait_s: float) -> tuple[int, Why | None]:
-        """How many may be sent, and why none of them, where that is so."""
+    def _permitted(self, doubted: int, nbytes: int, wait_s: float) -> tuple[int, Why]:
+        """How many may be sent, of so many bytes each, and why the others are not."""
         settings = self._settings
+        wanted = min(doubted, MOST_EXAMPLES, MOST_BYTES // max(nbytes, 1))
         if settings.private or self._cloud is None:
-            return 0, None
+            return 0, "private"
+        if not wanted:
+            return 0, "large"
         if wait_s <= 0:
             return 0, "late"
         if len(self._asking) >= settings.waiting:
@@ -274,7 +278,7 @@ class Joint:
         if not goes:
             return 0, "open"
         self._bucket = bucket
-        return granted, None
+        return granted, "large" if granted == wanted else "budget"
 
     async def _question(self, local: Local, sent: npt.NDArray[np.intp], until: float) -> CloudAnswer:
         if self._cloud is None:

@@ -201,6 +201,7 @@ def test_private_keys_are_not_shown(device: Identity) -> None:
 def test_whoever_asks_the_cloud_shows_the_certificate_that_the_agent_has_renewed(
     device: Identity, authority: Authority, tmp_path: Path
 ) -> None:
+    from fedge_client.joint import CloudError
     from fedge_client.joint.asking import Renewed
 
     shown = Renewed(tmp_path / "home")
@@ -210,5 +211,11 @@ def test_whoever_asks_the_cloud_shows_the_certificate_that_the_agent_has_renewed
     hub = hub_of(device.device_id, link_address="elsewhere.example.org:9443")
     device.with_reply(hub, certificate, authority.bundle)
     assert (shown().certificate, shown().link_address) == (certificate, hub.link_address)
+    whole = (device.folder / "hub.json").read_bytes()
     (device.folder / "hub.json").write_text("{")  # damaged: what was read before still serves
     assert shown().certificate == certificate
+    later = Renewed(tmp_path / "home")  # it begins while that is so, and has no other
+    with pytest.raises(CloudError, match="identity is damaged"):
+        later()
+    (device.folder / "hub.json").write_bytes(whole + b" ")
+    assert later().certificate == certificate

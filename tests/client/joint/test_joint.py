@@ -226,3 +226,15 @@ def test_when_too_many_wait_for_the_cloud_the_device_answers_at_once(holder: Any
         await go.wait()
 
     assert asyncio.run(scenario()) == ["busy", "asked", "asked"]
+
+
+def test_a_question_holds_no_more_than_fits_and_the_most_doubtful_go(
+    holder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [[0.3, 0.0], [0.1, 0.0], [0.2, 0.0]]
+    monkeypatch.setattr("fedge_client.joint.joint.MOST_BYTES", 2 * 8 + 7)  # two examples of eight bytes
+    [(answers, _)], counts = run(holder, Scripted(), rows)
+    assert [a.why for a in answers] == ["large", "asked", "asked"]
+    monkeypatch.setattr("fedge_client.joint.joint.MOST_BYTES", 7)
+    [(answers, _)], counts = run(holder, Scripted(), rows)
+    assert counts == {"large": 3}
