@@ -39,6 +39,8 @@ from fedge_server.hub.learning import Learner
 from fedge_server.hub.settings import Settings
 from fedge_server.inference.released import reader
 from fedge_server.registry.database import Registry
+from fedge_server.release import ReleasePlace
+from fedge_server.release.returning import take_back
 from fedge_server.repository.content_keys import ContentKeys
 from fedge_server.rollout.audit import Audit
 from fedge_server.rollout.service import Rollouts
@@ -143,6 +145,15 @@ class Site:
             name, checked.task, checked.to_mapping(), Terms.from_mapping(terms), who="operator"
         )
         self.learnings.happened(name, Asked("operator", "the first release"))
+
+    def take_back(self) -> None:
+        """What the hub does about halted rollouts: the old content is signed anew."""
+
+        def mark(tier: str) -> tuple[int, int]:
+            view = self.shelf.refresh()
+            return (view.floor(tier), view.newest(tier)) if tier in view.tiers else (0, 0)
+
+        take_back(ReleasePlace.of(self.home.root), self.registry, mark, self.clock)
 
     def queued(self) -> list[str]:
         """Runs that wait for a worker."""

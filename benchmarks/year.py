@@ -112,6 +112,7 @@ class Year:
         site = self.site
         if quarter == 0:
             self._report()
+        site.take_back()
         site.learner.advance()
         for run_id in site.queued():
             self._gather(run_id.rsplit("-", 1)[0])

@@ -112,10 +112,16 @@ def _watch(world: World, learning: Learning) -> Event:
 
 
 def _run(world: World, learning: Learning) -> Event:
-    """Queue the cycle's run, and wait until its rounds are over."""
+    """Queue the cycle's run, and wait until its rounds are over.
+
+    While a way back awaits its signature no rollout may begin, and what would come of the run would be for
+    nothing: the run waits for it.
+    """
     run = world.registry.run(learning.run_id)
     cycle = learning.state.cycle
     if run is None:
+        if any(each.tier in learning.tiers and _goes_back(each) for each in world.rollouts.newest()):
+            return TimePassed()
         try:
             _queue(world, learning)
         except ConfigError as error:

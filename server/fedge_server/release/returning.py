@@ -8,6 +8,7 @@ Each step looks at what is there, so that whoever was killed between two of them
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from fedge_server.registry.database import Registry
 from fedge_server.release.lineage import release_of, released
 from fedge_server.release.place import ReleasePlace
 from fedge_server.release.publishing import draft_again, publish_draft
-from fedge_server.rollout.service import Rollouts, wanted_content
+from fedge_server.rollout.service import Clock, Rollouts, wanted_content
 from fedge_server.rollout.state import State
 
 ROLLOUT = "rollout"  # who, in the audit trail
@@ -33,15 +34,16 @@ class Step:
     is_done: bool
 
 
-def take_back(place: ReleasePlace, registry: Registry, mark: Mark) -> list[Step]:
+def take_back(place: ReleasePlace, registry: Registry, mark: Mark, clock: Clock = time.time) -> list[Step]:
     """Do what rollouts want done about signed releases; nothing where they want nothing.
 
     Args:
         place: of the repository and the keys.
         registry: of rollouts and releases.
         mark: of tiers, as published.
+        clock: of rollouts.
     """
-    rollouts = Rollouts(registry)
+    rollouts = Rollouts(registry, clock)
     steps = []
     for state in rollouts.newest():
         try:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import sqlalchemy as sa
 
+from fedge.telemetry.sketch import CONFIDENCE_BINS
+from fedge.telemetry.window import Window
 from fedge_server.registry import schema
 from fedge_server.rollout.assignment import Channel
 from fedge_server.rollout.evidence import Tally
@@ -19,6 +22,9 @@ OFFERED, INSTALLED, LEFT = "offered", "installed", "left"
 
 _rollouts, _tiers, _devices = schema.rollouts, schema.rollout_tiers, schema.rollout_devices
 _reports, _tallies = schema.rollout_reports, schema.rollout_tallies
+_windows = schema.telemetry_windows
+_LATELY: Final = 5  # windows
+_LEAST_ANSWERS: Final = 30  # in them together
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +138,32 @@ def reported(connection: sa.Connection, device: str, version: int) -> set[str]:
     return set(connection.scalars(query))
 
 
-def confidence_before(connection: sa.Connection, device: str, version: int) -> float | None:
-    """A device's confidence under the newest version before this one of which it has sent any."""
+def confidence_before(connection: sa.Connection, device: str, version: int, base: int) -> float | None:
+    """A device's confidence before a version: in its newest windows under the base, else as it reported it.
+
+    A report is made once, early in a version's life. If the world has changed since, which is why the new
+    version may be there at all, windows say how sure the old one is now, and the new one may well be surer
+    than that and less sure than the old one once was. Windows with noise are left out.
+    """
+    return _told_lately(connection, device, base) or _reported_before(connection, device, version)
+
+
+def _told_lately(connection: sa.Connection, device: str, version: int) -> float | None:
+    """Mean confidence over a device's newest windows under a version; None: they hold too few answers."""
+    query = (
+        sa.select(_windows.c.body)
+        .where(_windows.c.device_id == device, _windows.c.version == version)
+        .order_by(_windows.c.slot.desc())
+        .limit(_LATELY)
+    )
+    windows = [Window.from_bytes(body) for body in connection.scalars(query)]
+    counts = sum((each.sketch.confidence for each in windows if not each.epsilon), np.zeros(CONFIDENCE_BINS))
+    middles = (np.arange(CONFIDENCE_BINS) + 0.5) / CONFIDENCE_BINS
+    return float(counts @ middles / counts.sum()) if counts.sum() >= _LEAST_ANSWERS else None
+
+
+def _reported_before(connection: sa.Connection, device: str, version: int) -> float | None:
+    """What it reported under the newest version before this one of which it has sent any."""
     query = (
         sa.select(_reports.c.value)
         .where(_reports.c.device_id == device, _reports.c.kind == CONFIDENCE, _reports.c.version < version)

@@ -235,7 +235,7 @@ class Rollouts:
             records.add_progress(connection, rollout.id, report.device, progress=last, at=self._clock())
         if report.kind == "installed":
             records.write_progress(connection, rollout.id, report.device, records.INSTALLED)
-        before = records.confidence_before(connection, report.device, report.version)
+        before = records.confidence_before(connection, report.device, report.version, rollout.base)
         records.count(connection, rollout.id, changes(report, rollout.plan, known, before))
         self._happened(connection, rollout, Tallied(records.read_tallies(connection, rollout.id)))
 

@@ -36,8 +36,16 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def registry(home: Path, copied_schema: None) -> Iterator[Registry]:
-    with Registry.open(home) as found:
+def database(request: pytest.FixtureRequest) -> str | None:
+    """The URL of the registry's database; a test may ask for PostgreSQL by an indirect parameter."""
+    return (
+        request.getfixturevalue("postgresql_url") if getattr(request, "param", "") == "postgresql" else None
+    )
+
+
+@pytest.fixture
+def registry(home: Path, copied_schema: None, database: str | None) -> Iterator[Registry]:
+    with Registry.open(home, database) as found:
         found.begin_run("run-1", task="digits", seed=0, config={}, data="")
         yield found
 

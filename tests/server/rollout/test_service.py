@@ -10,6 +10,8 @@ import pytest
 import sqlalchemy as sa
 
 from fedge.errors import FormatError, TrustError, UserError
+from fedge.telemetry.sketch import Sketch
+from fedge.telemetry.window import Window
 from fedge_server.registry import schema
 from fedge_server.registry.database import Registry
 from fedge_server.registry.engine import reading
@@ -20,6 +22,7 @@ from fedge_server.rollout.plan import Plan, Stage, default_criteria
 from fedge_server.rollout.reports import Report
 from fedge_server.rollout.service import Rollouts, wanted_content
 from fedge_server.rollout.state import State, Status
+from fedge_server.telemetry.store import Sender, Telemetry
 
 PLAN = Plan(
     (Stage("canary", 25, hold_s=100, min_installs=3), Stage("all", 100, hold_s=100, min_installs=20)),
@@ -154,6 +157,21 @@ def test_confidence_is_held_against_the_same_devices_own_and_latency_against_the
     rollouts.note(Report(two, 2, "latency_ms", 40.0))
     tallies = rollouts.get("micro-2").tallies
     assert (tallies.of("confidence"), tallies.of("latency")) == (Tally(2, 1), Tally(2, 1))
+
+
+def test_confidence_is_held_against_what_the_version_before_says_now_where_devices_tell_it(
+    rollouts, running, devices, filled
+) -> None:
+    device = asked(rollouts, devices, 2, has=1)[0]
+    rollouts.note(Report(device, 1, "confidence", 0.9))  # once: the world has changed since
+    telemetry = Telemetry(filled.engine, now=lambda: 3600.0 * 480_000)
+    for slot in (479_990, 479_991):
+        sketch = Sketch.empty(features=0, classes=2)
+        sketch.answers[0] = sketch.confidence[12] = sketch.latency[20] = sketch.routes[0] = 20  # .6 to .65
+        sent = Window(slot=slot, period_s=3600, version=1, sketch=sketch).to_bytes()
+        assert [outcome.kind for outcome in telemetry.take(Sender(device, "micro"), [sent])] == ["counted"]
+    rollouts.note(Report(device, 2, "confidence", 0.6))
+    assert rollouts.get("micro-2").tallies.of("confidence") == Tally(1, 0)
 
 
 def test_a_device_that_may_not_speak_changes_nothing(rollouts, running, devices, filled) -> None:
