@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 SERVER, DATA = "server", "data"  # folders of a demonstration beside DEVICES
 RUN = "demo"  # name of its run
 # Of the device that asks the cloud; which opens its model for the first question.
-JOINT = b"\n[joint]\nenabled = true\nshare = 0.2\ndeadline_s = 10.0\n"
+JOINT = b"\n[joint]\nenabled = true\nshare = 0.2\ndeadline_s = 30.0\n"
 COPIED = ("history.jsonl", "model.safetensors", "report.html", "summary.json")
 
 
