@@ -35,6 +35,8 @@ def test_a_doubted_question_is_the_clouds_until_the_hub_is_gone_and_then_the_dev
         version = fleet.publish(variant, "good", {"routing": routing.to_json()})
         fleet.roll_out(version, AT_ONCE)
         fleet.federation.client(agent, "install")
+        tried = fleet.federation.client(agent, "preflight", check=False)
+        assert "ok   cloud: asked above 0.3 of confidence, within 5 s" in tried
         command = [SCRIPTS / "fedge-client", "serve", "--home", agent.home, "--grpc", "off"]
         service = Process(command, fleet.folder / "serve.log", fleet.folder, {})
         try:

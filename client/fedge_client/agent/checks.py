@@ -23,7 +23,7 @@ from fedge_client.agent.connection import Link, said
 from fedge_client.agent.diagnosis import diagnose
 from fedge_client.agent.identity import Identity
 from fedge_client.agent.offers import digests_of
-from fedge_client.agent.settings import OfferedTask
+from fedge_client.agent.settings import AskingSettings, OfferedTask
 
 Check = Callable[[], str]
 
@@ -59,13 +59,34 @@ def of(home: Path) -> Iterator[tuple[str, Check]]:
     yield "server clock", partial(_clock, reached)
     yield "settings", partial(_settings, home)
     try:
-        tasks = settings.load(home / settings.FILE).tasks
+        own = settings.load(home / settings.FILE)
     except FedgeError:
         return  # the check of the settings says so
-    for task in tasks:
+    if own.joint.enabled:
+        yield "cloud", partial(_cloud, home, own.joint)
+    for task in own.tasks:
         probed = cache(partial(_probe, home, task))
         yield f"task {task.name}", partial(_task, home, task, probed)
         yield f"data {task.name}", partial(_data, task, probed)
+
+
+def _cloud(home: Path, asking: AskingSettings) -> str:
+    """When the cloud is asked; whether it can be reached, the server's check says."""
+    from fedge_client.device import Device
+    from fedge_client.joint.asking import joint_settings
+    from fedge_client.joint.joint import carried_rule
+
+    joint, device = joint_settings(asking), Device.open(home)
+    if joint.private:
+        return "nothing is asked: joint.private"
+    rule, why = joint.rule, ""
+    if rule is None:
+        if device.store.state().current is None:
+            return "not known before a release is installed"
+        rule, why = carried_rule(device.running()[0].entry, joint.wanted)
+    if rule is None:
+        raise FedgeError(f"nothing is asked: {why}")
+    return f"asked above {rule.threshold:.3g} of {rule.doubt}, within {asking.deadline_s:g} s"
 
 
 def _certificate(home: Path) -> str:

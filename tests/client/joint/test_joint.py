@@ -28,12 +28,12 @@ def holder(tools: Any) -> Holder[Runtime]:
     return holder_of(tools)
 
 
-def holder_of(tools: Any, **evidence: Any) -> Holder[Runtime]:
+def holder_of(tools: Any, version: int = 5, **evidence: Any) -> Holder[Runtime]:
     from fedge.inference import CompactModel
 
     model = tools.linear_model(SPEC, np.eye(2), np.zeros(2))
     entry, _ = tools.entry_of("micro", model, evidence=evidence)
-    release = tools.release_of(5, (entry,), spec=SPEC)
+    release = tools.release_of(version, (entry,), spec=SPEC)
     return Holder(Runtime(SimpleNamespace(release=release, entry=entry), CompactModel(model, SPEC)))
 
 
@@ -238,3 +238,19 @@ def test_a_question_holds_no_more_than_fits_and_the_most_doubtful_go(
     monkeypatch.setattr("fedge_client.joint.joint.MOST_BYTES", 7)
     [(answers, _)], counts = run(holder, Scripted(), rows)
     assert counts == {"large": 3}
+
+
+def test_a_release_installed_while_the_cloud_is_asked_changes_nothing_of_that_answer(
+    holder: Any, tools: Any
+) -> None:
+    async def scenario() -> None:
+        async def swapped() -> None:
+            if not holder.swaps:
+                holder.swap(holder_of(tools, version=6).current)
+
+        joint = Joint(holder, Scripted(swapped), settings())
+        found = [(await joint.infer(np.array([UNSURE], np.float32)))[0] for _ in range(2)]
+        await joint.close()
+        assert [(answer.why, answer.version) for answer in found] == [("asked", 5), ("asked", 6)]
+
+    asyncio.run(scenario())
