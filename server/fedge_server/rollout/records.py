@@ -174,6 +174,18 @@ def _reported_before(connection: sa.Connection, device: str, version: int) -> fl
     return None if found is None else float(found)
 
 
+def read_reports(connection: sa.Connection, tier: str, version: int) -> list[Report]:
+    """What a tier's devices have reported of a version, oldest first."""
+    devices = schema.devices.c
+    query = (
+        sa.select(_reports.c.device_id, _reports.c.kind, _reports.c.value)
+        .join(schema.devices, devices.id == _reports.c.device_id)
+        .where(_reports.c.version == version, devices.tier == tier)
+        .order_by(_reports.c.reported, _reports.c.device_id, _reports.c.kind)
+    )
+    return [Report(device, version, kind, value) for device, kind, value in connection.execute(query)]
+
+
 def add_report(connection: sa.Connection, report: Report, at: float) -> None:
     """Write a report down; the caller knows that it is new."""
     connection.execute(

@@ -117,13 +117,13 @@ class Rollouts:
         records.write_channel(connection, replace(channel, rollout=state.id))
         digest = sha256(json.dumps(plan.to_json(), sort_keys=True).encode())
         self._note(connection, state.id, Note(who, "planned", f"{why} (plan {digest})".strip()), now)
-        return self._happened(connection, state, Started(who, why)) if signed else state
+        return self._begun(connection, state, Started(who, why)) if signed else state
 
     def signed(self, rollout_id: str, *, who: str) -> State:
         """Begin a rollout whose release was waiting for its signature."""
         with writing(self._engine) as connection:
             pending = self._happened(connection, self._required(connection, rollout_id), Signed(who))
-            return self._happened(connection, pending, Started(who))
+            return self._begun(connection, pending, Started(who))
 
     def pause(self, rollout_id: str, *, who: str, why: str) -> State:
         """Offer the version to no further device for now; evidence can still halt it."""
@@ -222,7 +222,27 @@ class Rollouts:
                 self._leave(connection, tier, report)
             return True
 
+    def _begun(self, connection: sa.Connection, state: State, event: Started) -> State:
+        """Begin, and count what devices have reported before: none of it is said twice.
+
+        Devices of a tier that never had a rollout take its newest release as soon as it is published.
+        """
+        after = self._happened(connection, state, event)
+        if after.base:
+            return after  # else it was offered to nobody
+        known: dict[str, set[str]] = {}
+        for report in records.read_reports(connection, after.tier, after.version):
+            self._add(connection, after, report, known.setdefault(report.device, set()))
+            known[report.device].add(report.kind)
+        if not known:
+            return after
+        return self._happened(connection, after, Tallied(records.read_tallies(connection, after.id)))
+
     def _count(self, connection: sa.Connection, rollout: State, report: Report, known: set[str]) -> None:
+        self._add(connection, rollout, report, known)
+        self._happened(connection, rollout, Tallied(records.read_tallies(connection, rollout.id)))
+
+    def _add(self, connection: sa.Connection, rollout: State, report: Report, known: set[str]) -> None:
         progress = records.read_progress(connection, rollout.id, report.device)
         if progress is None:
             # Of what all may have, devices need no row before; nor of a tier's first rollout, before which
@@ -237,7 +257,6 @@ class Rollouts:
             records.write_progress(connection, rollout.id, report.device, records.INSTALLED)
         before = records.confidence_before(connection, report.device, report.version, rollout.base)
         records.count(connection, rollout.id, changes(report, rollout.plan, known, before))
-        self._happened(connection, rollout, Tallied(records.read_tallies(connection, rollout.id)))
 
     def _leave(self, connection: sa.Connection, tier: str, report: Report) -> None:
         """Count a device that has left a bad version for the one that took its place."""

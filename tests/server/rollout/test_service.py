@@ -82,6 +82,20 @@ def test_devices_that_took_a_release_before_its_tiers_first_rollout_count_as_wit
     assert rollouts.get("micro-1").tallies.installed == 1
 
 
+def test_what_devices_said_of_a_release_before_its_tiers_first_rollout_began_counts_in_it(
+    filled, clock, devices
+) -> None:
+    rollouts = Rollouts(filled, clock)
+    for device in devices[:3]:  # they say it once, and never again
+        assert rollouts.note(Report(device, 1, "installed"))
+    rollouts.note(Report(devices[0], 1, "unhealthy"))
+    plan = replace(PLAN, stages=(Stage("all", 100, hold_s=0, min_installs=3),))
+    state = rollouts.start(1, "micro", plan, who="ann")
+    assert (state.status, state.tallies.installed) == (Status.DONE, 3)
+    assert (state.tallies.of("install"), state.tallies.of("health")) == (Tally(3, 0), Tally(1, 1))
+    assert rollouts.offer(devices[0], has=1) is None
+
+
 def test_a_bad_release_stops_in_the_canary_and_the_old_content_comes_back_for_all(
     rollouts, running, devices, filled
 ) -> None:
