@@ -47,8 +47,8 @@ from fedge_server.page import draw
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DAYS, QUICK_DAYS = 365, 120
-CAMERAS, QUICK_CAMERAS = 16, 10
+DAYS, QUICK_DAYS = 365, 90
+CAMERAS, QUICK_CAMERAS = 16, 8
 QUIET_YEARS, QUICK_QUIET_YEARS = 12, 1
 BEFORE: Final = 400  # labels that a device has, as far as there are so many, when the year begins
 PARTS: Final = ("images", "signals", "quiet")
@@ -166,7 +166,7 @@ def quiet(path: Path, years: int, checks: Checks) -> list[Row]:
     stated = settings.threshold
     rows: list[Row] = []
     for periods in (1000.0, float(np.exp(stated))):
-        reached = sum(each >= np.log(periods) for each in most)
+        reached = sum(bool(each >= np.log(periods)) for each in most)
         expected = years * min(DAYS / periods, 1.0)
         rows.append(
             {
