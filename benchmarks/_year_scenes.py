@@ -163,7 +163,7 @@ def wearers(path: Path, days: int) -> Scene:
             "task": "signals",
             "model": {"name": "cnn1d"},
             "clients": {"partition": "natural"},
-            "rounds": {"count": 20},
+            "rounds": {"count": 40},
             "train": {"optimizer": "adam", "learning_rate": 0.001, "epochs": 3, "batch_size": 32},
             "evaluate": {"proxy_fraction": 0.0, "metrics": ["accuracy"]},
             "compress": {"data": "none", "students": [], "forms": ["fp32"], "prune": {"kinds": []}},
