@@ -89,8 +89,9 @@ class OnClients:
 
     rounds: Count = 30  # in which they train a student
     epochs: Count = 4  # passes over a client's own examples in each
-    batch_size: Count = 16  # examples of a step: a client has few, and a round moves by its steps
-    learning_rate: Positive = 0.003  # Adam's, on each client anew in each round
+    batch_size: Count = 32  # examples of a step: a client has few, and a round moves by its steps
+    learning_rate: Positive = 0.007  # Adam's, on each client anew in each round
+    server_momentum: Share = 0.5  # of the step that the server makes of a round's mean change
     selection_share: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.3  # of what a client keeps back
     min_examples: Count = 8  # a client with fewer tells neither ranges nor counts of them
     max_examples: Count = 1000  # of a client that count for a variant: nobody's share of a gate is larger

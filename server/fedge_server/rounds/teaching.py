@@ -106,7 +106,9 @@ def config_of(config: Config, model: str, settings: Distil, *, robust: bool) -> 
         config: of the run whose global model teaches.
         model: the student's architecture, such as 'student:small'.
         settings: of the lesson.
-        robust: the run's strategy is one that some clients cannot spoil, and is kept; else it is fedavg.
+        robust: the run's strategy is one that some clients cannot spoil, and is kept; else it is fedavgm
+            (Hsu, Qi, Brown 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated
+            Visual Classification", arXiv:1909.06335): what a student lacks at the end of its rounds is steps.
     """
     clients, rounds = config.compress.clients, config.rounds
     return replace(
@@ -129,7 +131,9 @@ def config_of(config: Config, model: str, settings: Distil, *, robust: bool) -> 
             augment=settings.augment,
         ),
         # A student is small, so its sum may be exact: the same whoever answers first.
-        strategy=config.strategy if robust else StrategyConfig(options={"accumulate": "float64"}),
+        strategy=config.strategy
+        if robust
+        else StrategyConfig("fedavgm", {"server_momentum": clients.server_momentum, "accumulate": "float64"}),
         communication=Communication(),
         evaluate=replace(config.evaluate, federated=False, folds=None, leave_one_client_out=False),
         tiers={},
