@@ -1,4 +1,4 @@
-"""A student that clients have taught against one taught on as many examples of the server's own.
+"""A student that clients have taught and calibrated against one made of as many of the server's own examples.
 
 Fashion-MNIST, 20 clients without any skew or with classes dealt by Dirichlet(0.5). Teacher, first weights of
 the student and the number of examples are the same on both sides; each trains with its own defaults.
@@ -10,6 +10,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,20 @@ from torch import nn
 
 from fedge.config import Config, Distil, Train
 from fedge.dataset import Examples
+from fedge.inference import CompactModel
 from fedge.learning import local
 from fedge.learning.whole import WholeModel
 from fedge.statistics import Moments
 from fedge_server import app as server_app
+from fedge_server.compression.clients import Clients, Fleet
 from fedge_server.compression.distil import distil, preprocessed
-from fedge_server.data import ServerData
-from fedge_server.registry.database import Registry
-from fedge_server.rounds.loop import learn
+from fedge_server.compression.export import export
+from fedge_server.compression.quantise import quantise
 from fedge_server.rounds.scoring import probabilities_of
-from fedge_server.rounds.teaching import Teacher, Teaching, config_of
 from fedge_simulations.world import World, prepare
 
 CLIENTS, STUDENT, HELD_BACK = 20, "cnn-8-32", 0.2
-CLAIM = "federated_minus_proxy_points"
+CLAIMS = {"federated_minus_proxy_points": "accuracy_%", "federated_int8_minus_proxy_points": "int8_%"}
 Row = Mapping[str, str | int | float]
 
 
@@ -53,6 +54,17 @@ class Setting:
         whole = WholeModel(self.preprocess, copy.deepcopy(network).eval())
         right = [probabilities_of(whole, part).argmax(1) == part.y for part in (server.test, server.gate)]
         return float(np.concatenate(right).mean())
+
+    def accuracy_of(self, installed: bytes) -> float:
+        """The same of a graph, asked for one example at a time as a device does."""
+        server = self.world.server
+        model = CompactModel(installed, self.world.dataset.spec)
+        right = [model.run_each(part.x).argmax(1) == part.y for part in (server.test, server.gate)]
+        return float(np.concatenate(right).mean())
+
+    def exported(self, network: nn.Module) -> bytes:
+        """As ONNX in float32."""
+        return export(WholeModel(self.preprocess, copy.deepcopy(network).eval()), self.world.dataset.spec)
 
     @property
     def preprocess(self) -> nn.Module:
@@ -77,9 +89,11 @@ def measured(
             config = _config(_subset(data, Path(folder), 4000 if quick else 24_000), partition, quick)
             setting = _setting(config, 2 if quick else 4)
             rows += [side(setting, partition, settings, config) for side in (_proxy, _federated)]
-    by_name = {(row["clients' classes"], row["student taught"]): float(row["accuracy_%"]) for row in rows}
-    points = by_name["iid", "by clients"] - by_name["iid", "on proxy data"]
-    return rows, {CLAIM: round(points, 2)}
+    made = {(row["clients' classes"], row["student made"]): row for row in rows}
+    mine, proxy = made["iid", "by clients"], made["iid", "on proxy data"]
+    return rows, {
+        claim: round(float(mine[figure]) - float(proxy[figure]), 2) for claim, figure in CLAIMS.items()
+    }
 
 
 def _subset(data: Path, folder: Path, train: int) -> Path:
@@ -125,13 +139,14 @@ def _setting(config: Config, epochs: int) -> Setting:
 
 
 def _row(
-    setting: Setting, partition: str, how: str, network: nn.Module, examples: int, seconds: float
+    setting: Setting, partition: str, how: str, network: nn.Module, int8: bytes, examples: int, seconds: float
 ) -> Row:
     return {
         "clients' classes": partition,
-        "student taught": how,
+        "student made": how,
         "examples": examples,
         "accuracy_%": round(100 * setting.accuracy(network), 2),
+        "int8_%": round(100 * setting.accuracy_of(int8), 2),
         "teacher_%": round(100 * setting.accuracy(setting.teacher), 2),
         "cpu_s": round(seconds, 1),
     }
@@ -142,20 +157,27 @@ def _proxy(setting: Setting, partition: str, settings: Distil, config: Config) -
     began = time.process_time()
     x = preprocessed(setting.preprocess, setting.proxy.x)
     student = distil(setting.teacher, setting.student, x, torch.from_numpy(setting.proxy.y), passes, seed=0)
+    int8 = quantise(setting.exported(student), setting.proxy.x)
     spent = time.process_time() - began
-    return _row(setting, partition, "on proxy data", student, len(setting.proxy), spent)
+    return _row(setting, partition, "on proxy data", student, int8, len(setting.proxy), spent)
 
 
 def _federated(setting: Setting, partition: str, settings: Distil, config: Config) -> Row:
-    teacher = Teacher.of("cnn", setting.teacher, setting.moments, keep=False)
-    own = config_of(config, f"student:{STUDENT}", settings, robust=False)
+    def over(home: Path) -> Any:
+        return closing(setting.world.grid(server_app.run_config(config, home, "bench")))
+
     began = time.process_time()
-    folder = tempfile.TemporaryDirectory(prefix="fedge-bench-")
-    with folder as name, Registry.open(home := Path(name)) as registry:
-        grid = setting.world.grid(server_app.run_config(config, home, "bench"))
-        teaching = Teaching(setting.student, teacher, settings)
-        server: ServerData = setting.world.server
-        learned = learn(grid, own, setting.world.task, server, registry, "bench", lambda _: None, teaching)
-        grid.close()
+    with tempfile.TemporaryDirectory(prefix="fedge-bench-") as folder:
+        model = WholeModel(setting.preprocess, setting.teacher)
+        clients = Clients(
+            config,
+            setting.world.task,
+            setting.world.server,
+            Fleet(over, Path(folder)),
+            model,
+            setting.moments,
+        )
+        student = clients.teach(setting.student, settings, model=f"student:{STUDENT}", seed=config.seed)
+        int8 = clients.calibrate(setting.exported(student))
     spent = time.process_time() - began
-    return _row(setting, partition, "by clients", learned.model.network, len(setting.proxy), spent)
+    return _row(setting, partition, "by clients", student, int8, len(setting.proxy), spent)

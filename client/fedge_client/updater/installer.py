@@ -395,13 +395,5 @@ class Installer:
 
 def _record(slot: Slot, offered: Artefact, data: bytes) -> Record:
     notes = offered.notes
-    return Record(
-        slot,
-        offered.version,
-        offered.sha256,
-        sha256(data),
-        len(data),
-        sha256(notes),
-        len(notes),
-        offered.channel,
-    )
+    made = sha256(data), len(data), sha256(notes), len(notes)
+    return Record(slot, offered.version, offered.sha256, *made, offered.channel)
