@@ -29,6 +29,7 @@ from fedge_server.privacy.report import PrivacyReport, privacy_report
 from fedge_server.registry.database import Registry
 from fedge_server.registry.ledger import Ledger
 from fedge_server.release import REPOSITORY, ReleasePlace
+from fedge_server.release.lineage import last_variants
 from fedge_server.release.outcomes import publish_outcomes
 from fedge_server.release.references import NONE, examples_of
 from fedge_server.report import Report, write_report
@@ -133,6 +134,7 @@ def release(place: Place, learned: Learned) -> tuple[tuple[TierOutcome, ...], bo
             config,
             place.say,
             folder=place.home / CANDIDATES,
+            before=last_variants(place.registry, config.tiers),
         )
     examples = examples_of(place.server)
     if outcomes and examples is None:

@@ -101,6 +101,8 @@ def tier_row(outcome: TierOutcome, travels: Callable[[int], int] = int) -> dict[
         "drop_upper": variant.gate.drop_upper,
         "worst_class_drop": variant.gate.worst_class_drop,
         "latency_us": round(variant.latency_us, 1),
+        **({} if variant.delta_bytes is None else {"delta_bytes": variant.delta_bytes}),
+        **({} if variant.changed is None else {"changed_codes": round(variant.changed, 6)}),
         "gate": "passed",
         "routing": variant.routing.describe(),
     }

@@ -59,6 +59,7 @@ def _of_run(arguments: argparse.Namespace) -> int:
     from fedge_server.data import data_of_run
     from fedge_server.pipeline import CANDIDATES
     from fedge_server.release import REPOSITORY, ReleasePlace
+    from fedge_server.release.lineage import last_variants
     from fedge_server.release.outcomes import publish_outcomes
     from fedge_server.release.references import NONE, examples_of
     from fedge_server.rounds.loop import recall
@@ -85,7 +86,16 @@ def _of_run(arguments: argparse.Namespace) -> int:
         source = source_of(config, task, data, learned.model)
         say(f"compress: {source.describe()}")
         config = replace(config, tiers=ReleasePlace.of(home).leaving_room(config.tiers))
-        outcomes = compress(learned.model, task, data.spec, source, config, say, folder=home / CANDIDATES)
+        outcomes = compress(
+            learned.model,
+            task,
+            data.spec,
+            source,
+            config,
+            say,
+            folder=home / CANDIDATES,
+            before=last_variants(registry, config.tiers),
+        )
         if (examples := examples_of(data)) is None:
             say(NONE)
         published = publish_outcomes(

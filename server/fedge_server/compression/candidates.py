@@ -24,6 +24,10 @@ class Candidate:
     parameters: int
     counts: Counts | None  # on the selection data; None: there is none
     seconds: float  # that its own stages took
+    delta_bytes: int | None = (
+        None  # that make it of the tier's last variant; None: there is none of its graph
+    )
+    changed: float | None = None  # share of codes that are not the last variant's; None: freshly rounded
 
     @property
     def name(self) -> str:
@@ -61,6 +65,8 @@ class Trial:
     latency_us: float | None = None  # on a device of the tier
     accuracy: float | None = None  # on the selection data; None: there is none
     seconds: float | None = None  # that its own stages took
+    delta_bytes: int | None = None  # as a candidate has it
+    changed: float | None = None  # likewise
     on_front: bool = False  # no other candidate is smaller, faster and more accurate at once
     gate: GateReport | None = None
 
@@ -80,6 +86,8 @@ class Variant:
     gate: GateReport
     probabilities: Float32 | None  # (N, C) that the gate scored, in the order of its data; None: clients have
     routing: Routing  # when a device should ask the cloud
+    delta_bytes: int | None = None  # as a candidate has it
+    changed: float | None = None  # likewise
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ from fedge.task import STUDENT, Task
 from fedge.task_digest import task_digest
 from fedge.wire.arrays import in_memory, records_of
 from fedge_server.compression.gate import Evidence
+from fedge_server.compression.layer_inputs import Inputs
 from fedge_server.compression.onnx_graph import load
 from fedge_server.compression.quantise import quantise_within, watched
 from fedge_server.compression.recovery import Cut
@@ -179,6 +180,10 @@ class Clients:
         survey = Survey(clients.min_examples, max(clients.min_examples, MAX_CALIBRATED))
         parts = self._ask(QUERY_RANGES, GRAPH, seen, survey, lambda reply: _ranges(reply, tensors))
         return quantise_within(graph, merged(parts, clients.trim))
+
+    def inputs_of(self, graph: bytes) -> tuple[Inputs | None, ...]:
+        """Not asked: a second moment says more of one client's data than ranges and counts do."""
+        return ()
 
     def selection(self, wire: bytes, installed_bytes: int) -> Counts:
         """What teacher and variant get right of the clients' examples for selection.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from fedge.config import Config, Tier
@@ -30,11 +30,16 @@ class Exam(Protocol):
         """When a device should ask the cloud."""
 
 
+Versions = Callable[[Candidate, str], tuple[Candidate, ...]]
+"""A candidate as it shall face a tier's gate: the version to begin with, and what follows if that fails."""
+
+
 class Sitting:
     """One tier at the gate: one candidate after the other, until one passes or the attempts are used up."""
 
-    def __init__(self, name: str, exam: Exam) -> None:
-        self.name, self.tier, self._exam = name, exam.config.tiers[name], exam
+    def __init__(self, name: str, exam: Exam, versions: Versions = lambda fresh, _: (fresh,)) -> None:
+        self.name, self.tier, self._exam, self._versions = name, exam.config.tiers[name], exam, versions
+        self._spared: list[Candidate] = []  # versions of what has passed, which had no need to sit
         self._sat: list[tuple[Candidate, GateReport]] = []
 
     @property
@@ -51,8 +56,13 @@ class Sitting:
         waiting = self._waiting(candidates)
         if self._is_over or not waiting:
             return False
-        report = self._exam.sit(waiting[0], self.tier, len(self._sat) + 1)
-        self._sat.append((waiting[0], report))
+        left = MAX_ATTEMPTS - len(self._sat)
+        for version in self._versions(waiting[0], self.name)[-left:]:  # the last attempt is the fresh one's
+            if any(report.passed for _, report in self._sat):
+                self._spared.append(version)
+            elif all(figure.met for figure in version.figures(self.tier)):
+                report = self._exam.sit(version, self.tier, len(self._sat) + 1)
+                self._sat.append((version, report))
         return not self._is_over
 
     def outcome(self, candidates: Sequence[Candidate], left: tuple[Trial, ...]) -> TierOutcome:
@@ -68,7 +78,7 @@ class Sitting:
         trials = [_trial(each, tier, _verdict(report), best, report) for each, report in self._sat]
         passed = next(((each, report) for each, report in self._sat if report.passed), None)
         result = "not needed" if passed else f"not tried after {MAX_ATTEMPTS} failed"
-        trials += [_trial(each, tier, result, best) for each in self._waiting(candidates)]
+        trials += [_trial(each, tier, result, best) for each in (*self._spared, *self._waiting(candidates))]
         needs = {each.name: each.figures(tier) for each in candidates}
         for candidate in candidates:
             if over := "; ".join(str(figure) for figure in needs[candidate.name] if not figure.met):
@@ -108,6 +118,8 @@ def _trial(
         latency_us=candidate.latency_us(tier),
         accuracy=candidate.accuracy,
         seconds=candidate.seconds,
+        delta_bytes=candidate.delta_bytes,
+        changed=candidate.changed,
         on_front=candidate.name in best,
         gate=report,
     )
@@ -126,15 +138,22 @@ def _variant(tier: str, candidate: Candidate, report: GateReport, exam: Exam) ->
         gate=report,
         probabilities=exam.evidence(candidate).probabilities,
         routing=exam.routing(candidate),
+        delta_bytes=candidate.delta_bytes,
+        changed=candidate.changed,
     )
 
 
 def _success(variant: Variant) -> str:
-    report = variant.gate
+    report, near = variant.gate, ""
+    if variant.delta_bytes is not None:
+        kept = (
+            "" if variant.changed is None else f", as {100 * (1 - variant.changed):.1f} % of the codes stay"
+        )
+        near = f"; {variant.delta_bytes:,} bytes from the last variant{kept}"
     return (
         f"{variant.recipe} passed at attempt {report.attempt}: {len(variant.wire):,} bytes, "
         f"accuracy {100 * report.accuracy:.2f} %, drop {100 * report.drop:.2f} "
-        f"(at most {100 * report.drop_upper:.2f}) points"
+        f"(at most {100 * report.drop_upper:.2f}) points{near}"
     )
 
 

@@ -34,7 +34,7 @@ def routing_of(
         teacher: (N, C) of the global model.
         truth: (N,) classes; those that the teacher gives, where nothing else is known.
         settings: measure of doubt, gap and confidence.
-        among: recipes that the variant was chosen from, tried or not, itself included.
+        among: recipes and versions that the variant was chosen from, tried or not, itself included.
         labelled: whether the truth is known.
     """
     try:

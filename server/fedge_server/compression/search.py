@@ -22,12 +22,14 @@ from typing import Final
 from fedge.config import Config, Tier
 from fedge.counts import Counts
 from fedge.errors import CompressionError, FormatError, TimeUpError
+from fedge.files import sha256
 from fedge.learning.whole import WholeModel
 from fedge.routing import Routing
 from fedge.spec import Spec
 from fedge.task import Task
 from fedge_server.compression.candidates import Candidate, TierOutcome, Trial
 from fedge_server.compression.gate import Evidence, GateReport, decide
+from fedge_server.compression.keeping import Keeper
 from fedge_server.compression.measure import measure
 from fedge_server.compression.outcome import Sitting
 from fedge_server.compression.prospects import Known, Prospect, next_of, useful
@@ -51,6 +53,7 @@ def compress(
     progress: Say,
     *,
     folder: Path | None = None,
+    before: Mapping[str, bytes] | None = None,
 ) -> tuple[TierOutcome, ...]:
     """For each tier the best candidate within its budgets that passes the gate; what is best, its `aim` says.
 
@@ -67,6 +70,8 @@ def compress(
         progress: takes one line per candidate and tier.
         folder: where what is made is kept: a search that was stopped goes on, and the next one starts its
             students from this one's; None: nowhere.
+        before: installed bytes of each tier's last variant: what is made of the same graph keeps near it
+            where that costs nothing (`keeping`), so that devices fetch little; None: there are none.
     """
     if not config.tiers:
         return ()
@@ -76,8 +81,9 @@ def compress(
     workshop = Workshop(teacher, task, spec, source, config, shelf=shelf, deadline=deadline, say=progress)
     search = Search(workshop, source, config, deadline, progress)
     every = recipes(task, config, teachable=source.learns)
-    exam = _Exam(source, spec, config, len(every))
-    sittings = [Sitting(name, exam) for name in config.tiers]
+    keeper = Keeper(workshop, source, before or {}, deadline, progress)
+    exam = _Exam(source, spec, config, len(every) + keeper.most(every))
+    sittings = [Sitting(name, exam, keeper.versions) for name in config.tiers]
     search.run(every, sittings)
     outcomes = []
     for sitting in sittings:
@@ -239,22 +245,23 @@ class Search:
 class _Exam:
     """The gate for all tiers of one search: every candidate is scored once, by the bytes that ship."""
 
-    def __init__(self, source: Source, spec: Spec, config: Config, recipes: int) -> None:
+    def __init__(self, source: Source, spec: Spec, config: Config, among: int) -> None:
         self.config, self.examples = config, source.gate_examples
-        self._source, self._spec, self._recipes = source, spec, recipes
-        self._seen: dict[Recipe, Evidence] = {}
+        self._source, self._spec, self._among = source, spec, among
+        self._seen: dict[tuple[Recipe, str], Evidence] = {}
 
     def evidence(self, candidate: Candidate) -> Evidence:
         """What is known of a candidate."""
-        if candidate.recipe not in self._seen:
-            cost = candidate.cost
-            self._seen[candidate.recipe] = self._source.evidence(cost.wire, len(cost.installed))
-        return self._seen[candidate.recipe]
+        cost = candidate.cost
+        key = (candidate.recipe, sha256(cost.installed))  # of versions, each its own
+        if key not in self._seen:
+            self._seen[key] = self._source.evidence(cost.wire, len(cost.installed))
+        return self._seen[key]
 
     def routing(self, candidate: Candidate) -> Routing:
         """When a device should ask the cloud, whichever recipe is chosen."""
         cost = candidate.cost
-        return self._source.routing(cost.wire, len(cost.installed), self._recipes)
+        return self._source.routing(cost.wire, len(cost.installed), self._among)
 
     def sit(self, candidate: Candidate, tier: Tier, attempt: int) -> GateReport:
         """The report on a tier's candidate number `attempt`."""

@@ -33,6 +33,7 @@ from fedge.routing import Routing
 from fedge.spec import Spec
 from fedge_server.compression.distil import preprocessed
 from fedge_server.compression.gate import Evidence, evidence_of, score
+from fedge_server.compression.layer_inputs import MAX_EXAMPLES, Inputs, inputs_of
 from fedge_server.compression.material import Material
 from fedge_server.compression.quantise import MAX_CALIBRATION, quantise
 from fedge_server.compression.recovery import Cut, pruned_and_recovered
@@ -129,6 +130,14 @@ class Source(Protocol):
 
         Raises:
             CompressionError: it cannot be quantised, or nothing is known of the ranges.
+        """
+        ...
+
+    def inputs_of(self, graph: bytes) -> tuple[Inputs | None, ...]:
+        """What goes into the layers of an exported graph, as `layer_inputs.inputs_of`; empty: not known.
+
+        Raises:
+            CompressionError: the graph cannot be run.
         """
         ...
 
@@ -301,6 +310,13 @@ class OnServer:
         """By the ranges on some of the proxy data."""
         order = np.random.default_rng(self.seed).permutation(len(self.training))
         return quantise(graph, self.training.x[order[:MAX_CALIBRATION]])
+
+    def inputs_of(self, graph: bytes) -> tuple[Inputs | None, ...]:
+        """On the proxy data that students learn from."""
+        if not self.learns:
+            return ()
+        order = np.random.default_rng(self.seed).permutation(len(self.training))
+        return inputs_of(graph, self.training.x[order[:MAX_EXAMPLES]])
 
     def selection(self, wire: bytes, installed_bytes: int) -> Counts | None:
         """On the proxy data set apart; without labels what the teacher answers there is taken for true."""

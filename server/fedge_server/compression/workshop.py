@@ -86,10 +86,18 @@ class Workshop:
     def _built(self, recipe: Recipe) -> bytes:
         if recipe.trained:
             return self.exported(self.network(recipe.architecture, recipe.form))
-        if recipe.architecture not in self._graphs:
-            self._graphs[recipe.architecture] = self.exported(self.network(recipe.architecture))
-        graph = self._graphs[recipe.architecture]
+        graph = self.exact(recipe.architecture)
         return graph if recipe.form == "fp32" else self._source.calibrate(graph)
+
+    def exact(self, architecture: Architecture) -> bytes:
+        """The trained network as ONNX in float32.
+
+        Raises:
+            CompressionError, TimeUpError: as `build`.
+        """
+        if architecture not in self._graphs:
+            self._graphs[architecture] = self.exported(self.network(architecture))
+        return self._graphs[architecture]
 
     def built_untrained(self, recipe: Recipe) -> bytes:
         """The recipe as ONNX without any training: its size and speed, and answers that mean nothing.

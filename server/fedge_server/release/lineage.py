@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import sqlalchemy as sa
 
+from fedge.artefact import unpack
 from fedge.errors import UserError
 from fedge.manifest import MAX_BYTES, Release
 from fedge_server.registry import schema
@@ -38,6 +40,20 @@ def release_of(registry: Registry, version: int) -> Release:
         known = ", ".join(map(str, found)) or "none"
         raise UserError(f"release {version}: there is none; releases: {known}")
     return found[version]
+
+
+def last_variants(registry: Registry, tiers: Collection[str]) -> dict[str, bytes]:
+    """The installed bytes of each tier's newest release, as far as they are kept."""
+    found: dict[str, bytes] = {}
+    for row in reversed(registry.releases()):
+        if len(found) == len(tiers) or not registry.store.has(row["manifest"]):
+            continue
+        release = Release.from_bytes(registry.store.get(row["manifest"], MAX_BYTES))
+        for entry in release.variants:
+            if entry.tier in tiers and entry.tier not in found and registry.store.has(entry.wire_sha256):
+                wire = registry.store.get(entry.wire_sha256, entry.wire_bytes)
+                found[entry.tier] = unpack(wire, entry.installed_bytes)
+    return found
 
 
 def story(registry: Registry, release: Release) -> dict[str, Any]:

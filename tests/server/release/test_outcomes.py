@@ -24,6 +24,7 @@ from fedge_server.inference.exports import Exports
 from fedge_server.inference.released import reader
 from fedge_server.registry.dump import copy_database
 from fedge_server.release import ReleasePlace, publish_draft
+from fedge_server.release.lineage import last_variants
 from fedge_server.release.outcomes import publish_outcomes
 from fedge_server.release.references import examples_of
 from fedge_server.telemetry.references import references
@@ -128,6 +129,16 @@ def test_each_variant_has_a_reference_of_its_own_answers_which_the_store_of_tele
     (home / "copy").mkdir()
     copy_database(registry.engine, home / "copy", needed.extend)
     assert done.release.variant("micro").reference_sha256 in needed  # a backup holds it
+
+
+def test_the_last_variant_of_a_tier_is_that_of_its_newest_release(publish, registry, tools):
+    first, second = outcome(tools, "micro", 1), outcome(tools, "board", 2)
+    publish(first, second)
+    assert last_variants(registry, ["board"]) == {"board": second.variant.installed}
+    third = outcome(tools, "micro", 3)
+    publish(third)
+    wanted = {"micro": third.variant.installed, "board": second.variant.installed}
+    assert last_variants(registry, ["micro", "board", "new"]) == wanted
 
 
 def test_without_a_variant_there_is_no_draft(publish, registry):
