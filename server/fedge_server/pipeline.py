@@ -134,7 +134,7 @@ def release(place: Place, learned: Learned) -> tuple[tuple[TierOutcome, ...], bo
             config,
             place.say,
             folder=place.home / CANDIDATES,
-            before=last_variants(place.registry, config.tiers),
+            before=last_variants(place.registry, config.tiers, besides=learned.model_sha256),
         )
     examples = examples_of(place.server)
     if outcomes and examples is None:

@@ -94,7 +94,7 @@ def _of_run(arguments: argparse.Namespace) -> int:
             config,
             say,
             folder=home / CANDIDATES,
-            before=last_variants(registry, config.tiers),
+            before=last_variants(registry, config.tiers, besides=learned.model_sha256),
         )
         if (examples := examples_of(data)) is None:
             say(NONE)

@@ -36,7 +36,7 @@ from fedge_server.compression.layer_inputs import Inputs, Layer, constants, laye
 from fedge_server.compression.onnx_graph import LAYERS, copied, dump, load, parents
 
 # Of a changed code, as multiples of the error that rounding one average weight makes (s^2 E[x^2] / 12).
-PRICES: Final = (8192, 2048, 512, 128, 32)
+PRICES: Final = (8192, 2048, 512, 128, 32, 8)
 LEVELS: Final = 64  # the largest code: weights use 7 of the 8 bits, see `quantise`
 _SWEEPS: Final = 3  # through all inputs, at each price
 _DAMPING: Final = 0.01  # of the mean square input, added to each: weights count where inputs were never seen

@@ -42,11 +42,20 @@ def release_of(registry: Registry, version: int) -> Release:
     return found[version]
 
 
-def last_variants(registry: Registry, tiers: Collection[str]) -> dict[str, bytes]:
-    """The installed bytes of each tier's newest release, as far as they are kept."""
+def last_variants(registry: Registry, tiers: Collection[str], *, besides: str) -> dict[str, bytes]:
+    """The installed bytes of each tier's newest release, as far as they are kept.
+
+    Args:
+        registry: of the releases.
+        tiers: their names.
+        besides: SHA-256 of a global model whose releases are passed over: what is made of it again comes out
+            as it did the first time.
+    """
     found: dict[str, bytes] = {}
     for row in reversed(registry.releases()):
-        if len(found) == len(tiers) or not registry.store.has(row["manifest"]):
+        if row["global_model"] == besides or len(found) == len(tiers):
+            continue
+        if not registry.store.has(row["manifest"]):
             continue
         release = Release.from_bytes(registry.store.get(row["manifest"], MAX_BYTES))
         for entry in release.variants:

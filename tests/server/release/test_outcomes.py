@@ -134,11 +134,12 @@ def test_each_variant_has_a_reference_of_its_own_answers_which_the_store_of_tele
 def test_the_last_variant_of_a_tier_is_that_of_its_newest_release(publish, registry, tools):
     first, second = outcome(tools, "micro", 1), outcome(tools, "board", 2)
     publish(first, second)
-    assert last_variants(registry, ["board"]) == {"board": second.variant.installed}
+    assert last_variants(registry, ["board"], besides="") == {"board": second.variant.installed}
     third = outcome(tools, "micro", 3)
     publish(third)
     wanted = {"micro": third.variant.installed, "board": second.variant.installed}
-    assert last_variants(registry, ["micro", "board", "new"]) == wanted
+    assert last_variants(registry, ["micro", "board", "new"], besides="") == wanted
+    assert last_variants(registry, ["micro"], besides=LEARNED.model_sha256) == {}
 
 
 def test_without_a_variant_there_is_no_draft(publish, registry):
