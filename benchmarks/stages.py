@@ -1,8 +1,8 @@
-"""Compression's stages side by side: criteria, schedules and kinds of pruning, hints, teachers, precision.
+"""Compression's stages side by side: pruning in its kinds, hints, teachers, precision, training under int8.
 
 Each row trains from the same networks with the same seeds; accuracy is on data used for nothing else, bytes
-are those of the packed float32 weights, seconds those of the processor for one network. Part `digits` needs
-nothing; the parts `fashion`, `fashion-hints` and `fashion-precision` take `fashion_mnist.npz` in --data-dir.
+are those of the packed float32 weights (part `fashion-aware`: of the int8 graph), seconds those of the
+processor for one network. Part `digits` needs nothing; the others take `fashion_mnist.npz` in --data-dir.
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ from torch import Tensor, nn
 
 from fedge import artefact, tensors
 from fedge.config import Compress, Distil, Prune
+from fedge.inference import CompactModel
 from fedge.learning.models import Builder, mlp, small_cnn
+from fedge.learning.whole import WholeModel
 from fedge.spec import Spec
+from fedge_server.compression import aware
 from fedge_server.compression.distil import Teacher, distil, logits
+from fedge_server.compression.export import export
 from fedge_server.compression.prune import prune
+from fedge_server.compression.quantise import quantise
 from fedge_server.compression.recovery import Cut, pruned_and_recovered
 from fedge_server.compression.sparsify import sparsify
 
 LABELS = tuple("0123456789")
-PARTS = ("digits", "fashion", "fashion-hints", "fashion-precision")
+PARTS = ("digits", "fashion", "fashion-hints", "fashion-precision", "fashion-aware")
 
 
 @dataclass(frozen=True)
@@ -130,14 +135,16 @@ def row(setting: Setting, what: str, how: str, make: Callable[[int], nn.Module])
     networks = [make(seed) for seed in setting.seeds]
     seconds = (time.process_time() - started) / len(networks)
     right = [100 * float((logits(network, x).argmax(1) == y).float().mean()) for network in networks]
-    state = {name: value.numpy() for name, value in networks[0].state_dict().items()}
+    first = networks[0]
+    state = {name: value.numpy() for name, value in first.state_dict().items()}
+    installed = first.installed if isinstance(first, Int8) else tensors.dump(state)
     found: Row = {
         "data": setting.name,
         "what": what,
         "how": how,
         "accuracy_percent": float(np.mean(right)),
         "sd": float(np.std(right, ddof=1)) if len(right) > 1 else 0.0,
-        "packed_bytes": len(artefact.pack(tensors.dump(state))),
+        "packed_bytes": len(artefact.pack(installed)),
         "cpu_s": seconds,
     }
     print(" ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in found.values()), flush=True)
@@ -208,6 +215,50 @@ def precise(setting: Setting) -> Iterator[Row]:
         yield row(setting, "student as large", precision, make)
 
 
+class WithChannel(nn.Module):
+    """Images (B, H, W), prepared but for their one channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 1, H, W)."""
+        return x[:, None]
+
+
+class Int8(nn.Module):
+    """A network as onnxruntime answers for it in int8."""
+
+    def __init__(self, network: nn.Module, calibration: Tensor) -> None:
+        super().__init__()
+        spec = Spec("image", (28, 28), "float32", LABELS)
+        graph = export(WholeModel(WithChannel(), network), spec)
+        self.installed = quantise(graph, calibration[:, 0].numpy())
+        self._model = CompactModel(self.installed, spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Probabilities (B, classes) of prepared images (B, 1, H, W)."""
+        return torch.from_numpy(self._model.run(x[:, 0].numpy())[1])
+
+
+def rounding(setting: Setting) -> Iterator[Row]:
+    """A student in float, rounded as it is, after further epochs, and after as many under simulated int8."""
+    further = Distil(epochs=max(setting.epochs // 2, 1), learning_rate=0.001)
+    for name, build in (("student", setting.student), ("tiny student", small_cnn(2, 8))):
+        made = [student(setting, lambda s: setting.teachers[s], build)(seed) for seed in setting.seeds]
+
+        def on(seed: int, network: nn.Module) -> nn.Module:
+            return distil(setting.teachers[seed], network, setting.x, setting.y, further, seed=seed)
+
+        def plain(seed: int, made: list[nn.Module] = made) -> nn.Module:
+            return on(seed, made[seed])
+
+        def simulated(seed: int, made: list[nn.Module] = made) -> nn.Module:
+            return aware.frozen(on(seed, aware.prepared(made[seed])))
+
+        yield row(setting, name, "float", lambda seed, made=made: made[seed])  # type: ignore[misc]
+        yield row(setting, name, "int8", lambda seed, made=made: Int8(made[seed], setting.x))  # type: ignore[misc]
+        yield row(setting, name, "int8, further epochs", lambda seed, on=plain: Int8(on(seed), setting.x))  # type: ignore[misc]
+        yield row(setting, name, "int8, aware", lambda seed, on=simulated: Int8(on(seed), setting.x))  # type: ignore[misc]
+
+
 def measured(part: str, asked: Options) -> list[Row]:
     if part != "digits" and not (asked.data / "fashion_mnist.npz").is_file():
         raise SystemExit(f"part {part} needs fashion_mnist.npz in --data-dir")
@@ -220,6 +271,8 @@ def measured(part: str, asked: Options) -> list[Row]:
         rows += pruning(setting)
     if part == "fashion-precision":
         rows += precise(setting)
+    if part == "fashion-aware":
+        rows += rounding(setting)
     return rows
 
 
@@ -233,6 +286,9 @@ def claims(rows: list[Row]) -> dict[str, float]:
         if how == "l2 gradual":
             name = f"{data}_{str(what).replace(' ', '_')}_gradual_points"
             said[name] = found[data, what, how] - found[data, what, "l2 one_shot"]
+        if how == "int8, aware":
+            name = f"{data}_{str(what).replace(' ', '_')}_aware_points"
+            said[name] = found[data, what, how] - found[data, what, "int8, further epochs"]
         if how == "bf16":
             said[f"{data}_bf16_points"] = found[data, what, how] - found[data, what, "fp32"]
     return said

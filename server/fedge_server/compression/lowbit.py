@@ -53,7 +53,7 @@ def prepared(network: nn.Module, bits: Bits) -> nn.Module:
     """
     if bits not in get_args(Bits):
         raise CompressionError(f"lowbit: bits is {bits!r}, not one of {', '.join(get_args(Bits))}")
-    result = _folded(copy.deepcopy(network))
+    result = folded(copy.deepcopy(network))
     weights = list(_weights(result))
     if not weights:
         raise CompressionError(
@@ -92,7 +92,7 @@ def frozen(network: nn.Module) -> nn.Module:
     if not found:
         raise CompressionError("lowbit: the network was not prepared; nothing of it lies on a grid")
     for module in found:
-        _made_plain(module)
+        make_plain(module)
         if isinstance(module, nn.RNNBase):
             module._forward_pre_hooks.clear()
             module._forward_hooks.clear()
@@ -175,7 +175,7 @@ class _ToScale(_Straight):
         return (bits + (1 << 6) >> 7 << 7).view(torch.float16).float()
 
 
-def _made_plain(module: nn.Module) -> None:
+def make_plain(module: nn.Module) -> None:
     """Put a module's parametrised values in the place of their parametrisations.
 
     Torch's own removal edits the class, which a deep copy shares with what it was copied from.
@@ -231,7 +231,7 @@ def _release(module: nn.RNNBase, *_: Any) -> None:
     module._flat_weights = []
 
 
-def _folded(network: nn.Module) -> nn.Module:
+def folded(network: nn.Module) -> nn.Module:
     """The network, itself changed, with batch normalisation folded into the one layer that feeds it."""
     if not any(isinstance(module, _NORMS) for module in network.modules()):
         return network
