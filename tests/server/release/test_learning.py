@@ -336,12 +336,15 @@ def test_a_rollout_that_halts_fails_the_cycle_and_the_next_one_waits_longer(site
     site.now = ended + 201  # twice the gap
     assert site.look() is False  # the way back comes first: no rollout could begin
     # The old content comes back under a new version, which is watched anew: the drift is still not answered.
-    cheap_publisher(Home(site.home), site.registry)(site.drafted("micro"))
-    site.rollouts.replaced("micro-2", 3, who="ann")
-    for number in range(4):
-        site.rollouts.note(Report(f"micro-{number}", 3, "installed"))
-    assert versions(site.registry.engine, ("micro",)) == {"micro": 3}
+    for tier, version in (("micro", 3), ("board", 4)):
+        assert site.look() is False
+        cheap_publisher(Home(site.home), site.registry)(site.drafted(tier))
+        site.rollouts.replaced(f"{tier}-2", version, who="ann")
+        for number in range(4):
+            site.rollouts.note(Report(f"{tier}-{number}", version, "installed"))
+    assert versions(site.registry.engine, TIERS) == {"micro": 3, "board": 4}
     assert site.look() is True
+    assert site.registry.run("digits-2")["status"] == "queued"
 
 
 @pytest.mark.parametrize(
