@@ -34,7 +34,8 @@ def test_a_doubted_question_is_the_clouds_until_the_hub_is_gone_and_then_the_dev
         Exports(fleet.federation.home / "exports").put(sha256(variant), whole)
         version = fleet.publish(variant, "good", {"routing": routing.to_json()})
         fleet.roll_out(version, AT_ONCE)
-        fleet.federation.client(agent, "install")
+        # The hub looks for what is new once a second, and offers nothing before.
+        wait_for(lambda: f"release {version}" in fleet.federation.client(agent, "install"), "it is offered")
         tried = fleet.federation.client(agent, "preflight", check=False)
         assert "ok   cloud: asked above 0.3 of confidence, within 5 s" in tried
         command = [SCRIPTS / "fedge-client", "serve", "--home", agent.home, "--grpc", "off"]
