@@ -31,6 +31,7 @@ from fedge_server.registry.ledger import Ledger
 from fedge_server.release import REPOSITORY, ReleasePlace
 from fedge_server.release.lineage import last_variants
 from fedge_server.release.outcomes import publish_outcomes
+from fedge_server.release.publishing import Published
 from fedge_server.release.references import NONE, examples_of
 from fedge_server.report import Report, write_report
 from fedge_server.rounds.loop import Learned, Observer
@@ -121,6 +122,18 @@ def release(place: Place, learned: Learned) -> tuple[tuple[TierOutcome, ...], bo
         place.say(describe(learned.origin))
     place.say(f"stopped: {learned.reason}")
     shutil.copyfile(place.registry.store.path(learned.model_sha256), place.folder / MODEL)
+    outcomes, made = publish(place, learned)
+    for line in () if made is None else made.lines(place.home / REPOSITORY):
+        place.say(line)
+    return outcomes, made is not None and made.release is not None
+
+
+def publish(place: Place, learned: Learned) -> tuple[tuple[TierOutcome, ...], Published | None]:
+    """A variant for each tier of the configuration; what passed its gate is drafted, and published as can be.
+
+    Returns:
+        One outcome per tier, and what became of the draft; None: no tier has a variant.
+    """
     outcomes: tuple[TierOutcome, ...] = ()
     if place.config.tiers:
         source = place.source(learned)
@@ -150,9 +163,7 @@ def release(place: Place, learned: Learned) -> tuple[tuple[TierOutcome, ...], bo
         place.config.tiers,
         examples=examples,
     )
-    for line in () if made is None else made.lines(place.home / REPOSITORY):
-        place.say(line)
-    return outcomes, made is not None and made.release is not None
+    return outcomes, made
 
 
 def conclude(

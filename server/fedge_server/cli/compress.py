@@ -54,14 +54,10 @@ def _of_run(arguments: argparse.Namespace) -> int:
     """Variants that are published, with a lineage."""
     from fedge.config import Config
     from fedge.task import resolve
-    from fedge_server.compression import check_possible, compress
-    from fedge_server.compression.choose import source_of
+    from fedge_server.compression import check_possible
     from fedge_server.data import data_of_run
-    from fedge_server.pipeline import CANDIDATES
-    from fedge_server.release import REPOSITORY, ReleasePlace
-    from fedge_server.release.lineage import last_variants
-    from fedge_server.release.outcomes import publish_outcomes
-    from fedge_server.release.references import NONE, examples_of
+    from fedge_server.pipeline import Place, publish
+    from fedge_server.release import REPOSITORY
     from fedge_server.rounds.loop import recall
 
     opened, registry = open_registry(arguments.home)
@@ -83,32 +79,8 @@ def _of_run(arguments: argparse.Namespace) -> int:
         check_possible(task, data.spec, config, data.proxy.x, gate=data.gate)
         learned = recall(registry, run["id"], config, task, data.spec)
         say = _silent if arguments.format == "json" else _say
-        source = source_of(config, task, data, learned.model)
-        say(f"compress: {source.describe()}")
-        config = replace(config, tiers=ReleasePlace.of(home).leaving_room(config.tiers))
-        outcomes = compress(
-            learned.model,
-            task,
-            data.spec,
-            source,
-            config,
-            say,
-            folder=home / CANDIDATES,
-            before=last_variants(registry, config.tiers, besides=learned.model_sha256),
-        )
-        if (examples := examples_of(data)) is None:
-            say(NONE)
-        published = publish_outcomes(
-            home,
-            registry,
-            run["id"],
-            learned,
-            config.task,
-            data.spec,
-            outcomes,
-            config.tiers,
-            examples=examples,
-        )
+        place = Place(run["id"], opened.run(run["id"]), home, registry, config, task, data, say)
+        outcomes, published = publish(place, learned)
     value = {
         "release": published.release.version if published and published.release else None,
         "draft": published.draft if published and published.waiting else None,

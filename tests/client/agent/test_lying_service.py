@@ -121,7 +121,7 @@ def two(agent: Any, hub: Any, publisher: Any, tools: Any, monkeypatch: pytest.Mo
     return device
 
 
-def attempt(device: Device, hub: Any) -> None:
+def attempt(device: Device) -> None:
     with Delivery(lambda: Identity.open(device.home)) as service:
         install(device, service.fetch, pace=PACE)
 
@@ -134,12 +134,12 @@ def runs(home: Path) -> tuple[int, str]:
 def refused(device: Device, hub: Any, expected: type[FedgeError]) -> None:
     """It is refused as expected, for little, and leaves what ran; the truth is taken afterwards."""
     with pytest.raises(expected):
-        attempt(device, hub)
+        attempt(device)
     assert runs(device.home) == (1, "one")
     parts = device.home / "release" / "parts"
     assert sum(path.stat().st_size for path in parts.glob("*")) <= 70_000
     hub.releases.lies.clear()
-    attempt(device, hub)
+    attempt(device)
     assert runs(device.home) == (2, "two")
 
 
@@ -170,6 +170,6 @@ def test_a_lie_about_what_is_read_before_it_changes_nothing(
 )
 def test_a_lie_in_place_of_a_delta_costs_the_fetching_of_the_whole(two: Any, hub: Any, lie: Any) -> None:
     hub.releases.lies["delta"] = lie
-    attempt(two, hub)
+    attempt(two)
     assert ("1 to 2", 0) in hub.releases.fetched
     assert runs(two.home) == (2, "two")
