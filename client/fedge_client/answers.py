@@ -1,6 +1,7 @@
 """How sure a release was of its answers here: a count and a sum, which the agent reports as a mean.
 
-No input and no label is kept. Whoever answers adds to the file when it likes, and a disk or another process
+No input and no label is kept. The file names the tier whose version it is: in another one that number is
+another release. Whoever answers adds to the file when it likes, and a disk or another process
 in the way costs some answers of the mean, and nothing else.
 """
 
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 from fedge.errors import FormatError
 from fedge.files import read_bounded, sole_holder
-from fedge_client.device import ANSWERS, DELIVERY
+from fedge_client.device import ANSWERS, DELIVERY, tier_at
 
 _MAX_BYTES: Final = 4096
 
@@ -42,11 +43,13 @@ class Tally:
 
 
 def tally(home: Path) -> Tally:
-    """What is counted of the version that answered last."""
+    """What is counted of the version that answered last; nothing of another tier's."""
     try:
         value: Any = json.loads(read_bounded(home / DELIVERY / ANSWERS, _MAX_BYTES))
+        if value.get("tier", "") not in ("", tier_at(home)):  # absent before it was named
+            return Tally()
         return Tally(value["version"], value["answers"], float(value["confidence"]))
-    except (FormatError, ValueError, TypeError, KeyError, RecursionError):
+    except (FormatError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Tally()
 
 
@@ -64,6 +67,7 @@ def count(home: Path, version: int, confidences: Iterable[float]) -> None:
             "version": version,
             "answers": before.answers + len(new),
             "confidence": before.confidence + math.fsum(new),
+            "tier": tier_at(home),
         }
         written = path.with_name(f".{ANSWERS}.new")
         written.write_text(json.dumps(made) + "\n", encoding="utf-8")  # not synced: a loss does not matter

@@ -1,10 +1,11 @@
 """A device's home as far as releases are concerned: what it is, what it trusts, and what it runs.
 
-    delivery/tier.json   the tier: written last when a device is made
+    delivery/tier.json   the tier that the device was made for: written last, so that with it there is one
     delivery/root.json   root metadata as it was first given, which everything is trusted by
     delivery/metadata/   what has been verified since (`updater.trust`)
     delivery/*.json      reports of releases, and answers counted, of the tier (`reports`, `answers`)
-    installed/           what runs, what ran before (`updater.store`), and their telemetry references
+    installed/           what runs, what ran before (`updater.store`), and their telemetry references;
+                         also the tier that is followed, beside its floor: a device moves by one write
 
 To find out what runs nothing is written, and the library of The Update Framework is not loaded.
 """
@@ -70,7 +71,8 @@ class Device:
 
         The root is given once: where there is one already it stays, and what is installed goes on answering
         until a version of the new tier is there. The floor counts with the tier: a server that gives it again
-        later cannot raise it, and that of an earlier tier does not count in the new one.
+        later cannot raise it, and that of an earlier tier does not count in the new one. Killed at any point,
+        the device is of the tier before, or of the new one with its floor.
 
         Args:
             home: the device's folder.
@@ -84,17 +86,15 @@ class Device:
         """
         made, known = cls(home, check_tier(tier)), home / DELIVERY / ROOT
         root_version(root)
-        if exists(home) and cls.open(home).tier == tier:
-            return cls.open(home)
+        before = cls.open(home).tier if exists(home) else ""
         try:
-            if not (exists(home) and known.exists()):
-                write_atomically(known, root)
-            with made.store.locked():
-                made.store.commit(made.store.state().in_channel(tier).with_floor(floor))
-            for name in (REPORTS, ANSWERS):  # they speak of versions of the tier before
-                (home / DELIVERY / name).unlink(missing_ok=True)
-            content = json.dumps({"schema": SCHEMA, "tier": tier}).encode() + b"\n"
-            write_atomically(home / DELIVERY / TIER, content)
+            if before != tier:
+                if not (before and known.exists()):
+                    write_atomically(known, root)
+                with made.store.locked():
+                    state = made.store.state().in_channel(before or tier).in_channel(tier)
+                    made.store.commit(state.with_floor(floor))  # the one write that moves a device
+            made._name_tier()
         except OSError as error:
             raise FedgeError(f"{home}: cannot be made a device's home ({error.strerror})") from error
         return made
@@ -107,19 +107,23 @@ class Device:
             UserError: there is none at this folder.
             FormatError: its file is damaged.
         """
-        path = home / DELIVERY / TIER
         if not exists(home):
             raise UserError(
                 f"no device at {home}; make one with: fedge-client enroll JOIN, "
                 "or fedge-client install FOLDER --tier TIER --root 1.root.json"
             )
-        value = _load(path, _MAX_TIER_BYTES)
-        if value.pop("schema", None) != SCHEMA or value.keys() != {"tier"}:
-            raise FormatError(f"{path}: damaged, or written by another version of fedge")
+        named = _named_tier(home)
         try:
-            return cls(home, check_tier(value["tier"]))
-        except FormatError as error:
-            raise FormatError(f"{path}: damaged ({error})") from error
+            followed = Store(home / INSTALLED).state().channel
+        except FormatError:  # whoever needs the state says so
+            followed = ""
+        return cls(home, check_tier(followed or named))
+
+    def _name_tier(self) -> None:
+        """Say in the file of the tier what is so: it makes a new device, and tells a person of a move."""
+        if not exists(self.home) or _named_tier(self.home) != self.tier:
+            content = json.dumps({"schema": SCHEMA, "tier": self.tier}).encode() + b"\n"
+            write_atomically(self.home / DELIVERY / TIER, content)
 
     @property
     def store(self) -> Store:
@@ -222,6 +226,25 @@ class Device:
 def exists(home: Path) -> bool:
     """Whether a folder is the home of a device that releases can be installed on."""
     return (home / DELIVERY / TIER).exists()
+
+
+def tier_at(home: Path) -> str:
+    """The tier of the device at a folder; empty where there is none, or its file is damaged."""
+    try:
+        return Device.open(home).tier
+    except (UserError, TrustError):
+        return ""
+
+
+def _named_tier(home: Path) -> str:
+    path = home / DELIVERY / TIER
+    value = _load(path, _MAX_TIER_BYTES)
+    if value.pop("schema", None) != SCHEMA or value.keys() != {"tier"}:
+        raise FormatError(f"{path}: damaged, or written by another version of fedge")
+    try:
+        return check_tier(value["tier"])
+    except FormatError as error:
+        raise FormatError(f"{path}: damaged ({error})") from error
 
 
 def root_version(data: bytes) -> int:

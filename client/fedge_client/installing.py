@@ -58,7 +58,7 @@ def install(
     """
     targets = within("targets", fetch)
     trusted = device.trust(fetch, clock=clock, pace=pace).refresh()
-    _installer(device, targets, anything, pace).raise_floor(mark_of(trusted, device.tier).floor)
+    _installer(device, targets, anything, pace).raise_floor(mark_of(trusted, device.tier).floor, device.tier)
     offered, before = offer(trusted, targets, device.tier, told, pace=pace), device.store.state()
     if offered is None or not decide(
         before, offered.artefact, whole=device.store.is_whole(before.current), again=again
@@ -80,7 +80,7 @@ def refresh(device: Device, fetch: Fetcher, *, clock: Clock = utc_now, pace: Pac
     """
     trusted = device.trust(fetch, clock=clock, pace=pace).refresh()
     floor = mark_of(trusted, device.tier).floor
-    _installer(device, within("targets", fetch), anything, pace).raise_floor(floor)
+    _installer(device, within("targets", fetch), anything, pace).raise_floor(floor, device.tier)
 
 
 def look(tier: str, root: bytes, fetch: Fetcher, *, clock: Clock = utc_now) -> Offered | None:

@@ -1,7 +1,8 @@
 """What this device has to tell of its releases: kept in one small file until the server has it.
 
 The file is shared by all processes of the device, and each thing is said once: the server counts it once
-anyway. A disk that refuses it costs a report, and nothing else.
+anyway. A disk that refuses it costs a report, and nothing else. It names the tier whose versions it speaks
+of: a device that has moved to another one has nothing to tell of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Final
 from fedge.errors import FormatError
 from fedge.files import read_bounded, sole_holder, write_atomically
 from fedge_client.delivery import Report
-from fedge_client.device import DELIVERY, REPORTS
+from fedge_client.device import DELIVERY, REPORTS, tier_at
 
 MAX_WAITING: Final = 64  # the oldest is forgotten first
 MAX_SAID: Final = 256
@@ -35,7 +36,7 @@ class Reports:
     """The reports of a device's home."""
 
     def __init__(self, home: Path) -> None:
-        self._path = home / DELIVERY / REPORTS
+        self._home, self._path = home, home / DELIVERY / REPORTS
 
     def waiting(self) -> list[Report]:
         """Those that the server does not have yet, oldest first."""
@@ -74,20 +75,21 @@ class Reports:
             before = self._read()
             after = change(before)
             if after != before:
-                content = {**asdict(after), "schema": SCHEMA}
+                content = {**asdict(after), "schema": SCHEMA, "tier": tier_at(self._home)}
                 write_atomically(self._path, json.dumps(content, sort_keys=True).encode() + b"\n")
 
     def _read(self) -> _Kept:
-        """What is kept; nothing where the file is damaged: the server counts once what is said twice."""
+        """What is kept; nothing where it is of another tier, or damaged: what is said twice counts once."""
         if not self._path.exists():
             return _Kept()
         try:
             value: Any = json.loads(read_bounded(self._path, _MAX_BYTES))
-            if value["schema"] != SCHEMA:
+            tier = value.get("tier", "")  # absent before it was named
+            if value["schema"] != SCHEMA or tier not in ("", tier_at(self._home)):
                 return _Kept()
             waiting = tuple(Report(one["version"], one["kind"], one["value"]) for one in value["waiting"])
             return _Kept(waiting, tuple(map(str, value["said"])))
-        except (FormatError, ValueError, TypeError, KeyError, RecursionError):
+        except (FormatError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return _Kept()
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +14,18 @@ import numpy as np
 import pytest
 
 from fedge.delivery import TierMark
-from fedge.errors import DowngradeError, FormatError
+from fedge.errors import DowngradeError, ForbiddenError, FormatError
 from fedge_client.agent.installation import bring
 from fedge_client.agent.standing import Done, standing
 from fedge_client.answers import Tally, count, tally
 from fedge_client.delivery import Report
 from fedge_client.device import Device
-from fedge_client.installing import install, return_to_previous
+from fedge_client.installing import install, refresh, return_to_previous
 from fedge_client.reports import Reports
 from fedge_client.runtime import Runtime
 from fedge_client.updater import Record, State, folder
+
+ROOT = Path(__file__).parents[2]
 
 
 def answer(home: Path) -> str:
@@ -64,6 +69,75 @@ def test_a_device_that_moves_gets_its_new_tiers_release_however_that_is_numbered
     assert bring(device, fetch, version + 1).changed
     with pytest.raises(DowngradeError):
         install(device, fetch, told=version)
+
+
+MOVE = """
+import sys
+from pathlib import Path
+from fedge_client.device import Device
+from steps import killed_at_each
+home, root, copies = map(Path, sys.argv[1:])
+work = lambda place: Device.create(place, "mini", root.read_bytes(), floor=2)
+print(sum(1 for _ in killed_at_each(home, copies, work)))
+"""
+
+
+@pytest.mark.slow
+def test_a_device_that_is_killed_while_it_moves_is_of_one_tier_or_the_other_with_its_floor_and_reports(
+    tmp_path: Path, publisher: Any
+) -> None:
+    home, root, copies = tmp_path / "home", tmp_path / "root.json", tmp_path / "copies"
+    Device.create(home, "micro", publisher.root, floor=6)
+    Reports(home).add([Report(7, "installed")])
+    count(home, 7, [0.5])
+    root.write_bytes(publisher.root)
+    paths = (ROOT / "common", ROOT / "client", ROOT / "tests" / "client" / "updater")
+    done = subprocess.run(
+        [sys.executable, "-c", MOVE, home, root, copies],
+        env={**os.environ, "PYTHONPATH": ":".join(map(str, paths))},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    before = ("micro", "micro", 6, [Report(7, "installed")], Tally(7, 1, 0.5))
+    after = ("mini", "mini", 2, [], Tally())
+    seen = []
+    for step in range(1, int(done.stdout or f"0{done.stderr}") + 1):
+        place = copies / str(step)
+        device, state = Device.open(place), Device.open(place).store.state()
+        told = Reports(place).waiting(), tally(place)
+        seen.append((device.tier, state.channel, state.lowest, *told))
+        moved = Device.create(place, "mini", publisher.root, floor=2)  # called again
+        assert (moved.store.state().channel, moved.store.state().lowest) == ("mini", 2)
+        assert json.loads((place / "delivery" / "tier.json").read_text())["tier"] == "mini"
+    assert seen == [before] * seen.count(before) + [after] * seen.count(after)
+    assert before in seen
+    assert seen.count(after) > 1  # killed between the two writes, too
+
+
+def test_what_was_fetched_for_the_tier_before_is_not_installed_after_the_move(
+    tmp_path: Path, publisher: Any
+) -> None:
+    home = tmp_path / "home"
+    before, fetch = Device.create(home, "micro", publisher.root), folder(publisher.folder)
+    publisher.offer(7, answer=1)
+    publisher.mark(TierMark("micro", 6, 7))
+    moved = Device.create(home, "mini", publisher.root, floor=2)
+    for work in (install, refresh):
+        with pytest.raises(ForbiddenError, match="follows 'mini' by now, and 'micro' no longer"):
+            work(before, fetch)  # by a process that began before
+    done = bring(before, fetch, 7)
+    assert (done.changed, Reports(home).waiting()) == (False, [])  # no fault of the version
+    assert (moved.store.state().channel, moved.store.state().lowest) == ("mini", 2)
+
+
+def test_a_home_from_before_there_were_channels_moves_without_its_old_floor(
+    tmp_path: Path, publisher: Any
+) -> None:
+    device = Device.create(tmp_path, "micro", publisher.root)
+    old = State(floor=9)
+    device.store.commit(old)
+    assert Device.open(tmp_path).tier == "micro"
+    moved = Device.create(tmp_path, "mini", publisher.root, floor=2)
+    assert moved.store.state() == State(floor=2, channel="mini")
 
 
 def test_what_was_written_before_there_were_channels_is_read() -> None:

@@ -164,14 +164,15 @@ class Installer:
         self._expand, self._patch = expand, patch
         self._pace, self._seconds, self._pause = pace, seconds, pause
 
-    def raise_floor(self, floor: int) -> State:
+    def raise_floor(self, floor: int, channel: str = "") -> State:
         """Let nothing below a version be installed any more: from enrolment, or from verified metadata.
 
         Raises:
+            ForbiddenError: the device follows another channel by now.
             FedgeError: the disk refuses it.
         """
         with self.store.locked():
-            self.store.commit(self.store.state().with_floor(floor))
+            self.store.commit(self.store.state().following(channel).with_floor(floor))
             return self.store.state()
 
     def install(self, offered: Artefact, *, again: bool = False) -> State:
@@ -187,13 +188,14 @@ class Installer:
         Raises:
             HealthError: it does not pass its trial, now or before; it is not tried again.
             TrustError: it is refused; the message says which check failed.
-            FetchError: it cannot be fetched now, or comes too slowly (SlowError).
+            FetchError: it cannot be fetched now, or comes too slowly (SlowError); or the device follows
+                another channel by now (ForbiddenError).
             FedgeError: the disk is full or refuses a write.
         """
         if (self._expand is None) != (offered.installed_bytes is None):
             raise FormatError(f"{offered.name}: travels in another form than this installer takes")
         with self.store.locked():
-            state = self.store.state().in_channel(offered.channel).with_floor(offered.floor)
+            state = self.store.state().following(offered.channel).with_floor(offered.floor)
             self.store.commit(state)  # signed, whatever becomes of the artefact
             whole = self.store.is_whole(state.current)
             if not decide(state, offered, whole=whole, again=again):

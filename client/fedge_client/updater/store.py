@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from fedge.artefact import MAX_INSTALLED_BYTES
-from fedge.errors import DigestError, FedgeError, FormatError, HealthError, TrustError, UserError
+from fedge.errors import (
+    DigestError,
+    FedgeError,
+    ForbiddenError,
+    FormatError,
+    HealthError,
+    TrustError,
+    UserError,
+)
 from fedge.files import read_bounded, sha256, sole_holder, write_atomically
 from fedge.manifest import MAX_VERSION
 
@@ -121,6 +129,18 @@ class State:
         if channel == self.channel or not self.channel:
             return replace(self, channel=channel)
         return replace(self, channel=channel, floor=0, announced=0, left=0)
+
+    def following(self, channel: str) -> State:
+        """This state, for what is of a channel.
+
+        Raises:
+            ForbiddenError: another one is followed: the device was moved while this was fetched.
+        """
+        if channel and self.channel not in ("", channel):
+            raise ForbiddenError(
+                f"this device follows {self.channel!r} by now, and {channel!r} no longer; ask again"
+            )
+        return self.in_channel(channel or self.channel)
 
     @property
     def free_slot(self) -> Slot:
