@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tuf.api import exceptions
-from tuf.api.metadata import TargetFile, Targets
+from tuf.api.metadata import Key, TargetFile, Targets
 from tuf.ngclient import FetcherInterface, UpdaterConfig
 from tuf.ngclient import Updater as Workflow
 
@@ -212,7 +212,8 @@ class _Guard:
             )
         if isinstance(error, exceptions.LengthOrHashMismatchError):
             return DigestError(f"metadata: {_short(error)}; it is not the file that was signed")
-        return TrustError(f"metadata: {_short(error)}; it is refused")
+        why = f" ({_short(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
+        return TrustError(f"metadata: {_short(error)}{why}; it is refused")
 
     def _expired(self, error: Exception) -> ExpiredError:
         dates = self.workflow.expiries(self._now) if self.workflow else {}
@@ -230,6 +231,7 @@ class _Workflow(Workflow):
         self, folder: Path, root: bytes, fetcher: FetcherInterface, limits: Limits, now: datetime
     ) -> None:
         self._delegators: dict[str, str] = {}
+        self._walked = False  # the chain of roots
         config = UpdaterConfig(
             max_root_rotations=limits.rotations,
             max_delegations=limits.delegations,
@@ -261,8 +263,19 @@ class _Workflow(Workflow):
                 "a role name has one delegator"
             )
         targets = super()._load_targets(role, parent_role)
+        if targets.delegations is not None:
+            _check_keys(role, targets.delegations.keys)
         self._delegators[role] = parent_role
         return targets
+
+    def _load_root(self) -> None:
+        self._walked = True
+        super()._load_root()
+
+    def _persist_root(self, version: int, data: bytes) -> None:
+        """Keep a root that has just been verified, the one that came with the device too."""
+        _check_keys(f"root version {version}", self._trusted_set.root.keys)
+        super()._persist_root(version, data)
 
     def _persist_file(self, filename: str, data: bytes) -> None:
         """Survive a power cut; and with nothing new a full disk does not matter."""
@@ -271,9 +284,13 @@ class _Workflow(Workflow):
             write_atomically(path, data)
 
     def _update_root_symlink(self) -> None:
-        """Replace the link as a whole: it may have been lost, but not by us."""
-        link = Path(self._dir, "root.json")
-        wanted = f"root_history/{self._trusted_set.root.version}.root.json"
+        """Replace the link as a whole, once the newest root is known: it may be lost, but not by us."""
+        if not self._walked:  # else each poll would set it back to the device's first root, and forth again
+            return
+        link, version = Path(self._dir, "root.json"), self._trusted_set.root.version
+        wanted = f"root_history/{version}.root.json"
+        if not Path(self._dir, wanted).is_file():  # the last one could not be kept, or must not be
+            wanted = f"root_history/{version - 1}.root.json"
         if link.is_symlink() and str(link.readlink()) == wanted:
             return
         new = link.with_name(".root.json.new")
@@ -312,6 +329,17 @@ class _Metadata(FetcherInterface):
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         raise exceptions.DownloadError(f"{url}: only metadata is fetched through python-tuf")
+
+
+def _check_keys(delegator: str, keys: Mapping[str, Key]) -> None:
+    """Stops one key that is named twice from reaching a threshold of two by itself (GHSA-3633-5h82-39pq)."""
+    held: dict[str, str] = {}
+    for name, key in keys.items():
+        public = "".join(str(key.to_dict()["keyval"].get("public")).split())  # PEM, or hexadecimal digits
+        if held.setdefault(public, name) != name:
+            raise exceptions.RepositoryError(
+                f"{delegator}: names one key twice, as {held[public][:8]} and as {name[:8]}"
+            )
 
 
 def _target(found: TargetFile, by_digest: bool) -> Target:

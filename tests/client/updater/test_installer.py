@@ -129,11 +129,17 @@ def test_a_floor_above_what_runs_holds_for_what_comes_and_is_reached_by_the_next
     installer.install(artefact(2))
     state = installer.raise_floor(4)
     assert (state.floor, state.lowest) == (0, 4)
+    assert installer.raise_floor(3).lowest == 4
     assert runs(installer) == 2  # a device answers, whatever it cannot fetch
     with pytest.raises(DowngradeError, match="floor 4"):
         installer.install(artefact(3))
     with pytest.raises(UserError, match="below this device's floor 4"):
         installer.return_to_previous()
+    current = installer.store.file("b").read_bytes()
+    installer.store.file("b").write_bytes(b"damaged")
+    with pytest.raises(TrustError):  # nor is the one before opened in its place
+        installer.store.open()
+    installer.store.file("b").write_bytes(current)
     state = installer.install(artefact(5, floor=5))
     assert (state.floor, state.announced) == (5, 0)
 
@@ -217,6 +223,14 @@ def test_a_damaged_state_is_said_to_be_damaged(installer: Installer, content: by
         installer.store.open()
 
 
+def test_a_state_below_its_own_floor_is_damaged(installer: Installer) -> None:
+    installer.install(artefact(2, floor=2))
+    path = installer.store.home / "current"
+    path.write_bytes(path.read_bytes().replace(b'"floor": 2', b'"floor": 3'))
+    with pytest.raises(FormatError, match="version 2 is below floor 3"):
+        installer.store.open()
+
+
 def test_nothing_installed_is_said_so(installer: Installer) -> None:
     with pytest.raises(UserError, match="nothing is installed"):
         installer.store.open()
@@ -239,13 +253,14 @@ def test_what_was_signed_about_an_artefact_is_kept_with_it_and_checked(installer
 def test_an_endless_stream_is_cut_at_the_signed_length(installer: Installer, source: Source) -> None:
     def endless(chunks: Iterator[bytes]) -> Iterator[bytes]:
         yield from chunks
-        while True:
+        for _ in range(2000):  # as good as endless, and what does not cut it fails soon
             yield bytes(8192)
 
     source.bend = endless
     with pytest.raises(FormatError, match="more than the 200001 bytes came"):
         installer.install(artefact(1))
     assert source.bytes < 200_001 + 2 * 8192
+    assert (installer.store.home / "parts" / artefact(1).sha256).stat().st_size == 0  # none of it is kept
 
 
 def test_a_short_stream_is_refused_and_its_bytes_are_kept(installer: Installer, source: Source) -> None:
@@ -319,6 +334,12 @@ def test_a_part_that_the_disk_damaged_is_fetched_anew(installer: Installer, sour
     installer.install(artefact(1))
     assert [offset for _, offset in source.asked] == [150_000, 0]
     assert not list(parts.iterdir())  # what is no longer wanted goes too
+    (parts / artefact(2).sha256).write_bytes(bytes(150_000))
+    source.bend = lambda chunks: (bytes(len(chunk)) for chunk in chunks)
+    with pytest.raises(DigestError, match="not those that were signed"):
+        installer.install(artefact(2))
+    assert not list(parts.iterdir())
+    assert runs(installer) == 1
 
 
 def test_a_stream_under_the_floor_is_cut_after_its_window(tmp_path: Path, source: Source) -> None:
@@ -363,6 +384,14 @@ def test_what_travels_packed_is_installed_unpacked_and_its_digest_is_checked(tmp
     installer = Installer(tmp_path / "home", fetch, anything, expand=lambda data, _: lzma.decompress(data))
     installer.install(offered)
     assert runs(installer) == 1
+    for number, patched in enumerate((plain[:-1] + b"x", None)):  # a shorter way leads elsewhere, or is none
+        short = Installer(
+            tmp_path / f"{number}", fetch, anything, expand=lambda data, _: lzma.decompress(data),
+            patch=lambda *_: patched,  # noqa: B023 - it is called within the loop
+        )  # fmt: skip
+        short.install(offered)
+        short.install(replace(offered, version=2))
+        assert short.store.open().data == plain
     with pytest.raises(DigestError, match="unpacks to other bytes"):
         installer.install(replace(offered, version=2, installed_sha256="0" * 64))
     with pytest.raises(FormatError, match="another form"):
@@ -429,6 +458,15 @@ def test_a_version_that_kills_its_process_each_time_is_quarantined(tmp_path: Pat
     assert runs(Installer(home, source, anything)) == 1
 
 
+def test_a_version_that_is_returned_to_is_tried_first(tmp_path: Path, source: Source) -> None:
+    for version in (1, 2):
+        Installer(tmp_path / "home", source, anything).install(artefact(version))
+    back = Installer(tmp_path / "home", source, failing(1))
+    with pytest.raises(HealthError, match="answers nonsense"):
+        back.return_to_previous()
+    assert runs(back) == 2
+
+
 def test_too_little_memory_for_the_trial_is_no_fault_of_the_version(tmp_path: Path, source: Source) -> None:
     def no_memory(_: bytes) -> None:
         raise MemoryError
@@ -456,6 +494,8 @@ def test_a_model_is_held_to_its_golden_answers(tools: Any) -> None:
         model_check(spec, Golden(x, answers))(tools.constant_model(2))
     with pytest.raises(FormatError):
         model_check(spec)(b"no model")
+    with pytest.raises(HealthError, match=r"answers .* to zeros"):
+        model_check(spec)(tools.linear_model(spec, np.zeros((64, 3)), np.full(3, np.nan)))
     times = iter([0.0, 1.0, 1.0, 2.0, 2.0, 3.0] + [10.0, 10.1] * 30)
     model_check(spec, Golden(x, answers, latency_s=0.5), seconds=lambda: next(times))(model)  # busy at first
     with pytest.raises(HealthError, match=r"takes 100\.0 ms for an answer, over the budget of 50\.0 ms"):

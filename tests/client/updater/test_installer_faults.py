@@ -10,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from loopback import Server, http
 
 from fedge.errors import FedgeError
 from fedge.files import sha256
-from fedge_client.updater import Artefact, Installer, anything
+from fedge_client.updater import Artefact, Installer, State, anything
 
 ROOT = Path(__file__).parents[3]
 SOURCE = """
@@ -225,3 +226,77 @@ def test_a_connection_that_is_reset_every_400_kb_brings_the_whole_in_little_more
         assert len(server.paths) >= 8
         assert came == offered.length  # no byte twice
         assert server.sent <= 3 * offered.length
+
+
+class Disk:
+    """What a power cut would leave: contents that were synced, and names whose folder was synced since."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.step, self.commits = 0, 0
+        self.synced: dict[int, int] = {}  # inode -> step
+        self.named: dict[int, int] = {}  # inode of a folder -> step at which a name in it came or changed
+        fsync, replace, mkdir = os.fsync, os.replace, os.mkdir
+
+        def synced(descriptor: int) -> None:
+            fsync(descriptor)
+            self.step += 1
+            self.synced[os.fstat(descriptor).st_ino] = self.step
+
+        def replaced(old: Path, new: Path) -> None:
+            if Path(new).name == "current":
+                self.check(Path(old), Path(new).parent)
+            replace(old, new)
+            self.name(Path(new))
+
+        def made(path: Path, *rest: Any) -> None:
+            mkdir(path, *rest)
+            self.name(Path(path))
+
+        for name, function in (("fsync", synced), ("replace", replaced), ("mkdir", made)):
+            patch.setattr(os, name, function)
+
+    def name(self, path: Path) -> None:
+        self.step += 1
+        self.named[path.parent.stat().st_ino] = self.step
+
+    def check(self, new: Path, home: Path) -> None:
+        """All that a state names is safe, and so is the state."""
+        state = State.from_bytes(new.read_bytes())
+        assert new.stat().st_ino in self.synced
+        for record in (state.current, state.previous):
+            if record is None:
+                continue
+            slot = home / "slots" / record.slot
+            assert {(slot / name).stat().st_ino for name in ("artefact", "notes")} <= self.synced.keys()
+            for folder in (slot, slot.parent, home):
+                assert self.is_safe(folder), f"{folder}: its names may be lost"
+            self.commits += 1
+
+    def is_safe(self, folder: Path) -> bool:
+        inode = folder.stat().st_ino
+        return self.synced.get(inode, 0) > self.named.get(inode, 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_that_a_commit_names_survives_a_power_cut_before_the_commit_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    data = {f"x{version}": bytes([version]) * 70_000 for version in (1, 2, 3)}
+    home = tmp_path / "home"
+    installer = Installer(
+        home, lambda name, _, offset=0: iter([data[name][offset:]]), anything,
+        expand=(lambda found, _: found[::-1]) if packed else None,
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        disk = Disk(patch)
+        for version, (name, content) in enumerate(data.items(), 1):
+            made = {"installed_bytes": len(content), "installed_sha256": sha256(content[::-1])}
+            installer.install(
+                Artefact(
+                    name=name, version=version, length=len(content), sha256=sha256(content),
+                    notes=b"signed", **made if packed else {},
+                )
+            )  # fmt: skip
+            assert disk.is_safe(home)
+    assert disk.commits >= 5
+    assert installer.store.open().record.version == 3

@@ -167,9 +167,29 @@ def test_manifest_and_model_must_belong_together(publisher: Publisher, tmp_path:
     with pytest.raises(DigestError, match="belongs to another manifest"):
         offer(publisher.poll(tmp_path), fetch, "micro")
 
+    entry, wire = publisher.tools.entry_of("micro", publisher.tools.constant_model(2))
     old = replace(second, version=1)
-    publisher.list("micro", 2, old.to_bytes(), b"x")
+    publisher.list("micro", 2, old.to_bytes(), wire)
     with pytest.raises(DigestError, match="another variant"):
+        offer(publisher.poll(tmp_path), fetch, "micro")
+
+    publisher.list("micro", 2, second.to_bytes(), wire, trial=b"of another model")
+    with pytest.raises(DigestError, match="another trial"):
+        offer(publisher.poll(tmp_path), fetch, "micro")
+
+    for kind in ("manifest", "model", "golden"):
+        targets[f"micro/2.{kind}"].unrecognized_fields["custom"]["manifest"] = "1" * 64
+    publisher.sign("micro")
+    with pytest.raises(DigestError, match="another manifest than its metadata says"):
+        offer(publisher.poll(tmp_path), fetch, "micro")
+
+    named = publisher.tools.release_of(2, (replace(entry, reference_sha256=sha256(b"one")),))
+    trial = publisher.tools.golden_bytes(publisher.tools.constant_model(2))
+    publisher.list("micro", 2, named.to_bytes(), wire, trial=trial)
+    note = targets["micro/2.model"].unrecognized_fields["custom"]
+    publisher.repository.add("tier-micro", "micro/2.reference", b"two", note)
+    publisher.sign("micro")
+    with pytest.raises(DigestError, match="another reference"):
         offer(publisher.poll(tmp_path), fetch, "micro")
 
 

@@ -505,7 +505,7 @@ def test_an_endless_file_is_cut_whatever_length_online_keys_sign(client: Client,
         if asked != name:
             yield from client.repository.fetch(asked, maximum, offset)
             return
-        while True:
+        while given < 64 * 1024**2:  # as good as endless, and what does not cut it fails soon
             given += 4096
             yield bytes(4096)
 
@@ -591,7 +591,7 @@ def test_a_missing_timestamp_is_said_to_be_missing(client: Client) -> None:
 
 def test_a_stream_that_drips_is_cut(client: Client) -> None:
     def fetch(name: str, maximum: int, offset: int = 0, /) -> Iterator[bytes]:
-        while True:
+        for _ in range(10**6):  # as good as endless
             yield b""
 
     client.fetch = fetch
