@@ -60,3 +60,8 @@ def run(arguments: argparse.ArgumentParser, argv: Sequence[str] | None = None) -
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone: nothing is left to say
         return 1
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise  # no file that somebody could look at: a fault of ours
+        print(f"{arguments.prog}: error: {error.filename}: {error.strerror}", file=sys.stderr)  # noqa: T201
+        return 1

@@ -16,7 +16,7 @@ from typing import Any, Final
 from fedge import cli
 from fedge.errors import FedgeError, UserError
 from fedge.files import sync_folder, write_atomically
-from fedge_server.cli.place import add_home, show
+from fedge_server.cli.place import add_home, show, tier_name
 from fedge_server.hub.home import Home
 
 LINK_PORT, ENROLMENT_PORT = 9443, 9444
@@ -112,6 +112,7 @@ def add(commands: Any) -> None:
     made.add_argument("--database", metavar="URL", help="instead of SQLite in the home")
     made.add_argument(
         "--tier",
+        type=tier_name,
         action="append",
         default=[],
         metavar="TIER",

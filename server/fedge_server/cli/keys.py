@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedge import cli
-from fedge.errors import UserError
+from fedge.errors import FormatError, UserError
 from fedge.files import write_atomically
-from fedge_server.cli.place import add_home, show, table
+from fedge_server.cli.place import add_home, show, table, tier_name
 from fedge_server.hub.home import Home
 
 if TYPE_CHECKING:
+    from fedge_server.release import ReleasePlace
     from fedge_server.repository import Repository, RoleKeys, Signing
     from fedge_server.repository.keys import Passphrase
 
@@ -85,7 +86,9 @@ def _add_make(group: Any) -> None:
         summary="make what a home lacks: keys, the repository, and tiers whose keys lie here",
         examples="  fedge-server keys make\n  fedge-server keys make --tier micro --tier board",
     )
-    made.add_argument("--tier", action="append", default=[], metavar="TIER", help="make its key here too")
+    made.add_argument(
+        "--tier", type=tier_name, action="append", default=[], metavar="TIER", help="make its key here too"
+    )
     made.add_argument(
         "--passphrase-file", type=Path, metavar="FILE", help="of root and targets: encrypts, or opens them"
     )
@@ -96,7 +99,7 @@ def _add_changes(group: Any) -> None:
     online = "--sign snapshot --sign timestamp"
     example = f"  fedge-server keys add-tier micro --public micro.pub --sign targets --sign micro {online}"
     made = cli.subcommand(group, "add-tier", _add_tier, summary="delegate to a new tier", examples=example)
-    made.add_argument("tier", metavar="TIER", help="its name")
+    made.add_argument("tier", type=tier_name, metavar="TIER", help="its name")
     _add_public(made)
     made.add_argument("--floor", type=int, default=0, metavar="VERSION", help="devices run nothing below it")
     _add_signing(made)
@@ -117,7 +120,7 @@ def _add_changes(group: Any) -> None:
     example = f"  fedge-server keys suspend micro --sign targets {online}"
     about = "revoke all keys of a tier: its devices accept nothing until rotate gives it new ones"
     made = cli.subcommand(group, "suspend", _suspend, summary=about, examples=example)
-    made.add_argument("tier", metavar="TIER", help="its name")
+    made.add_argument("tier", type=tier_name, metavar="TIER", help="its name")
     _add_signing(made)
     example = f"  fedge-server keys renew root --sign ann --sign ben {online}"
     about = "sign root, targets or a tier again for another lifetime"
@@ -177,8 +180,21 @@ def _make(arguments: argparse.Namespace) -> int:
 
     place = ReleasePlace.of(Home.chosen(arguments.home).root)
     given = arguments.passphrase_file
+    _refuse_keyed(place, arguments.tier)
     place.make(arguments.tier, passphrase=None if given is None else passphrase_in(given))
     return _status(arguments, place.repository)
+
+
+def _refuse_keyed(place: ReleasePlace, tiers: Sequence[str]) -> None:
+    """A key that is made here for a tier which has others would sign nothing."""
+    known = place.tiers()
+    held = place.at_hand().tiers if known.keys() & tiers else {}
+    for tier in known.keys() & tiers:
+        keys, _ = known[tier]
+        if not keys:
+            raise UserError(f"tier {tier!r} is suspended; run: fedge-server keys rotate tier-{tier}")
+        if not {key.key.keyid for key in held.get(tier, ())} & set(keys):
+            raise UserError(f"tier {tier!r} has {place.elsewhere(tier, keys)}")
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -259,10 +275,15 @@ def _public(paths: Sequence[Path], threshold: int) -> RoleKeys:
     from fedge_server.repository.keys import MAX_KEY_BYTES
     from fedge_server.signer.remote import RemoteSigning
 
-    keys = [
-        RemoteSigning(path).key if path.is_socket() else load_public(read_bounded(path, MAX_KEY_BYTES))
-        for path in paths
-    ]
+    keys = []
+    for path in paths:
+        if path.is_socket():
+            keys.append(RemoteSigning(path).key)
+            continue
+        try:
+            keys.append(load_public(read_bounded(path, MAX_KEY_BYTES)))
+        except FormatError as error:
+            raise UserError(f"{path}: {error}; give the .pub file that lies beside a key") from error
     return RoleKeys(tuple(keys), threshold)
 
 

@@ -33,6 +33,17 @@ def add_home(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("text", "json"), default="text")
 
 
+def tier_name(text: str) -> str:
+    """The type of an argument that names a tier; argparse says what is wrong with it."""
+    from fedge.delivery import check_tier
+    from fedge.errors import FormatError
+
+    try:
+        return check_tier(text)
+    except FormatError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 @contextmanager
 def opened(arguments: argparse.Namespace) -> Iterator[Place]:
     """The home that a command line means.

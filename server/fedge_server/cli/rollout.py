@@ -81,7 +81,7 @@ def _add_change(inner: Any, name: str, run: cli.Command, summary: str, why: str)
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    from fedge_server.registry.engine import reading
+    from fedge_server.registry.engine import reading, writing
     from fedge_server.rollout import fleet
     from fedge_server.rollout.plan import Plan
     from fedge_server.rollout.service import Rollouts
@@ -95,7 +95,11 @@ def _start(arguments: argparse.Namespace) -> int:
                 fleet.check_variant(connection, arguments.version, tier)
             devices = {tier: fleet.active(connection, tier) for tier in tiers}
         rollouts, why = Rollouts(registry), arguments.reason or ""
-        states = [rollouts.start(arguments.version, tier, plan, who=who(), why=why) for tier in tiers]
+        with writing(registry.engine) as connection:  # for all of its tiers, or for none
+            states = [
+                rollouts.start_within(connection, arguments.version, tier, plan, who=who(), why=why)
+                for tier in tiers
+            ]
     lines = [line for state in states for line in (_line(state), *_chances(state, devices[state.tier]))]
     return show(arguments, [_value(state) for state in states], lines)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedge import cli, logs
 from fedge.errors import SignerAwayError, UserError
-from fedge_server.cli.place import add_home, show, table
+from fedge_server.cli.place import add_home, show, table, tier_name
 
 
 def add(commands: Any) -> None:
@@ -29,7 +29,9 @@ def add(commands: Any) -> None:
         "    --memory /var/lib/fedge-signer --limits /etc/fedge/signer.toml --allow-uid 990",
     )
     serve.add_argument("--key", type=Path, required=True, metavar="FILE", help="the private key, mode 0600")
-    serve.add_argument("--tier", metavar="TIER", help="that it signs for (default: as FILE is called)")
+    serve.add_argument(
+        "--tier", type=tier_name, metavar="TIER", help="that it signs for (default: as FILE is called)"
+    )
     serve.add_argument("--socket", type=Path, required=True, metavar="PATH", help="unix socket to listen on")
     serve.add_argument(
         "--memory", type=Path, required=True, metavar="DIR", help="what it has signed; nobody else's folder"
@@ -68,7 +70,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     tier = arguments.tier or arguments.key.stem.removeprefix("tier-")
     given = arguments.passphrase_file
     key = load_key(arguments.key, passphrase=None if given is None else passphrase_in(given))
-    limits = Limits() if arguments.limits is None else Limits.load(arguments.limits)
+    limits = Limits() if arguments.limits is None else Limits.load(_own(arguments.limits))
     memory = Memory(arguments.memory, role_of(tier))
     allowed = arguments.allow_uid or [os.geteuid()]
     ended = threading.Event()
@@ -76,7 +78,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: ended.set())
     try:
         arguments.memory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with sole_holder(arguments.memory / f"{role_of(tier)}.lock"):
+        with sole_holder(_own(arguments.memory) / f"{role_of(tier)}.lock"):
             memory.last()  # a memory that cannot be read is no reason to begin without one
             with serving(Judge(tier, key, memory, limits), arguments.socket, allowed):
                 logging.getLogger("fedge.signer").info(
@@ -90,6 +92,24 @@ def _serve(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"{arguments.memory}: cannot be used ({error.strerror})") from error
     return 0
+
+
+def _own(path: Path) -> Path:
+    """What a signer goes by, if nobody else can write it: it must hold against whoever asks for signatures.
+
+    Raises:
+        UserError: somebody else can.
+    """
+    if path.exists():
+        found = path.stat()
+        if found.st_uid not in (os.geteuid(), 0):
+            raise UserError(f"{path}: belongs to user {found.st_uid}; it must be the signer's, or root's")
+        if found.st_mode & 0o022:
+            raise UserError(
+                f"{path}: others may write it (mode {found.st_mode & 0o777:o}), and so say what is signed; "
+                f"run: chmod go-w {path}"
+            )
+    return path
 
 
 def _show(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ simulation, which makes all keys itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -163,6 +163,14 @@ class ReleasePlace:
             if role.role.startswith("tier-")
         }
 
+    def elsewhere(self, tier: str, ids: Sequence[str]) -> str:
+        """What to do about the keys of a tier that are not in this home, nor in a signer."""
+        names = ", ".join(key[:8] for key in ids)
+        return (
+            f"keys already ({names}), which are not here; bring one to {self._path(role_of(tier))}, "
+            f"name its signer in [delivery] signers, or replace it: fedge-server keys rotate tier-{tier}"
+        )
+
     def is_ending(self, role: RoleStatus) -> bool:
         """Whether a role ends so soon that a person should look: online ones are signed again by the hub."""
         left = role.expires - datetime.now(UTC)
@@ -221,3 +229,7 @@ class ReleasePlace:
                 yield
         except BlockingIOError as error:
             raise FedgeError(f"{self.keys}: another process makes keys here; try again") from error
+        except OSError as error:
+            raise FedgeError(
+                f"{self.keys}: keys cannot be made there ({error.strerror}); run this as its owner"
+            ) from error

@@ -16,7 +16,7 @@ from typing import Final
 import sqlalchemy as sa
 
 from fedge.delivery import tier_of
-from fedge.errors import FedgeError, RefusedError, SignerAwayError
+from fedge.errors import FedgeError, RefusedError, SignerAwayError, TrustError, UserError
 from fedge.files import sole_holder
 from fedge.manifest import Release, VariantEntry
 from fedge_server.registry.database import Registry
@@ -125,11 +125,13 @@ def draft_again(registry: Registry, version: int, tiers: Sequence[str] | None = 
         tiers: of its variants; None: all.
 
     Raises:
-        UserError: there is no such release.
-        TrustError: it has no variant for a tier.
+        UserError: there is no such release, or it has no variant for a tier.
     """
     release = release_of(registry, version)
-    entries = release.variants if tiers is None else tuple(release.variant(tier) for tier in tiers)
+    try:
+        entries = release.variants if tiers is None else tuple(release.variant(tier) for tier in tiers)
+    except TrustError as error:
+        raise UserError(str(error)) from error
     moment = datetime.now(UTC)
     while True:  # until nothing of this very second is published: a draft is told by its content
         created = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -210,6 +212,8 @@ def _why_not(
         return f"the online key {place.keys / missing[0]}.key is not here, or others can read it"
     held = {key.key.keyid for key in at_hand.tiers.get(tier, ())}
     away = f" ({'; '.join(at_hand.away)})" if at_hand.away else ""
+    if not held and tier in known and known[tier][0]:
+        return f"it has {place.elsewhere(tier, known[tier][0])}{away}"
     if not held:
         return (
             f"no key keys/tier-{tier}.key and no signer{away}; run: fedge-server signer serve, and name its "

@@ -376,7 +376,9 @@ class Repository:
     @contextmanager
     def _open(self) -> Iterator[State]:
         """The state of a repository that is there, tidied up."""
-        absent = UserError(f"{self._folder.path}: holds no repository; create one first")
+        absent = UserError(
+            f"{self._folder.path}: holds no repository; create one first: fedge-server keys make"
+        )
         if not self._folder.metadata.exists():  # before the lock, which would make the folder
             raise absent
         with self._alone() as state:

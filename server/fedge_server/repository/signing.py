@@ -146,7 +146,9 @@ def role_in(delegator: Root | Targets, role: str) -> Role:
     try:
         return delegator.get_delegated_role(role)
     except ValueError as error:
-        raise UserError(f"role {role[:60]!r} does not exist in this repository") from error
+        raise UserError(
+            f"role {role[:60]!r} does not exist in this repository; list them with: fedge-server keys show"
+        ) from error
 
 
 def verify(metadata: Metadata[Any], role: str, delegators: Sequence[Root | Targets]) -> None:

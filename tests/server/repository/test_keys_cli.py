@@ -91,6 +91,9 @@ def test_keys_are_rotated_and_a_tier_is_suspended_and_renewed(
         (["renew", "root", *sign("ann")], "root: 1 of 2 signatures"),
         (["rotate", "mirror", "--public", "new.pub", *sign()], "must be root, targets"),
         (["show", "--home", "elsewhere"], "create one first"),
+        (["rotate", "tier-micro", "--public", "micro", *sign()], "micro: public key: not a public key"),
+        (["rotate", "tier-nano", "--public", "new.pub", *sign()], "list them with: fedge-server keys show"),
+        (["make", "--tier", "micro"], "which are not here; bring one to"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

@@ -301,6 +301,15 @@ def test_a_damaged_target_is_not_published_again_in_another_release(place: Place
         place.repository.raise_floor("micro", 1, place.of("tier-micro"))
 
 
+def test_a_damaged_target_that_is_published_again_as_it_was_is_written_anew(place: Place) -> None:
+    place.publish(1, "micro")
+    whole = place.repository.content("micro").mark.to_bytes()
+    mark = place.path / f"targets/micro/{sha256(whole)}.tier.json"
+    mark.write_bytes(b"x" * len(whole))
+    place.repository.renew("tier-micro", place.of("tier-micro"))
+    assert mark.read_bytes() == whole
+
+
 def test_metadata_that_devices_would_not_read_is_not_written(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,18 @@ def test_a_mistake_is_one_line_and_exit_code_two(run: Run, words: tuple[str, ...
     assert why in err
 
 
+def test_a_start_for_several_tiers_begins_in_all_of_them_or_in_none(run: Run, filled: Registry) -> None:
+    same = {"recipe": "int8", "wire": "w", "installed": "m", "evidence": "e"}
+    filled.record_release(
+        version=4, run_id="r", round_number=1, global_model="g", manifest=b"{}",
+        variants=[{"tier": tier, **same} for tier in ("board", "micro")],
+    )  # fmt: skip
+    assert run("rollout", "start", "4", "--tier", "micro")[0] == 0
+    code, _, err = run("rollout", "start", "4")
+    assert (code, "the tier is at 4 already (rollout micro-4)" in err) == (2, True)
+    assert [each["id"] for each in value(run, "rollout", "status")] == ["micro-4"]
+
+
 def test_an_empty_home_has_no_rollouts_and_no_entries(run: Run) -> None:
     assert run("rollout", "status")[1] == "no rollouts\n"
     assert run("audit", "show")[1] == "no entries\n"

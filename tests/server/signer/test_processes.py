@@ -389,6 +389,7 @@ def test_the_command_serves_until_it_is_asked_to_end(folder, capsys):
         (lambda own: (own / "tier-micro.key").chmod(0o644), "others may read it"),
         (lambda own: (own / "tier-micro.key").unlink(), "cannot be read"),
         (lambda own: (own / "memory").mkdir() or (own / "memory/tier-micro.json").write_text("x"), "version"),
+        (lambda own: (own / "memory").mkdir() or (own / "memory").chmod(0o770), "others may write it"),
     ],
 )
 def test_a_signer_that_cannot_be_one_says_why(folder, capsys, change, why):
