@@ -85,7 +85,7 @@ def read_bounded(path: Path, maximum: int) -> bytes:
 
 @contextmanager
 def sole_holder(path: Path, *, patience_s: float = 1.0) -> Iterator[None]:
-    """Hold a lock file that the system releases when this process ends, however it ends.
+    """Hold a lock file alone; the system releases it when this process ends, however it ends.
 
     Whoever asks whether a lock is held takes it shared for an instant, so one failure means nothing: it
     is tried for `patience_s` seconds.
@@ -94,11 +94,29 @@ def sole_holder(path: Path, *, patience_s: float = 1.0) -> Iterator[None]:
         BlockingIOError: another process holds it.
         OSError: the file cannot be made.
     """
+    with _holding(path, fcntl.LOCK_EX, patience_s):
+        yield
+
+
+@contextmanager
+def joint_holder(path: Path, *, patience_s: float = 1.0) -> Iterator[None]:
+    """Hold a lock file together with others; a sole holder is waited for, and has to wait. Else as above.
+
+    Raises:
+        BlockingIOError: a process holds it alone.
+        OSError: the file cannot be made.
+    """
+    with _holding(path, fcntl.LOCK_SH, patience_s):
+        yield
+
+
+@contextmanager
+def _holding(path: Path, kind: int, patience_s: float) -> Iterator[None]:
     end = time.monotonic() + patience_s
     with path.open("a", encoding="ascii") as lock:
         while True:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > end:

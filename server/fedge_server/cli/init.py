@@ -74,6 +74,11 @@ keep_days = 90                  # counts that devices send of their answers (doc
 false_alarms = 0.01             # chance of a drift alarm in so many periods in which nothing changes
 periods = 100
 
+[keeping]
+releases = 16                   # of each tier: the newest, whose bytes are kept (docs/releases.md)
+runs = 16                       # that are over: the same
+unseen_days = 90                # what a device runs is kept for so long after it was seen last
+
 [workers]
 restarts = 3                    # of a run's process that dies without finishing its run
 """

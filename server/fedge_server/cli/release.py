@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add the subcommands."""
-    about = "what devices can install: ls, show, publish, export"
+    about = "what devices can install: ls, show, publish, export, prune"
     group = commands.add_parser("release", help=about, description=about)
     inner = group.add_subparsers(required=True, metavar="COMMAND")
     example = "  fedge-server release ls --home out/digits"
@@ -62,6 +63,26 @@ def add(commands: Any) -> None:
     made.add_argument(
         "--device", action="append", required=True, metavar="ID", help="for whom; give it once for each"
     )
+    _common(made)
+    _add_prune(inner)
+
+
+def _add_prune(inner: Any) -> None:
+    made = cli.subcommand(
+        inner,
+        "prune",
+        _prune,
+        summary="remove the bytes of old releases and runs, and what nothing needs; lineage stays",
+        examples="  fedge-server release prune --dry-run\n"
+        "  fedge-server release prune --keep 8 --home /var/lib/fedge",
+    )
+    made.add_argument(
+        "--keep", type=int, metavar="N", help="newest releases of each tier (default: [keeping] releases)"
+    )
+    made.add_argument(
+        "--runs", type=int, metavar="N", help="newest runs that are over (default: [keeping] runs)"
+    )
+    made.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
     _common(made)
 
 
@@ -143,6 +164,8 @@ def _device_id(registry: Registry, given: str) -> str:
 
 
 def _story_lines(value: Mapping[str, Any]) -> list[str]:
+    from fedge_server.registry.living import when
+
     lineage, record, origin = value["lineage"], value["round"], value["origin"]
     lines = [
         f"release {value['version']} of task {value['task']}, {value['created']}",
@@ -154,6 +177,8 @@ def _story_lines(value: Mapping[str, Any]) -> list[str]:
         lines.append(f"which aggregated {record['clients']} updates, together {record['updates'][:16]}")
     for entry in value["variants"]:
         lines += _variant_lines(entry, value["reports"][entry["tier"]], value["rollouts"][entry["tier"]])
+        if (retired := value["removed"].get(entry["tier"])) is not None:
+            lines.append(f"  bytes: removed {when(retired)}")
     return lines
 
 
@@ -236,3 +261,34 @@ def _export(arguments: argparse.Namespace) -> int:
         f"{len(devices)} devices, {stick.size:,} bytes; devices take it until {expires}"
     )
     return show(arguments, value, [line])
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    from fedge_server.hub.settings import Settings
+    from fedge_server.retention.pruning import prune
+
+    home, registry = open_registry(arguments.home)
+    settings = Settings.load(home.settings) if home.settings.exists() else Settings()
+    keep = settings.keeping.terms()
+    keep = replace(
+        keep,
+        releases=keep.releases if arguments.keep is None else arguments.keep,
+        runs=keep.runs if arguments.runs is None else arguments.runs,
+    )
+    if keep.releases < settings.delivery.keep:
+        raise UserError(
+            f"--keep {keep.releases}: a tier offers {settings.delivery.keep} releases ([delivery] keep); "
+            "keep at least these"
+        )
+    with registry:
+        done = prune(home, registry, keep, who=who(), dry=arguments.dry_run)
+    value = {
+        "releases": {str(version): tiers for version, tiers in done.retired.tiers.items()},
+        "drafts": sorted({draft for draft, _ in done.retired.drafts}),
+        "runs": sorted(done.retired.runs),
+        "files": done.files,
+        "bytes": done.size,
+        "dry_run": arguments.dry_run,
+    }
+    word = "would remove" if arguments.dry_run else "removed"
+    return show(arguments, value, [*done.retired.lines(), f"{word} {done.files} files, {done.size:,} bytes"])

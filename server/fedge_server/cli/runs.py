@@ -260,6 +260,8 @@ def _resume(arguments: argparse.Namespace) -> int:
             raise UserError(
                 f"run {arguments.which}: is {run['status']}; only a failed or stopped run is resumed"
             )
+        if (why := registry.why_gone(arguments.which)) is not None:
+            raise UserError(f"run {arguments.which}: {why}")
         registry.set_status(arguments.which, "queued")
         up = _tell_hub(home)
     lines = [f"run {arguments.which}: queued"] + ([] if up else [_NO_HUB])

@@ -31,7 +31,6 @@ from fedge_server.rollout.service import Rollouts
 from fedge_server.telemetry.store import Telemetry
 
 FIRST_S, MOST_S = 60.0, 3600.0  # between two tries to have a draft signed: less and less often
-_MODEL: Final = "model.safetensors"  # a run writes it into its folder once its rounds are over
 _GONE: Final = {
     rollout.Status.SUPERSEDED: "a newer release took its place",
     rollout.Status.HALTED: "halted",
@@ -127,7 +126,7 @@ def _run(world: World, learning: Learning) -> Event:
         except ConfigError as error:
             return Ended(cycle, Status.RUNNING, failed=str(error))
         return TimePassed()
-    over = run["status"] == "done" or (world.home.run(learning.run_id) / _MODEL).exists()
+    over = run["status"] == "done" or world.home.run_model(learning.run_id).exists()
     failed = _failed(run)
     return Ended(cycle, Status.RUNNING, failed=failed) if over or failed else TimePassed()
 

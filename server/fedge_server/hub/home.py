@@ -92,13 +92,23 @@ class Home:
         """Keys of the repository that are kept here."""
         return self.root / "keys"
 
+    @property
+    def all_objects(self) -> Path:
+        """A folder for each run under way, see `objects`."""
+        return self.root / "objects"
+
     def objects(self, run_id: str) -> Path:
         """Tensors of a run going down to devices, by SHA-256; written by the run's worker."""
-        return self.root / "objects" / run_id
+        return self.all_objects / run_id
+
+    @property
+    def all_spools(self) -> Path:
+        """A folder for each run under way, see `spool`."""
+        return self.root / "spool"
 
     def spool(self, run_id: str) -> Path:
         """Tensors of a run that came up from devices; written by the hub."""
-        return self.root / "spool" / run_id
+        return self.all_spools / run_id
 
     @property
     def runs(self) -> Path:
@@ -108,6 +118,10 @@ class Home:
     def run(self, run_id: str) -> Path:
         """Log, results and lock of one run."""
         return self.runs / run_id
+
+    def run_model(self, run_id: str) -> Path:
+        """The global model that a run has learned, written once its rounds are over."""
+        return self.run(run_id) / "model.safetensors"
 
     def run_log(self, run_id: str) -> Path:
         """What the run's worker has printed."""

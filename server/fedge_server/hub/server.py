@@ -38,6 +38,7 @@ from fedge_server.hub.runs import AdminServicer, RunsServicer
 from fedge_server.hub.settings import Settings
 from fedge_server.hub.supervisor import Argv, Supervisor, worker_argv
 from fedge_server.hub.systemd import tell_systemd
+from fedge_server.hub.tidying import tidy_always
 from fedge_server.identity.authority import Authority
 from fedge_server.inference.models import Models
 from fedge_server.monitoring.monitor import Monitor
@@ -105,6 +106,7 @@ class Hub:
         """
         self._renew()
         await self._gate.refresh()
+        await self._supervisor.tidy()
         await self.exchange.start()
         self._distribution = distribution = devices.distribution_of(
             self.home, self._gate, self._registry, self._rollouts, self._shelf
@@ -133,6 +135,9 @@ class Hub:
         ]
         if self._telemetry is not None:
             self._tasks.append(asyncio.create_task(prune_always(self._telemetry)))
+        if self._settings.keeping.automatic:
+            keep = self._settings.keeping.terms()
+            self._tasks.append(asyncio.create_task(tidy_always(self.home, self._registry, keep)))
         _log.info(
             "hub is up: devices on %s, enrolment on %s",
             address(self._settings.listen.host, self.link_port),

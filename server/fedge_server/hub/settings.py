@@ -15,6 +15,7 @@ from fedge.config import suggestion
 from fedge.errors import ConfigError
 from fedge_server.drift.watch import Settings as DriftSettings
 from fedge_server.inference.limits import Limits as InferenceLimits
+from fedge_server.retention.rule import Keep
 from fedge_server.telemetry.store import Settings as TelemetrySettings
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -114,6 +115,20 @@ class Inference:
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT)
+class Keeping:
+    """`[keeping]`: how much of what is old keeps its bytes; see docs/releases.md."""
+
+    automatic: bool = True  # the hub removes what is not kept, once an hour
+    releases: Count = 16  # of each tier: the newest
+    runs: Count = 16  # that are over: the newest
+    unseen_days: Days = 90  # what a device runs is kept for so long after it was seen last
+
+    def terms(self) -> Keep:
+        """For the rule."""
+        return Keep(self.releases, self.runs, self.unseen_days * 86_400)
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT)
 class Metrics:
     """`[metrics]`: where Prometheus may ask, over plain HTTP; see docs/monitoring.md."""
 
@@ -202,6 +217,7 @@ class Settings:
     inference: Inference = field(default_factory=Inference)
     telemetry: Telemetry = field(default_factory=Telemetry)
     metrics: Metrics = field(default_factory=Metrics)
+    keeping: Keeping = field(default_factory=Keeping)
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> Settings:
@@ -215,6 +231,11 @@ class Settings:
         except ValidationError as error:
             raise ConfigError(_one_line(error)) from error
         found.inference.limits()  # whether they fit together
+        if found.keeping.releases < found.delivery.keep:
+            raise ConfigError(
+                f"keeping.releases = {found.keeping.releases}: must be at least delivery.keep = "
+                f"{found.delivery.keep}, which devices are offered"
+            )
         return found
 
     @classmethod
@@ -258,6 +279,7 @@ _SECTIONS: dict[str, Any] = {
     "inference": Inference,
     "telemetry": Telemetry,
     "metrics": Metrics,
+    "keeping": Keeping,
 }
 
 

@@ -79,6 +79,15 @@ class Supervisor:
             if run.pid
         ]
 
+    async def tidy(self) -> None:
+        """Remove what runs that are over have left, where an earlier hub was killed before it could."""
+        runs = await asyncio.to_thread(self._registry.runs)
+        active = {run["id"] for run in runs if run["status"] in _ACTIVE}
+        for folder in (self._home.all_objects, self._home.all_spools):
+            for path in folder.glob("*/"):
+                if path.name not in active:
+                    await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+
     async def look(self) -> None:
         """Start workers of new runs, and stop those whose runs were asked to stop."""
         for run in await asyncio.to_thread(self._registry.runs):

@@ -47,7 +47,7 @@ class Exports:
         """
         found = sorted(self.folder.glob(f"{model}.*.onnx"))
         if not found:
-            raise AbsentError(f"model {model[:8]}: was not exported for inference")
+            raise AbsentError(f"model {model[:8]}: was not exported for inference, or is not kept any more")
         data = read_bounded(found[-1], MAX_EXPORT_BYTES)
         if found[-1].name.split(".")[1] != sha256(data):
             raise DigestError(f"{found[-1].name}: is damaged; export the model again")

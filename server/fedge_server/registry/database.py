@@ -7,6 +7,7 @@ named here by their SHA-256. A round counts when its row is committed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedge_server.registry import schema
 from fedge_server.registry.devices import Devices
 from fedge_server.registry.drafts import Drafts
 from fedge_server.registry.engine import connect, reading, writing
+from fedge_server.registry.living import drafted_models, when
 from fedge_server.registry.queue import Queue
 from fedge_server.registry.store import ContentStore
 from fedge_server.registry.upgrade import upgrade
@@ -209,33 +211,35 @@ class Registry:
         Raises:
             RoundError: the round is committed already; an update must not count twice.
         """
-        model_sha = self.store.put_stream(tensors.dump_chunks(model, about or {}))
-        state_sha = self.store.put(state)
         try:
-            with writing(self.engine) as connection:
-                connection.execute(
-                    _rounds.insert().values(
-                        run_id=run_id,
-                        number=record.round,
-                        record=record.to_json(),
-                        model=model_sha,
-                        state=state_sha,
-                        committed=_now(),
+            with self.store.adding():
+                model_sha = self.store.put_stream(tensors.dump_chunks(model, about or {}))
+                state_sha = self.store.put(state)
+                with writing(self.engine) as connection:
+                    connection.execute(
+                        _rounds.insert().values(
+                            run_id=run_id,
+                            number=record.round,
+                            record=record.to_json(),
+                            model=model_sha,
+                            state=state_sha,
+                            committed=_now(),
+                        )
                     )
-                )
         except sa.exc.IntegrityError as error:
             raise RoundError(f"run {run_id}: round {record.round} is committed already") from error
-        self._drop(run_id, record.round - KEPT_ROUNDS)
+        with suppress(BlockingIOError):  # something is being put: then `retention.prune` finds it
+            self._drop(run_id, record.round - KEPT_ROUNDS)
         return model_sha
 
     def _drop(self, run_id: str, number: int) -> None:
         """Remove the bytes of the round that has become too old, unless something newer names them."""
         rounds, old = _rounds.c, (_rounds.c.run_id == run_id) & (_rounds.c.number <= number)
-        with reading(self.engine) as connection:
-            query = sa.select(rounds.model, rounds.state).where(
-                rounds.run_id == run_id, rounds.number == number
-            )
-            for name in {name for row in connection.execute(query) for name in row}:
+        query = sa.select(rounds.model, rounds.state).where(rounds.run_id == run_id, rounds.number == number)
+        with self.store.removing(), reading(self.engine) as connection:
+            names = {name for row in connection.execute(query) for name in row}
+            drafted = set(drafted_models(connection)) if names else set()
+            for name in names - drafted:
                 named = sa.or_(rounds.model == name, rounds.state == name) & ~old
                 released = _releases.c.global_model == name
                 if not connection.scalar(sa.select(sa.exists().where(named))) and not connection.scalar(
@@ -250,7 +254,12 @@ class Registry:
             return [RoundRecord.from_json(value) for value in connection.scalars(query)]
 
     def last_round(self, run_id: str) -> CommittedRound | None:
-        """The last committed round with its model and state, verified against their digests."""
+        """The last committed round with its model and state, verified against their digests.
+
+        Raises:
+            UserError: its bytes are not there: the run was retired, or the store has lost them.
+            DigestError: they are damaged.
+        """
         query = (
             sa.select(_rounds).where(_rounds.c.run_id == run_id).order_by(_rounds.c.number.desc()).limit(1)
         )
@@ -258,10 +267,23 @@ class Registry:
             row = connection.execute(query).mappings().first()
         if row is None:
             return None
+        if not self.store.has(row["model"]):
+            lost = "the model of its last round is not in the store; restore it from a backup"
+            raise UserError(f"run {run_id}: {self.why_gone(run_id) or lost}")
         self.store.open(row["model"]).close()  # checks its digest
         model, _ = tensors.load(self.store.path(row["model"]))
         record = RoundRecord.from_json(row["record"])
         return CommittedRound(record, model, row["model"], self.store.get(row["state"]))
+
+    def why_gone(self, run_id: str) -> str | None:
+        """Why model and state of a run are not kept any more, and what to do; None: they are."""
+        retired = (self.run(run_id) or {}).get("retired")
+        if retired is None:
+            return None
+        return (
+            f"its model and state were removed {when(retired)}, as newer runs took their place "
+            "([keeping] runs); begin a new run, or restore a backup from before"
+        )
 
     def record_release(
         self,
@@ -285,8 +307,8 @@ class Registry:
             variants: tier, recipe, and the digests wire, installed, evidence, golden, reference (if any).
             further: is written in the same transaction.
         """
-        self.store.put(manifest)
-        with writing(self.engine) as connection:
+        with self.store.adding(), writing(self.engine) as connection:
+            self.store.put(manifest)
             connection.execute(
                 _releases.insert().values(
                     version=version,

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 import sqlalchemy as sa
 
-from fedge.errors import UserError
+from fedge.errors import AbsentError, UserError
 from fedge.manifest import MAX_BYTES, Release
 from fedge_server.registry import schema
 from fedge_server.registry.engine import reading, storable, writing
@@ -33,6 +33,7 @@ class DraftVariant:
     status: Status
     reason: str  # why it waits or was refused
     release: int | None  # the version under which it was published
+    retired: float | None = None  # Unix seconds: since then its bytes are not kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,9 @@ class Draft:
 
     @property
     def open(self) -> tuple[str, ...]:
-        """Tiers for which it is not published."""
-        return tuple(each.tier for each in self.variants if each.status != "published")
+        """Tiers for which it is not published, and can still be."""
+        kept = (each for each in self.variants if each.retired is None)
+        return tuple(each.tier for each in kept if each.status != "published")
 
 
 class Drafts:
@@ -57,11 +59,21 @@ class Drafts:
         self._engine, self._store = engine, store
 
     def add(self, release: Release) -> str:
-        """Keep a draft, whose objects are in the store already; returns its id."""
-        digest = self._store.put(release.to_bytes())
-        name = digest[:12]
-        values = {"run_id": release.lineage.run, "manifest": digest, "created": _now()}
-        with writing(self._engine) as connection:
+        """Keep a draft, whose objects are in the store already; returns its id.
+
+        Raises:
+            AbsentError: one of them is not.
+        """
+        with self._store.adding(), writing(self._engine) as connection:
+            self._check(release)
+            digest = self._store.put(release.to_bytes())
+            name = digest[:12]
+            values = {
+                "run_id": release.lineage.run,
+                "manifest": digest,
+                "created": _now(),
+                "global_model": release.lineage.global_model,
+            }
             if connection.scalar(sa.select(_drafts.c.id).where(_drafts.c.id == name)) is None:
                 connection.execute(_drafts.insert().values(id=name, **values))
                 rows = [
@@ -78,7 +90,16 @@ class Drafts:
                     for entry in release.variants
                 ]
                 connection.execute(_variants.insert(), rows)
+            else:  # it may have been refused and retired since; its objects are there again
+                connection.execute(_variants.update().where(_variants.c.draft == name).values(retired=None))
         return name
+
+    def _check(self, release: Release) -> None:
+        for entry in release.variants:
+            named = (entry.wire_sha256, entry.evidence_sha256, entry.golden_sha256, entry.reference_sha256)
+            for digest in filter(None, named):
+                if not self._store.has(digest):
+                    raise AbsentError(f"draft: object {digest[:8]} of tier {entry.tier} is not in the store")
 
     def untouched(self, release: Release) -> str | None:
         """The draft of this very content of which nothing is published yet, whenever it was made.
@@ -106,10 +127,12 @@ class Drafts:
             return self._draft(connection, row)
 
     def all(self, *, unpublished: bool = False) -> list[Draft]:
-        """Drafts, oldest first; with `unpublished` those alone that are not whole yet."""
+        """Drafts, oldest first; with `unpublished` those alone that are not whole yet, and can still be."""
         query = sa.select(_drafts).order_by(_drafts.c.created, _drafts.c.id)
         if unpublished:
-            open_ones = sa.select(_variants.c.draft).where(_variants.c.status != "published")
+            open_ones = sa.select(_variants.c.draft).where(
+                _variants.c.status != "published", _variants.c.retired.is_(None)
+            )
             query = query.where(_drafts.c.id.in_(open_ones))
         with reading(self._engine) as connection:
             return [self._draft(connection, row) for row in connection.execute(query).mappings()]
@@ -123,7 +146,7 @@ class Drafts:
     def _draft(self, connection: sa.Connection, row: Mapping[Any, Any]) -> Draft:
         query = sa.select(_variants).where(_variants.c.draft == row["id"]).order_by(_variants.c.tier)
         found = tuple(
-            DraftVariant(each["tier"], each["status"], each["reason"], each["release"])
+            DraftVariant(each["tier"], each["status"], each["reason"], each["release"], each["retired"])
             for each in connection.execute(query).mappings()
         )
         manifest = Release.from_bytes(self._store.get(row["manifest"], MAX_BYTES))

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from fedge.errors import FedgeError, UserError
 from fedge_server.registry import schema
 from fedge_server.registry.engine import DATABASE, reading, refused
+from fedge_server.registry.living import living
 
 DUMP: Final = "fedge.pgdump"  # what a copy of PostgreSQL is called; one of SQLite has the database's name
 _QUEUE: Final = ("messages", "contents")
@@ -38,7 +39,7 @@ def copy_database(engine: sa.Engine, folder: Path, hold: Hold) -> Path:
         engine: of the database; others may write to it.
         folder: gets the file, which its owner alone may read.
         hold: gets what is needed to go on from this very copy, unfinished runs first: they drop objects
-            two rounds later, while the copy may still be under way.
+            two rounds later, while the copy may still be under way. Of a run it is the last round.
 
     Raises:
         FedgeError: the database is damaged, cannot be read, or pg_dump fails.
@@ -68,7 +69,9 @@ def _copy_sqlite(engine: sa.Engine, target: Path, hold: Hold) -> Path:
     target.touch(mode=0o600, exist_ok=False)
     try:
         with reading(engine) as connection, closing(sqlite3.connect(target)) as copy:
-            hold(_needed(connection))  # this read is the state; the copy below is within its transaction
+            hold(
+                living(connection, rounds=1)
+            )  # this read is the state; the copy below is within its transaction
             live = cast("sqlite3.Connection", connection.connection.driver_connection)
             live.backup(copy)
             if (state := copy.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
@@ -92,37 +95,11 @@ def _dump_postgresql(engine: sa.Engine, target: Path, hold: Hold) -> Path:
         with frozen.connect() as connection:
             snapshot = connection.scalar(sa.text("SELECT pg_export_snapshot()"))
             options = ["--format=custom", f"--snapshot={snapshot}", f"--file={target}", *_RULES]
-            hold(_needed(connection))
+            hold(living(connection, rounds=1))
             _run(engine, "pg_dump", [*options, *tables, *without])
     except sa.exc.OperationalError as error:
         raise refused(engine, error) from error
     return target
-
-
-def _needed(connection: sa.Connection) -> list[str]:
-    """Objects of each run's last round, of released models, and of releases and drafts."""
-    rounds, runs = schema.rounds.c, schema.runs.c
-    last = sa.select(rounds.run_id, sa.func.max(rounds.number).label("number")).group_by(rounds.run_id)
-    newest = last.subquery()
-    joined = schema.rounds.join(
-        newest, (rounds.run_id == newest.c.run_id) & (rounds.number == newest.c.number)
-    ).join(schema.runs)
-    over = runs.status.in_(("done", "stopped"))
-    query = sa.select(rounds.model, rounds.state).select_from(joined).order_by(over, runs.created.desc())
-    found = [digest for row in connection.execute(query) for digest in row]
-    found += connection.scalars(sa.select(schema.releases.c.global_model))
-    found += connection.scalars(sa.select(schema.drafts.c.manifest))
-    variants, drafted = schema.variants.c, schema.draft_variants.c
-    kept = variants.golden != ""  # of earlier ones no object is in the store
-    released = sa.select(
-        schema.releases.c.manifest, variants.wire, variants.evidence, variants.golden, variants.reference
-    )
-    for query in (
-        released.join(schema.variants, variants.release == schema.releases.c.version).where(kept),
-        sa.select(drafted.wire, drafted.evidence, drafted.golden, drafted.reference),
-    ):
-        found += [digest for row in connection.execute(query) for digest in row if digest]
-    return list(dict.fromkeys(found))
 
 
 def _run(engine: sa.Engine, program: str, options: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ REVISIONS: Final = (
     "0007",
     "0008",
     "0009",
+    "0010",
 )  # oldest first; a database at any other was written by a newer fedge
 HEAD: Final = REVISIONS[-1]
 
@@ -36,6 +37,7 @@ runs = sa.Table(
     sa.Column("bytes_down", sa.BigInteger, nullable=False, server_default="0"),  # since the last close
     sa.Column("bytes_up", sa.BigInteger, nullable=False, server_default="0"),  # since the last close
     sa.Column("restarts", sa.Integer, nullable=False, server_default="0"),  # of its worker
+    sa.Column("retired", sa.Double),  # Unix seconds: since then its model and state are not kept
 )
 rounds = sa.Table(
     "rounds",
@@ -70,6 +72,7 @@ variants = sa.Table(
         "golden", sa.String(64), nullable=False, server_default=""
     ),  # SHA-256; empty: nothing of it is in the store
     sa.Column("reference", sa.String(64), nullable=False, server_default=""),  # of telemetry; empty: none
+    sa.Column("retired", sa.Double),  # Unix seconds: since then its bytes are not kept, see living.py
 )
 devices = sa.Table(
     "devices",
@@ -177,6 +180,7 @@ rollout_reports = sa.Table(
     sa.Column("version", sa.ForeignKey("releases.version"), primary_key=True),
     sa.Column("value", sa.Double, nullable=False),
     sa.Column("reported", sa.Double, nullable=False),  # Unix seconds
+    sa.Index("ix_rollout_reports_version", "version"),
 )
 rollout_tallies = sa.Table(
     "rollout_tallies",
@@ -193,6 +197,7 @@ drafts = sa.Table(
     sa.Column("run_id", sa.ForeignKey("runs.id"), nullable=False),
     sa.Column("manifest", sa.String(64), nullable=False),  # SHA-256 of a manifest in the store
     sa.Column("created", sa.String(32), nullable=False),
+    sa.Column("global_model", sa.String(64), nullable=False, server_default=""),  # empty: see the manifest
 )
 draft_variants = sa.Table(
     "draft_variants",
@@ -206,6 +211,7 @@ draft_variants = sa.Table(
     sa.Column("golden", sa.String(64), nullable=False),
     sa.Column("release", sa.ForeignKey("releases.version")),  # under which it was published
     sa.Column("reference", sa.String(64), nullable=False, server_default=""),  # empty: it has none
+    sa.Column("retired", sa.Double),  # Unix seconds: it was refused, and since then its bytes are not kept
 )
 audit = sa.Table(
     "audit",

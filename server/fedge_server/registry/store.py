@@ -7,26 +7,83 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO, Final
 
 from fedge.artefact import MAX_INSTALLED_BYTES
 from fedge.errors import DigestError, FedgeError, FormatError
-from fedge.files import read_bounded, sha256, sync_folder, write_atomically
+from fedge.files import joint_holder, read_bounded, sha256, sole_holder, sync_folder, write_atomically
 
 Buffer = bytes | bytearray | memoryview
 
+ADDING_PATIENCE_S: Final = 60.0  # for whoever removes: it holds the lock for a moment at a time
 _PARTIAL: Final = ".partial."  # begins the name of an object that is being written
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
+@dataclass(frozen=True, slots=True)
+class Lying:
+    """A file of the store as it lies there."""
+
+    path: Path
+    digest: str  # empty: the rest of one that was being written
+    size: int  # bytes
+    written: float  # Unix seconds
+
+
 class ContentStore:
-    """A folder of objects at `ab/cdef...`: the first two digits of the digest, then the other 62."""
+    """A folder of objects at `ab/cdef...`: the first two digits of the digest, then the other 62.
+
+    An object is put before the row that names it is written. In between nothing tells it from one that nobody
+    needs any more: so whoever puts holds `adding` until the row is committed, and whoever removes holds
+    `removing` while looking at the rows. The two exclude each other, and their lock ends with its process.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._lock = folder.with_name(f"{folder.name}.lock")  # beside: backups leave out `*.lock`
+
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """Nothing is removed meanwhile: from the first `put` until the row that names it is committed.
+
+        Raises:
+            FedgeError: another process has been removing for all the time that one waits.
+        """
+        try:
+            self._lock.parent.mkdir(parents=True, exist_ok=True)
+            with joint_holder(self._lock, patience_s=ADDING_PATIENCE_S):
+                yield
+        except BlockingIOError as error:
+            raise FedgeError(
+                f"store {self.folder}: another process removes from it; is it hanging? try again later"
+            ) from error
+
+    @contextmanager
+    def removing(self, *, patience_s: float = 0.0) -> Iterator[None]:
+        """Nothing is put meanwhile, and whatever was put is named by a row.
+
+        Raises:
+            BlockingIOError: something is being put.
+        """
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        with sole_holder(self._lock, patience_s=patience_s):
+            yield
+
+    def lying(self) -> Iterator[Lying]:
+        """All that lies in the store: objects, and rests of those whose writer was killed."""
+        for folder in sorted(self.folder.glob("[0-9a-f][0-9a-f]")):
+            for path in folder.iterdir():
+                digest = folder.name + path.name
+                is_rest = path.name.startswith(".")
+                if not is_rest and not _DIGEST.fullmatch(digest):
+                    continue  # nothing of ours
+                with suppress(FileNotFoundError):  # removed since it was listed
+                    state = path.stat()
+                    yield Lying(path, "" if is_rest else digest, state.st_size, state.st_mtime)
 
     def put(self, data: bytes) -> str:
         """Keep data and return its digest; what is there and whole already is left alone.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,6 +14,7 @@ from fedge.manifest import MAX_BYTES, Release
 from fedge_server.registry import schema
 from fedge_server.registry.database import Registry
 from fedge_server.registry.engine import reading
+from fedge_server.registry.living import when
 from fedge_server.repository.repository import MAX_REPORT_BYTES
 from fedge_server.rollout import records
 
@@ -40,6 +41,24 @@ def release_of(registry: Registry, version: int) -> Release:
         known = ", ".join(map(str, found)) or "none"
         raise UserError(f"release {version}: there is none; releases: {known}")
     return found[version]
+
+
+def removed(registry: Registry, version: int) -> dict[str, float]:
+    """Tiers for which the bytes of a release are not kept any more, and since when (Unix seconds)."""
+    variants = schema.variants.c
+    query = sa.select(variants.tier, variants.retired).where(
+        variants.release == version, variants.retired.is_not(None)
+    )
+    with reading(registry.engine) as connection:
+        return {row.tier: row.retired for row in connection.execute(query)}
+
+
+def why_removed(tiers: Mapping[str, float]) -> str:
+    """That bytes of a release were removed, of one tier or more, and what to do."""
+    return (
+        f"its bytes for {', '.join(sorted(tiers))} were removed {when(max(tiers.values()))}, as newer "
+        "releases took their place ([keeping] releases); publish a newer one, or restore a backup from before"
+    )
 
 
 def last_variants(registry: Registry, tiers: Collection[str], *, besides: str) -> dict[str, bytes]:
@@ -79,6 +98,7 @@ def story(registry: Registry, release: Release) -> dict[str, Any]:
         "origin": dict(first.origin) if first is not None else {},
         "reports": {entry.tier: _report(registry, entry.evidence_sha256) for entry in release.variants},
         "rollouts": {tier: state and state.to_json() for tier, state in rollouts.items()},
+        "removed": removed(registry, release.version),
     }
 
 

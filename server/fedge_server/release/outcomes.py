@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fedge import golden
 from fedge.artefact import unpack
 from fedge.config import Tier
-from fedge.errors import CompressionError, FedgeError
+from fedge.errors import CompressionError, FedgeError, UserError
 from fedge.files import sha256
 from fedge.inference import CompactModel
 from fedge.manifest import Lineage, Release, VariantEntry
@@ -107,6 +107,7 @@ def publish_outcomes(
         None when no tier has a variant.
 
     Raises:
+        UserError: the run's model is not kept any more.
         FedgeError: it cannot be published in a folder of a simulation; on a server the draft waits.
     """
     counted = next(record for record in reversed(learned.records) if record.counted)
@@ -123,13 +124,16 @@ def publish_outcomes(
         lineage=lineage,
         variants=tuple(item.entry() for item in ready),
     )
-    for item in ready:
-        for data in item.objects:
-            registry.store.put(data)
     place = ReleasePlace.of(home)
-    if place.is_server and place.inference.enabled:
-        _export(home, learned, spec)
-    name = registry.drafts.untouched(draft) or registry.drafts.add(draft)
+    with registry.store.adding():  # until the draft names them
+        if (why := registry.why_gone(run_id)) is not None:
+            raise UserError(f"run {run_id}: {why}")  # it was over, and retired while this compressed
+        for item in ready:
+            for data in item.objects:
+                registry.store.put(data)
+        if place.is_server and place.inference.enabled:
+            _export(home, learned, spec)
+        name = registry.drafts.untouched(draft) or registry.drafts.add(draft)
     try:
         return publish_draft(place, registry, name)
     except FedgeError as error:

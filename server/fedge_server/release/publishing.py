@@ -16,14 +16,15 @@ from typing import Final
 import sqlalchemy as sa
 
 from fedge.delivery import tier_of
-from fedge.errors import FedgeError, RefusedError, SignerAwayError, TrustError, UserError
+from fedge.errors import AbsentError, FedgeError, RefusedError, SignerAwayError, TrustError, UserError
 from fedge.files import sole_holder
 from fedge.manifest import Release, VariantEntry
 from fedge_server.registry.database import Registry
 from fedge_server.registry.drafts import VERSION, Draft, Status, mark
 from fedge_server.registry.engine import writing
+from fedge_server.registry.living import when
 from fedge_server.release.beginning import Begin, beginning
-from fedge_server.release.lineage import release_of
+from fedge_server.release.lineage import release_of, removed, why_removed
 from fedge_server.release.place import ONLINE, AtHand, ReleasePlace
 from fedge_server.repository import RoleKeys
 from fedge_server.rollout.audit import append
@@ -82,7 +83,8 @@ def publish_draft(
             rollout of its own follows.
 
     Raises:
-        UserError: there is no such draft, or the plan in the settings cannot be used.
+        UserError: there is no such draft, its bytes are not kept any more, or the plan in the settings cannot
+            be used.
         FedgeError: the repository or the disk refuses, or another process publishes; nothing was published.
     """
     with _alone(place):
@@ -98,6 +100,12 @@ def _publish_alone(
         draft = registry.drafts.get(draft_id)
         if not draft.open:
             return Published(draft_id, done, ())
+    gone = [each.retired for each in draft.variants if each.retired is not None]
+    if gone and not draft.open:
+        raise UserError(
+            f"draft {draft.id}: was refused, and its bytes were removed {when(max(gone))}; make its variants "
+            f"again: fedge-server compress --run {draft.release.lineage.run}"
+        )
     at_hand, waiting = _prepared(place, draft)
     release = None
     left = [tier for tier in draft.open if tier not in {each.tier for each in waiting}]
@@ -125,7 +133,7 @@ def draft_again(registry: Registry, version: int, tiers: Sequence[str] | None = 
         tiers: of its variants; None: all.
 
     Raises:
-        UserError: there is no such release, or it has no variant for a tier.
+        UserError: there is no such release, it has no variant for a tier, or its bytes are not kept any more.
     """
     release = release_of(registry, version)
     try:
@@ -135,7 +143,11 @@ def draft_again(registry: Registry, version: int, tiers: Sequence[str] | None = 
     moment = datetime.now(UTC)
     while True:  # until nothing of this very second is published: a draft is told by its content
         created = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-        name = registry.drafts.add(replace(release, version=VERSION, created=created, variants=entries))
+        try:
+            name = registry.drafts.add(replace(release, version=VERSION, created=created, variants=entries))
+        except AbsentError as error:
+            gone = removed(registry, version)
+            raise UserError(f"release {version}: {why_removed(gone) if gone else error}") from error
         if registry.drafts.get(name).open:
             return name
         moment += timedelta(seconds=1)

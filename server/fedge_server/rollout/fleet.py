@@ -46,6 +46,24 @@ def content(connection: sa.Connection, version: int, tier: str) -> str | None:
     return None if found is None else str(found)
 
 
+def is_retired(connection: sa.Connection, version: int, tier: str) -> bool:
+    """Whether the bytes of a release's variant are not kept any more."""
+    where = (_variants.c.release == version, _variants.c.tier == tier)
+    return connection.scalar(sa.select(_variants.c.retired).where(*where)) is not None
+
+
+def check_kept(connection: sa.Connection, version: int, tier: str) -> None:
+    """Refuse a release whose bytes are not kept any more: no way back would lead to it later.
+
+    Raises:
+        UserError: they are not.
+    """
+    if is_retired(connection, version, tier):
+        raise UserError(
+            f"release {version}: its bytes for tier {tier} are not kept any more; roll out a newer one"
+        )
+
+
 def check_same_content(connection: sa.Connection, rollout: State, version: int) -> None:
     """Refuse a replacement that does not bring the old content back.
 

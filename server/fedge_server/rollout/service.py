@@ -104,6 +104,7 @@ class Rollouts:
         """As `start`, within a transaction of its caller; nothing is written before it could be refused."""
         now = self._clock()
         fleet.check_variant(connection, version, tier)
+        fleet.check_kept(connection, version, tier)
         channel = records.read_channel(connection, tier)
         newest = channel.rollout and records.read_rollout(connection, channel.rollout)
         check_start(version, channel.floor, newest or None)
@@ -212,8 +213,8 @@ class Rollouts:
             except UserError as error:
                 raise TrustError(f"report of device {report.device[:8]}: {error}") from error
             known = records.reported(connection, report.device, report.version)
-            if report.kind in known:
-                return False
+            if report.kind in known or fleet.is_retired(connection, report.version, tier):
+                return False  # of one that is not kept it is not known who has said what
             rollout = records.read_rollout(connection, f"{tier}-{report.version}")
             if rollout is not None:
                 self._count(connection, rollout, report, known)

@@ -325,6 +325,11 @@ def _path(said: str, value: str, registry: Registry | None) -> Path:
     if row is None or registry is None:
         known = ", ".join(map(str, releases)) or "none here"
         raise ConfigError(f"{said}: there is no such release; releases: {known}")
+    if not registry.store.has(row["global_model"]):
+        raise ConfigError(
+            f"{said}: its global model is not kept any more ([keeping] releases); name a newer release, "
+            "or a file"
+        )
     return registry.store.path(row["global_model"])
 
 

@@ -197,7 +197,11 @@ class Telemetry:
         if (slot - window.slot) * window.period_s > self._settings.keep_s:
             raise FormatError("telemetry: the window is older than is kept")
         known = self._references(sender.tier, window.version)
-        if window.reference and (known is None or known.digest != window.reference):
+        if window.reference and known is None:
+            raise FormatError(
+                f"telemetry: the reference of release {window.version} is not here, or not kept any more"
+            )
+        if known is not None and window.reference not in ("", known.digest):
             raise FormatError("telemetry: inputs were counted by another reference than the release's")
         if known is not None and len(window.sketch.answers) != len(known.answers):
             raise FormatError(

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from fedge.wire.v1 import admin_pb2 as admin
 from fedge_server.continual.learnings import Learnings
 from fedge_server.continual.state import Asked
 from fedge_server.continual.terms import Terms
-from fedge_server.hub.supervisor import _flock_owner, lock_holder, tail
+from fedge_server.hub.home import Home
+from fedge_server.hub.supervisor import Supervisor, _flock_owner, lock_holder, tail
+from fedge_server.registry.database import Registry
 
 # A worker that holds its lock, as a real one does; `{}` is what it does then.
 WORKER = """
@@ -188,3 +191,23 @@ def test_a_hub_begins_the_run_of_a_learning_as_soon_as_it_is_told(hub: Any, tool
         await tools.until(lambda: (rig.registry.run("digits-1") or {}).get("status") == "running")
 
     hub(scenario)
+
+
+def test_what_runs_have_left_that_were_over_before_the_hub_was_killed_goes_at_its_next_start(
+    tmp_path: Path,
+) -> None:
+    home = Home(tmp_path)
+    with Registry.open(tmp_path) as registry:
+        for run, state in (("done", "done"), ("going", "running")):
+            registry.begin_run(run, task="digits", seed=0, config={}, data="d")
+            registry.set_status(run, state)
+        for run in ("done", "going", "forgotten"):
+            for folder in (home.objects(run), home.spool(run)):
+                folder.mkdir(parents=True)
+                (folder / "tensors").write_bytes(b"0" * 9)
+
+        async def forget(_: str) -> None:
+            raise AssertionError("nothing is over now")
+
+        asyncio.run(Supervisor(home, registry, restarts=0, forget=forget).tidy())
+    assert [path.name for path in (*home.all_objects.iterdir(), *home.all_spools.iterdir())] == ["going"] * 2

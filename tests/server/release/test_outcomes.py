@@ -14,7 +14,7 @@ from fedge import golden
 from fedge.artefact import unpack
 from fedge.config import Tier
 from fedge.dataset import Examples
-from fedge.errors import FedgeError
+from fedge.errors import FedgeError, UserError
 from fedge.golden import Golden
 from fedge.inference import CompactModel
 from fedge.learning.whole import WholeModel
@@ -22,7 +22,9 @@ from fedge.routing import KEY, Routing, Rule
 from fedge_server.data import ServerData
 from fedge_server.inference.exports import Exports
 from fedge_server.inference.released import reader
+from fedge_server.registry import schema
 from fedge_server.registry.dump import copy_database
+from fedge_server.registry.engine import writing
 from fedge_server.release import ReleasePlace, publish_draft
 from fedge_server.release.lineage import last_variants
 from fedge_server.release.outcomes import publish_outcomes
@@ -140,6 +142,14 @@ def test_the_last_variant_of_a_tier_is_that_of_its_newest_release(publish, regis
     wanted = {"micro": third.variant.installed, "board": second.variant.installed}
     assert last_variants(registry, ["micro", "board", "new"], besides="") == wanted
     assert last_variants(registry, ["micro"], besides=LEARNED.model_sha256) == {}
+
+
+def test_variants_of_a_run_whose_model_was_removed_meanwhile_are_not_drafted(publish, registry, tools):
+    with writing(registry.engine) as connection:
+        connection.execute(schema.runs.update().values(retired=0.0))
+    with pytest.raises(UserError, match="its model and state were removed on 1970-01-01"):
+        publish(outcome(tools, "micro"))
+    assert registry.drafts.all() == []
 
 
 def test_without_a_variant_there_is_no_draft(publish, registry):
