@@ -72,6 +72,8 @@ class Reports:
     def _change(self, change: Callable[[_Kept], _Kept]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with sole_holder(self._path.with_name(".reports.lock"), patience_s=5.0):
+            for path in self._path.parent.glob(f".{REPORTS}.*"):
+                path.unlink(missing_ok=True)  # half-written by a process that was killed
             before = self._read()
             after = change(before)
             if after != before:

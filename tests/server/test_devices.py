@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 
 from fedge.errors import TrustError, UserError
 from fedge_server.registry.database import Registry
-from fedge_server.registry.devices import DeviceRow
+from fedge_server.registry.devices import UNUSED_S, DeviceRow
 
 ONE, TWO = "1" * 64, "2" * 64
 
@@ -74,6 +76,15 @@ def test_a_token_that_is_not_there_or_taken_back_lets_nobody_in(registry: Regist
         registry.devices.delete_token("t")
     assert registry.devices.all() == []
     assert registry.devices.tokens() == []
+
+
+def test_tokens_that_nobody_used_go_long_after_their_end(registry: Registry) -> None:
+    enrol(registry)
+    new = partial(registry.devices.create_token, secret_sha256="s" * 64, tier="micro")
+    new(token_id="old", expires=time.time() - UNUSED_S - 60)
+    new(token_id="ended", expires=time.time() - UNUSED_S + 60)
+    new(token_id="open", expires=2e9)
+    assert {row.id for row in registry.devices.tokens()} == {"t", "ended", "open"}
 
 
 def test_a_revoked_device_stays_out(registry: Registry) -> None:

@@ -14,6 +14,7 @@ from fedge_server.registry import schema
 from fedge_server.registry.engine import reading, storable, writing
 
 ACTIVE, REVOKED = "active", "revoked"
+UNUSED_S: Final = 90 * 86_400.0  # that a token which nobody has used is listed after its end
 _MAX_INTEGER: Final = 2**31 - 1  # of PostgreSQL's integer
 _MAX_VERSION: Final = 64  # characters of a fedge version
 
@@ -160,10 +161,13 @@ class Devices:
             connection.execute(table.update().where(table.c.id == device_id).values(**changed))
 
     def create_token(self, *, token_id: str, secret_sha256: str, tier: str, expires: float) -> None:
-        """Let one device enrol until a moment in Unix seconds."""
+        """Let one device enrol until a moment in Unix seconds; tokens that ended unused long ago go."""
         values = {"id": token_id, "secret_sha256": secret_sha256, "tier": tier, "expires": expires}
+        table, now = schema.tokens, time.time()
         with writing(self._engine) as connection:
-            connection.execute(schema.tokens.insert().values(created=time.time(), **values))
+            ended = table.c.used_by.is_(None) & (table.c.expires < now - UNUSED_S)
+            connection.execute(table.delete().where(ended))
+            connection.execute(table.insert().values(created=now, **values))
 
     def token(self, token_id: str) -> TokenRow | None:
         """The token of this id."""

@@ -136,8 +136,8 @@ def _found(home: Home, registry: Registry) -> Iterator[_File]:
     """Everything that may ever go: of the store, exports, and the models in the folders of runs."""
     for each in registry.store.lying():
         yield _File("object", each.digest, each.path, each.size, each.written)
-    for path in home.exports.glob("*.onnx"):
-        yield from _file("export", path.name.partition(".")[0], path)
+    for path in home.exports.glob("*"):
+        yield from _file("export", path.name.partition(".")[0], path)  # empty: half of one that was written
     for path in home.runs.glob("*/"):
         yield from _file("run", path.name, home.run_model(path.name))
 

@@ -224,7 +224,10 @@ def test_a_report_is_kept_until_it_is_sent_and_made_once(tmp_path: Path) -> None
     reports.add([first, Report(2, "installed")])
     assert Reports(tmp_path).waiting() == [first, second, Report(2, "installed")]
     reports.drop([first, second])
+    half = tmp_path / "delivery" / ".reports.json.abc"  # of a process that was killed while it wrote
+    half.write_bytes(b"{")
     reports.add([first])
+    assert not half.exists()
     assert reports.waiting() == [Report(2, "installed")]
     assert reports.has_said(1, "installed")
     assert not reports.has_said(3, "installed")

@@ -152,6 +152,25 @@ def test_variants_of_a_run_whose_model_was_removed_meanwhile_are_not_drafted(pub
     assert registry.drafts.all() == []
 
 
+def test_nothing_can_be_removed_from_the_first_object_of_a_publication_until_its_row(
+    server, publish, registry, tools, monkeypatch
+):
+    server.make(["micro"])
+    real, put = registry.store.put, []
+
+    def watched(data: bytes) -> str:
+        with pytest.raises(BlockingIOError), registry.store.removing():
+            raise AssertionError("whoever removes would take it for rubbish")
+        put.append(data)
+        return real(data)
+
+    monkeypatch.setattr(registry.store, "put", watched)
+    assert publish(outcome(tools, "micro")).release.version == 1
+    assert len(put) == 5  # wire, report, golden inputs, and the manifests of draft and release
+    with registry.store.removing():
+        pass
+
+
 def test_without_a_variant_there_is_no_draft(publish, registry):
     assert publish(SimpleNamespace(tier="micro", variant=None)) is None
     assert registry.drafts.all() == []

@@ -60,6 +60,8 @@ def test_a_release_without_its_bytes_is_shown_as_before_and_says_why_it_cannot_b
     models = {number: release_of(registry, number).lineage.global_model for number in (1, 2, 3)}
     for model in (*models.values(), "f" * 64):
         exports.put(model, b"onnx of " + model.encode())
+    half = home / "exports" / ".half-written.onnx.abc"
+    half.write_bytes(b"onnx")
     before = {number: story(registry, release_of(registry, number)) for number in models}
     done = pruned(published, registry)
     assert done.retired.variants == {(1, "micro"), (2, "micro")}
@@ -70,6 +72,7 @@ def test_a_release_without_its_bytes_is_shown_as_before_and_says_why_it_cannot_b
         number: {k: v for k, v in found.items() if k != "removed"} for number, found in before.items()
     }
     assert [exports.has(model) for model in (*models.values(), "f" * 64)] == [False, False, True, False]
+    assert not half.exists()
     assert list(last_variants(registry, ["micro"], besides="")) == ["micro"]
     assert main(["release", "show", "1", "--home", str(home)]) == 0
     assert "  bytes: removed on " in capsys.readouterr().out
