@@ -135,8 +135,20 @@ class Rollouts:
         return self._do(rollout_id, Resumed(who, why, override))
 
     def rollback(self, rollout_id: str, *, who: str, why: str) -> State:
-        """Order the way back: the content of the release before is wanted under a new version."""
-        return self._do(rollout_id, RollbackOrdered(who, why))
+        """Order the way back: the content of the release before is wanted under a new version.
+
+        Raises:
+            UserError: its state does not allow it, or a newer rollout of its tier does not.
+        """
+        with writing(self._engine) as connection:
+            state = self._required(connection, rollout_id)
+            newest = records.read_channel(connection, state.tier).rollout
+            if newest != state.id:
+                raise UserError(
+                    f"rollout {state.id}: {newest} came after it in tier {state.tier!r}; roll that one back, or "
+                    "publish the content you want as a new release: fedge-server release publish --again VERSION"
+                )
+            return self._happened(connection, state, RollbackOrdered(who, why))
 
     def replaced(self, rollout_id: str, version: int, *, who: str) -> State:
         """The old content is published under a new version: all devices get that, and the floor rises to it.

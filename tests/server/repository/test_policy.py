@@ -175,6 +175,14 @@ def with_reference(named: bytes, offered: bytes, shown: bytes) -> tuple[str, ...
     return with_entry(offered, shown, reference_sha256=sha256(named) if named else "")
 
 
+def test_a_report_or_golden_inputs_that_the_manifest_does_not_name_are_found_out() -> None:
+    assert with_entry() == ()
+    (reason,) = with_entry(golden_sha256="1" * 64)
+    assert reason.endswith("its golden inputs are not those that the manifest names")
+    (reason,) = with_entry(evidence_sha256="1" * 64)
+    assert reason.endswith("the gate's report is not the one that the manifest names")
+
+
 def test_thresholds_that_no_device_can_read_are_not_signed() -> None:
     routing = Routing(reason="9 examples are few", shares={0.1: 0.5}).to_json()
     assert with_entry(evidence={"routing": routing}) == ()

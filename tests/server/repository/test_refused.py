@@ -41,6 +41,19 @@ def test_stolen_online_or_other_tiers_keys_ship_nothing(place: Place, client: Cl
         place.publish(2, "micro")  # nor does a publisher sign on top of it
 
 
+def test_a_publisher_does_not_sign_on_top_of_a_root_that_the_one_before_has_not_signed(place: Place) -> None:
+    found, thief = Metadata.from_file(str(place.path / "metadata/1.root.json")), new_key()
+    for keyid in list(found.signed.roles["root"].keyids):
+        found.signed.revoke_key(keyid, "root")
+    found.signed.add_key(thief.key, "root")
+    found.signed.roles["root"].threshold = 1
+    found.signed.version = 2
+    found.sign(thief._signer)
+    found.to_file(str(place.path / "metadata/2.root.json"))
+    with pytest.raises(SignatureError, match="root version 2: not signed by enough keys"):
+        place.publish(1)
+
+
 def test_a_tiers_key_reaches_no_other_tiers_paths(place: Place, client: Client) -> None:
     place.publish(1)
     held = Metadata.from_file(str(place.path / "metadata/2.tier-board.json"))

@@ -228,5 +228,8 @@ def test_a_device_is_offered_the_rollout_in_its_stage_and_else_the_base(
 def test_nothing_is_offered_where_nothing_was_ever_rolled_out_or_below_the_floor() -> None:
     assert offered(Channel("micro"), None, None, 0) is None
     assert offered(Channel("micro", 0, 4), None, None, 0) is None
+    state = State("micro-7", "micro", 7, 5, PLAN, Status.RUNNING, stage=0)
+    assert offered(Channel("micro", 0, 7, "micro-7"), state, 0, 0) == 7
+    assert offered(Channel("micro", 0, 8, "micro-7"), state, 0, 0) is None  # it was withdrawn since
     with pytest.raises(ValueError, match="base 3 is below floor 4"):
         Channel("micro", 3, 4)

@@ -288,6 +288,13 @@ def test_what_reached_all_can_be_rolled_back_and_counts_those_who_have_it(rollou
         assert rollouts.get("micro-2").status is status
 
 
+def test_what_a_newer_rollout_has_followed_is_not_rolled_back(rollouts, running, devices) -> None:
+    with pytest.raises(UserError, match="micro-2 came after it in tier 'micro'"):
+        rollouts.rollback("micro-1", who="ann", why="complaints")
+    assert (rollouts.get("micro-1").status, rollouts.channel("micro").base) == (Status.DONE, 1)
+    assert asked(rollouts, devices, 2, has=1)
+
+
 @pytest.mark.parametrize(
     ("version", "tier", "plan", "why"),
     [
