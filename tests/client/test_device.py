@@ -154,6 +154,22 @@ def test_after_a_return_a_newer_release_is_taken_and_the_left_one_on_demand(
     assert (version(home), answer(home)) == (3, "zero")
 
 
+def test_a_release_that_no_longer_answers_here_is_not_returned_to(
+    home: Path, publisher: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2):
+        publisher.offer(number, answer=number)
+        install(home, publisher)
+
+    def tried(data: bytes) -> None:
+        raise HealthError("variant: this onnxruntime does not load it")
+
+    monkeypatch.setattr(installing, "model_check", lambda _: tried)
+    with pytest.raises(HealthError, match="does not load it"):
+        return_to_previous(Device.open(home))
+    assert (version(home), answer(home)) == (2, "two")
+
+
 def test_a_damaged_or_absent_previous_release_is_not_returned_to(home: Path, publisher: Any) -> None:
     publisher.offer(1, answer=1)
     install(home, publisher)

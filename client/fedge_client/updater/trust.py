@@ -213,7 +213,8 @@ class _Guard:
         if isinstance(error, exceptions.LengthOrHashMismatchError):
             return DigestError(f"metadata: {_short(error)}; it is not the file that was signed")
         why = f" ({_short(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
-        return TrustError(f"metadata: {_short(error)}{why}; it is refused")
+        which = f"metadata: {self.workflow.asked}" if self.workflow else "the root that came with the device"
+        return TrustError(f"{which}: {_short(error)}{why}; it is refused")
 
     def _expired(self, error: Exception) -> ExpiredError:
         dates = self.workflow.expiries(self._now) if self.workflow else {}
@@ -242,6 +243,7 @@ class _Workflow(Workflow):
         )
         super().__init__(str(folder), _BASE, fetcher=fetcher, config=config, bootstrap=root)
         self._trusted_set.reference_time = now
+        self.asked = ""  # the file that was fetched last, for messages
 
     @property
     def keeps_snapshots(self) -> bool:
@@ -267,6 +269,10 @@ class _Workflow(Workflow):
             _check_keys(role, targets.delegations.keys)
         self._delegators[role] = parent_role
         return targets
+
+    def _download_metadata(self, rolename: str, length: int, version: int | None = None) -> bytes:
+        self.asked = f"{rolename if version is None else f'{version}.{rolename}'}.json"
+        return super()._download_metadata(rolename, length, version)
 
     def _load_root(self) -> None:
         self._walked = True

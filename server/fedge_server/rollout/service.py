@@ -145,8 +145,8 @@ class Rollouts:
             newest = records.read_channel(connection, state.tier).rollout
             if newest != state.id:
                 raise UserError(
-                    f"rollout {state.id}: {newest} came after it in tier {state.tier!r}; roll that one back, or "
-                    "publish the content you want as a new release: fedge-server release publish --again VERSION"
+                    f"rollout {state.id}: {newest} came after it in tier {state.tier!r}; roll that one back, "
+                    "or publish what you want back: fedge-server release publish --again VERSION"
                 )
             return self._happened(connection, state, RollbackOrdered(who, why))
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fedge import delta
 from fedge.artefact import pack
 from fedge.delivery import Sealing
 from fedge.errors import AbsentError, DigestError, FetchError, FormatError, HealthError, SealError
 from fedge.files import sha256
 from fedge.manifest import VariantEntry
-from fedge.sealing import FORMAT, Place, key_id, new_key, seal, wrap
-from fedge_client.updater import Artefact, Installer, anything
+from fedge.sealing import DELTA, FORMAT, Place, key_id, new_key, seal, wrap
+from fedge_client import installing
+from fedge_client.agent import identity
+from fedge_client.device import Device
+from fedge_client.updater import Artefact, Installer, Opened, Record, anything
 from fedge_client.updater.sealed import ContentKey, check_sealing, content_keys, unsealed
+from fedge_client.updater.streams import DEFAULT_PACE
 
 MODEL = b"bytes of a model" * 9000
 WIRE = pack(MODEL)
@@ -173,3 +179,22 @@ def test_bad_content_stays_in_quarantine_when_sealed_anew(tmp_path: Path, entry:
     again = seal(WIRE, KEY, Place("micro", 8))
     with pytest.raises(HealthError, match="in quarantine"):
         installer.install(replace(artefact(again), version=8))
+
+
+def test_a_sealed_delta_opens_as_a_delta_alone(
+    tmp_path: Path, entry: VariantEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = SimpleNamespace(device_id=DEVICE, keys=SimpleNamespace(sealing=PRIVATE))
+    monkeypatch.setattr(identity, "is_enrolled", lambda _: True)
+    monkeypatch.setattr(identity.Identity, "open", lambda _: ours)
+    before = MODEL[:-16] + bytes(16)
+    made, record = delta.make(before, MODEL), Record("a", 6, "0" * 64, "1" * 64, len(before), "2" * 64, 0)
+    release: Any = SimpleNamespace(version=7, variant=lambda _: entry)
+    offered: Any = SimpleNamespace(sealing=SEALING, release=release)
+    found = []
+    for place in (Place("micro", 7, DELTA), Place("micro", 7), Place("micro", 6, DELTA)):
+        source = Source(**{"deltas/micro/6/7": seal(made, KEY, place)})
+        _, patch = installing._ways(Device(tmp_path, "micro"), offered, source.fetch, DEFAULT_PACE)
+        runs = Opened(record, before, b"", returned=False)
+        found.append(patch(runs, replace(artefact(), length=20_000)))
+    assert found == [MODEL, None, None]  # None: the whole is fetched
