@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, Self
 import grpc
 
 from fedge.errors import AbsentError, FedgeError, FetchError, ForbiddenError, FormatError, IdentityError
-from fedge.wire import MAX_MESSAGE_BYTES, WIRE_VERSION
+from fedge.wire import MAX_MESSAGE_BYTES, PING_MS, WIRE_VERSION
 from fedge.wire.v1 import distribution_pb2 as pb
 from fedge.wire.v1.distribution_pb2_grpc import DistributionStub
 from fedge_client.agent.identity import Identity
@@ -28,7 +28,7 @@ MAX_REPORTS: Final = 64  # of one Note
 
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_time_ms", PING_MS),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_retries", 0),  # resume is ours

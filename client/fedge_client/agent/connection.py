@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 
 from fedge.errors import FormatError
-from fedge.wire import BULK_BYTES, MAX_MESSAGE_BYTES, PART_BYTES, TURN_S
+from fedge.wire import BULK_BYTES, MAX_MESSAGE_BYTES, PART_BYTES, PING_MS, TURN_S
 from fedge.wire.v1 import link_pb2 as pb
 from fedge.wire.v1 import telemetry_pb2
 from fedge.wire.v1.distribution_pb2_grpc import DistributionStub
@@ -34,7 +34,7 @@ FIRST_DELAY_S: Final = 1.0  # most that is waited before the first new attempt
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),  # a connection that died silently is found within 40 s
+    ("grpc.keepalive_time_ms", PING_MS),  # a connection that died silently is found within 40 s
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_retries", 0),  # resume is ours

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fedge.errors import FormatError
 from fedge.spec import Spec
-from fedge.wire import MAX_MESSAGE_BYTES, WIRE_VERSION
+from fedge.wire import MAX_MESSAGE_BYTES, PING_MS, WIRE_VERSION
 from fedge.wire.inference import read_answers, write_examples
 from fedge.wire.v1 import inference_pb2 as pb
 from fedge.wire.v1.inference_pb2_grpc import InferenceStub
@@ -20,7 +20,7 @@ from fedge_client.joint.joint import CloudAnswer, CloudError, Failure
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_time_ms", PING_MS),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.enable_retries", 0),  # a second attempt would come too late
     ("grpc.use_local_subchannel_pool", 1),

@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from fedge.errors import FedgeError
 from fedge.identity import address
-from fedge.wire import MAX_MESSAGE_BYTES
+from fedge.wire import MAX_MESSAGE_BYTES, PING_MS
 from fedge_server.hub.home import Home
 from fedge_server.identity.authority import Authority, ServerCertificate
 
@@ -26,7 +26,7 @@ DEVICE_OPTIONS: Final = (
     ("grpc.keepalive_timeout_ms", 15_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.server_handshake_timeout_ms", 20_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", PING_MS // 3),  # gRPC's own 5 min would cut off the idle
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 16 * 1024),  # kept for each stream that waits; one that is read gets more
     ("grpc.experimental.tcp_read_chunk_size", 4 * 1024),  # a connection keeps a buffer of the size that it

@@ -87,7 +87,7 @@ class StubHub(LinkServicer):
 
     async def _start(self) -> None:
         self._server = grpc.aio.server(
-            options=[("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000), ("grpc.so_reuseport", 0)]
+            options=[("grpc.http2.min_ping_interval_without_data_ms", 10_000), ("grpc.so_reuseport", 0)]
         )
         add_LinkServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
         if self.releases is not None:
