@@ -64,6 +64,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
             item.add_marker("slow")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """Writes of this process wait for no disk: a loss of power, which alone undoes them, no test makes.
+
+    A killed process leaves to the system what it wrote. Processes that tests start wait as ever.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # refuses what is no open file, as fsync does
+        yield
+
+
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
     """A command that is run in this process sets up logging to a stream that ends with its test."""
@@ -72,8 +83,9 @@ def logging_as_before() -> Iterator[None]:
     yield
     for handler in [handler for handler in root.handlers if handler not in before]:
         root.removeHandler(handler)
-    root.setLevel(levels[0])
-    ours.setLevel(levels[1])
+    for logger, level in zip((root, ours), levels, strict=True):
+        if logger.level != level:  # it empties the caches of all loggers
+            logger.setLevel(level)
 
 
 LABELS = ("zero", "one", "two")
@@ -256,11 +268,19 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture
-def copied_schema(monkeypatch: pytest.MonkeyPatch, empty_database: bytes) -> None:
-    """New SQLite databases of this process begin as that copy: migrations take longer than most tests."""
-    from fedge_server.registry import database
+def quick_sqlite(monkeypatch: pytest.MonkeyPatch, empty_database: bytes) -> None:
+    """SQLite in this process without what takes longer than most tests: migrations, and waiting for the disk.
+
+    New databases begin as that copy; see `unsynced` for the disk.
+    """
+    from fedge_server.registry import database, engine
 
     check: Callable[[Any, Path], None] = database.upgrade
+    connected: Callable[[Any, Any], None] = engine._durable_sqlite
+
+    def relaxed(connection: Any, record: Any) -> None:
+        connected(connection, record)
+        connection.execute("PRAGMA synchronous=OFF")
 
     def upgrade(engine: Any, home: Path) -> None:
         file = home / "fedge.db"
@@ -268,6 +288,7 @@ def copied_schema(monkeypatch: pytest.MonkeyPatch, empty_database: bytes) -> Non
             file.write_bytes(empty_database)
         check(engine, home)
 
+    monkeypatch.setattr(engine, "_durable_sqlite", relaxed)
     monkeypatch.setattr(database, "upgrade", upgrade)
 
 

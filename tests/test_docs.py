@@ -30,11 +30,16 @@ SLOW = {
     "docs/algorithms.md",
     "docs/compression.md",
     "docs/data.md",
+    "docs/distribution.md",
     "docs/learning.md",
     "docs/privacy-attacks.md",
+    "docs/repository.md",
+    "docs/rollout.md",
+    "docs/signer.md",
     "docs/simulation.md",
     "docs/tasks.md",
-}  # whose blocks import torch, or train
+    "docs/telemetry.md",
+}  # whose blocks import torch, train, or take long
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
 CONFIG_KEYS = {field.name for field in fields(Config)}
 

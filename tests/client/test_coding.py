@@ -84,7 +84,7 @@ def test_all_values_in_a_codec_are_the_plain_update(device: Device) -> None:
     found = device.decoded(reply, codec, 1)
     assert list(found) == list(plain)
     for name, value in plain.items():
-        assert found[name] == pytest.approx(value, abs=1e-6)
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-6)
     assert dict(reply.content[METRICS]) == dict(device.ask(None, 1).content[METRICS])
 
 
@@ -96,7 +96,7 @@ def test_over_rounds_what_was_sent_and_what_is_left_add_up_to_all_changes(
     for number in (1, 2, 3):
         true = true + device.change(from_record(device.ask(None, number).content[ARRAYS]))
         sent = sent + device.change(device.decoded(device.ask(codec, number), codec, number))
-    assert sent + device.residual() == pytest.approx(true, abs=1e-5)
+    np.testing.assert_allclose(sent + device.residual(), true, rtol=0, atol=1e-5)
     assert np.abs(device.residual()).max() > 1e-3
 
 
@@ -153,7 +153,7 @@ def test_noise_comes_first_and_the_codec_after(device: Device, monkeypatch: pyte
     noised = from_record(plain.content[ARRAYS])
     found = device.decoded(reply, codec, 1)
     for name, value in noised.items():
-        assert found[name] == pytest.approx(value, abs=1e-5)
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5)
 
 
 def test_training_that_diverges_is_an_error_and_spoils_no_residual(device: Device) -> None:

@@ -77,6 +77,10 @@ LIGHT = {
     "import fedge": {"torch", "flwr", "pydantic", "sklearn", "pyarrow"},
     "import fedge; fedge.Spec; fedge.__version__": {"torch", "flwr", "pydantic"},
     "import fedge.cli, fedge_simulations": {"torch", "flwr", "pydantic"},
+    "import fedge_client.cli, fedge_server.cli, fedge_simulations.cli": {  # what --help waits for
+        *("torch", "flwr", "onnx", "onnxruntime", "sklearn", "pydantic", "sqlalchemy", "alembic"),
+        *("cryptography", "grpc", "tuf", "PIL", "rich", "matplotlib"),
+    },
     "import fedge.artefact": {"torch", "flwr", "onnx", "onnxruntime", "sklearn", "pydantic"},
     "import fedge_client.agent.running, fedge_client.cli": {
         *("torch", "flwr", "onnxruntime", "sklearn", "pydantic", "PIL"),

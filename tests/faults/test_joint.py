@@ -30,7 +30,7 @@ from fedge_client.serving.holder import Holder
 ROOT = Path(__file__).parents[2]
 SURE, UNSURE = [8.0, 0.0], [0.1, 0.0]  # the variant's logits are its input
 DEADLINE_S = 1.0
-pytestmark = pytest.mark.usefixtures("copied_schema")
+pytestmark = pytest.mark.usefixtures("quick_sqlite")
 
 
 @contextmanager

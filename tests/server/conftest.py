@@ -114,6 +114,11 @@ def database_url(request: pytest.FixtureRequest) -> str | None:
     return None if request.param == "sqlite" else request.getfixturevalue("postgresql_url")
 
 
+@pytest.fixture(autouse=True)
+def quick_databases(quick_sqlite: None) -> None:
+    """Few tests of this folder are about making a database; they replace this."""
+
+
 @pytest.fixture
 def registry(tmp_path: Path, database_url: str | None) -> Iterator[Registry]:
     """An empty registry, on SQLite and on PostgreSQL."""

@@ -49,6 +49,11 @@ RECORD = RoundRecord(1, {"accuracy": 0.5, "loss": 1.5}, clients=3, asked=4, upda
 
 
 @pytest.fixture
+def quick_databases() -> None:
+    """Here databases are made and upgraded by the very migrations."""
+
+
+@pytest.fixture
 def engine(tmp_path: Path, database_url: str | None) -> Iterator[sa.Engine]:
     engine = connect(tmp_path, database_url)
     yield engine

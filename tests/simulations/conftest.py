@@ -33,7 +33,7 @@ class Interrupted(Exception):  # noqa: N818 - stands for a power cut
 
 
 @pytest.fixture(autouse=True)
-def quick_databases(copied_schema: None) -> None:
+def quick_databases(quick_sqlite: None) -> None:
     """No test of this folder is about making a database."""
 
 

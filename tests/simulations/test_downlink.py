@@ -73,7 +73,7 @@ def test_who_took_no_part_in_the_last_round_is_sent_the_whole(small, learn, tmp_
     assert all(record.clients == 3 and not record.rejected for record in records)
 
 
-@pytest.mark.quick_where(strategy=("fedavg",))
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fedavg", "fedsgd", "fedadam", "fedmedian", "fedbn"])
 def test_a_run_resumes_bit_for_bit_with_the_same_bytes(strategy, small, learn, tmp_path):
     model = {"model": {"name": "mlp-bn"}} if strategy == "fedbn" else {}

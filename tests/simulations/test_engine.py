@@ -196,7 +196,7 @@ def test_clients_with_pulls_of_their_own_get_what_each_would_get_alone(model: st
         alone = local.fit(asked)
         plain = local.fit(replace(asked, anchor=None, shift=None))
         for name, value in alone.arrays.items():
-            assert done.arrays[name] == pytest.approx(value, abs=1e-5)
+            np.testing.assert_allclose(done.arrays[name], value, rtol=0, atol=1e-5)
         assert any(np.abs(plain.arrays[n] - v).max() > 0.01 for n, v in alone.arrays.items())
 
 
@@ -280,7 +280,7 @@ def test_clients_of_unequal_size_get_what_each_would_get_alone(model: str) -> No
         assert (trained.examples, trained.steps) == (expected.examples, expected.steps)
         assert trained.loss == pytest.approx(expected.loss, rel=1e-5)
         for name, value in expected.arrays.items():
-            assert trained.arrays[name] == pytest.approx(value, abs=2e-5)
+            np.testing.assert_allclose(trained.arrays[name], value, rtol=0, atol=2e-5)
 
 
 def cohort(sizes: list[int]) -> tuple[Examples, list[Client]]:
@@ -311,7 +311,8 @@ def test_how_many_are_batched_together_does_not_change_the_sum() -> None:
     sums = [Engine(Simulation(clients_at_once=k), data).sum(job("mlp"), clients) for k in (1, 2, 6)]
     for other in sums[1:]:
         for name, value in sums[0].mean.items():
-            assert other.mean[name] == pytest.approx(value, abs=1e-6)  # float32: some roundings of one step
+            # float32: some roundings of one step
+            np.testing.assert_allclose(other.mean[name], value, rtol=0, atol=1e-6)
 
 
 def test_a_large_data_set_is_pre_processed_stack_by_stack_to_the_same_sum(
@@ -383,4 +384,4 @@ def test_clients_with_states_of_their_own_start_from_those() -> None:
         assert not isinstance(trained, Exception)
         expected = local.fit(own)
         for name, value in expected.arrays.items():
-            assert trained.arrays[name] == pytest.approx(value, abs=2e-5)
+            np.testing.assert_allclose(trained.arrays[name], value, rtol=0, atol=2e-5)

@@ -148,7 +148,7 @@ def test_clients_get_the_gradients_that_each_would_get_alone(model: str) -> None
         assert (trained.examples, trained.steps) == (expected.examples, 0)
         assert trained.loss == pytest.approx(expected.loss, rel=1e-5)
         for name, value in expected.arrays.items():
-            assert trained.arrays[name] == pytest.approx(value, abs=1e-5)
+            np.testing.assert_allclose(trained.arrays[name], value, rtol=0, atol=1e-5)
 
 
 def test_the_sum_is_the_gradient_of_all_examples_together() -> None:
@@ -161,4 +161,4 @@ def test_the_sum_is_the_gradient_of_all_examples_together() -> None:
     assert (total.examples, total.clients, total.failed) == (30, 4, {})
     assert total.loss == pytest.approx(pooled.loss, rel=1e-5)
     for name, value in pooled.arrays.items():
-        assert total.mean[name] == pytest.approx(value, abs=1e-6)
+        np.testing.assert_allclose(total.mean[name], value, rtol=0, atol=1e-6)

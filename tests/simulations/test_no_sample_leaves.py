@@ -144,6 +144,7 @@ def test_no_window_of_an_example_occurs_in_what_clients_send(honest: Any) -> Non
     assert leaks(traffic, forms) == 0
 
 
+@pytest.mark.slow
 def test_only_what_is_declared_travels(honest: Any) -> None:
     traffic, world, _ = honest
     state = arrays_of(world.task.students[STUDENT](world.dataset.spec))

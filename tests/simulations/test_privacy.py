@@ -239,7 +239,7 @@ ON_DEVICE = {
 }
 
 
-@pytest.mark.quick_where(name=("fedavg",), engine=("vector",))
+@pytest.mark.quick_where(name=("fedavg",), engine=("vector",), mechanism=("local",))
 @pytest.mark.parametrize("engine", ["vector", "sequential"])
 @pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedmedian"])
 @pytest.mark.parametrize("mechanism", ON_DEVICE)

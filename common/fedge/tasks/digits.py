@@ -8,7 +8,8 @@ Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits (UCI).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from fedge.errors import DataError
 from fedge.learning import models
 from fedge.readers import assemble, read_npz, require
 from fedge.task import Source, Task
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 LABELS: Final = tuple("0123456789")
 
@@ -27,15 +31,22 @@ def read(source: Source) -> Dataset:
     Raises:
         DataError: the file is absent, malformed, or holds other than digits of 8x8.
     """
-    from sklearn.datasets import load_digits
-
     if source.path is None:
-        bunch = load_digits()
-        return assemble("image", bunch.images.astype(np.float32), bunch.target)
+        images, labels = _bundled()
+        return assemble("image", images.copy(), labels.copy())
     found = read_npz(require(source, "digits"), "image", source.labels or LABELS)
     if found.spec.shape != (8, 8):
         raise DataError(f"data: {source.path} holds images of {found.spec.shape}; digits are (8, 8)")
     return replace(found, spec=replace(found.spec, dtype="float32"), x=found.x.astype(np.float32))
+
+
+@cache
+def _bundled() -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
+    """(1797, 8, 8) and (1797,): parsed once in a process, since they come as text."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return found.images.astype(np.float32), found.target
 
 
 TASK = Task(

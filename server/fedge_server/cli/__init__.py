@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from functools import cache
 
 from fedge import cli
 from fedge_server.cli import (
@@ -31,6 +33,12 @@ _EXAMPLES = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 done, 1 the work failed, 2 the user's mistake."""
+    return cli.run(_parser(), argv)
+
+
+@cache
+def _parser() -> argparse.ArgumentParser:
+    """All subcommands; made once in a process, whoever calls `main` how often."""
     parser = cli.parser(
         "fedge-server", "The cloud side: runs, variants and releases of a home folder.", _EXAMPLES
     )
@@ -53,4 +61,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         backup,
     ):
         module.add(commands)
-    return cli.run(parser, argv)
+    return parser

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedge.errors import UserError
 from fedge_server.hub.home import Home
-from fedge_server.hub.settings import Settings
-from fedge_server.registry.devices import Devices
+
+if TYPE_CHECKING:  # --help shall not wait for a database's library
+    from fedge_server.hub.settings import Settings
+    from fedge_server.registry.devices import Devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ def opened(arguments: argparse.Namespace) -> Iterator[Place]:
         UserError: it is no server's home.
         FedgeError: its database cannot be opened.
     """
+    from fedge_server.hub.settings import Settings
     from fedge_server.registry.database import Registry
 
     home = Home.chosen(arguments.home)

@@ -84,6 +84,7 @@ def test_a_gradient_goes_through_within_the_range_and_not_beyond_it() -> None:
     assert latent.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_a_trained_one_frozen_is_plain_and_int8_answers_as_it_did() -> None:
     x, y = data()
     settings = Distil(mode="hard", epochs=5, batch_size=50)

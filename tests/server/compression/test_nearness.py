@@ -175,6 +175,7 @@ def candidate(graph: bytes, keeper: Keeper) -> Candidate:
     return Candidate(INT8, cost, 5000, keeper.source.selection(cost.wire, len(graph)), 1.0)
 
 
+@pytest.mark.slow
 def test_a_tier_with_a_last_variant_gets_the_nearest_version_that_is_as_good_then_the_fresh_one(
     keeper, rounds
 ):
@@ -192,6 +193,7 @@ def test_without_a_last_variant_of_the_same_graph_nothing_changes(keeper, rounds
     assert keeper.versions(fresh, "new") == keeper.versions(fresh, "other") == (fresh,)
 
 
+@pytest.mark.slow
 def test_where_nothing_near_is_as_good_or_the_time_is_up_only_the_fresh_one_is_left(keeper, rounds):
     fresh = candidate(rounds.fresh, keeper)
     better = replace(fresh, counts=replace(fresh.counts, both=fresh.counts.n, losses=0 * fresh.counts.n))

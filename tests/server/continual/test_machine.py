@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -109,7 +110,7 @@ class Loop(RuleBasedStateMachine):
         assert len(self.state.begun) <= self.policy.most_cycles
 
 
-TestLoop = Loop.TestCase
+TestLoop = pytest.mark.slow(Loop.TestCase)
 TestLoop.settings = settings(
     max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

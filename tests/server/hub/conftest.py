@@ -36,11 +36,6 @@ WAIT_S = 10.0
 TASK, DIGEST = "digits", "d" * 64
 
 
-@pytest.fixture(autouse=True)
-def quick_databases(copied_schema: None) -> None:
-    """No test of this folder is about making a database."""
-
-
 def csr_of(key: ec.EllipticCurvePrivateKey) -> bytes:
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, SHA256())
     return request.public_bytes(serialization.Encoding.DER)

@@ -24,11 +24,6 @@ from fedge_server.registry.database import Registry
 DAY = 86400.0
 
 
-@pytest.fixture(autouse=True)
-def quick_databases(copied_schema: None) -> None:
-    """No test of this folder is about making a database."""
-
-
 class Link(grpc.GenericRpcHandler):
     """Answers any method with the caller's device id, after the checks that the hub makes."""
 

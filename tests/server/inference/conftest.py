@@ -7,11 +7,6 @@ import pytest
 from inference_site import Site
 
 
-@pytest.fixture(autouse=True)
-def quick_databases(copied_schema: None) -> None:
-    """No test of this folder is about making a database."""
-
-
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
     made = Site(tmp_path)

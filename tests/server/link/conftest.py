@@ -25,11 +25,6 @@ Device = Callable[[Message, Context], Message]
 RUN = "run"
 
 
-@pytest.fixture(autouse=True)
-def quick_databases(copied_schema: None) -> None:
-    """No test of this folder is about making a database."""
-
-
 class SmallHub(RunsServicer):
     """Keeps messages in memory; answers each by calling its device in a thread."""
 

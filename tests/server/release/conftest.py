@@ -44,7 +44,7 @@ def database(request: pytest.FixtureRequest) -> str | None:
 
 
 @pytest.fixture
-def registry(home: Path, copied_schema: None, database: str | None) -> Iterator[Registry]:
+def registry(home: Path, database: str | None) -> Iterator[Registry]:
     with Registry.open(home, database) as found:
         found.begin_run("run-1", task="digits", seed=0, config={}, data="")
         yield found

@@ -176,6 +176,7 @@ def test_without_a_variant_there_is_no_draft(publish, registry):
     assert registry.drafts.all() == []
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_again_goes_on_with_the_draft_it_has(server, publish, registry, tools):
     first, again = (publish(outcome(tools, "micro")) for _ in range(2))
     assert first.draft == again.draft
@@ -187,6 +188,7 @@ def test_a_run_that_is_asked_again_goes_on_with_the_draft_it_has(server, publish
     assert publish(outcome(tools, "micro", answer=2)).release.version == 2
 
 
+@pytest.mark.slow
 def test_a_repository_that_fails_leaves_the_run_whole_and_its_draft_waiting(server, publish, registry, tools):
     server.make(["micro"])
     damaged = server.home / "repository/metadata/timestamp.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -241,4 +242,4 @@ class Fleet(RuleBasedStateMachine):
 Fleet.TestCase.settings = settings(
     max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )
-TestFleet = Fleet.TestCase
+TestFleet = pytest.mark.slow(Fleet.TestCase)

@@ -178,7 +178,7 @@ class Sessions(RuleBasedStateMachine):
         return min((len(({i} | set(near)) & left) for i, near in graph.items()), default=0)
 
 
-TestSessions = Sessions.TestCase
+TestSessions = pytest.mark.slow(Sessions.TestCase)
 TestSessions.settings = settings(
     max_examples=settings().max_examples * 2 // 3,
     stateful_step_count=14,
