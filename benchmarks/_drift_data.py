@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,24 +62,36 @@ class World:
         return seen.window(self.draw(condition, device, rng, answers), self.classes)
 
 
+@dataclass(slots=True)
+class Watched:
+    """A world whose devices' windows a watch sees."""
+
+    world: World
+    settings: Settings
+    watch: Watch = field(default_factory=Watch)
+    tracks: dict[int, Track] = field(default_factory=dict)  # by device
+
+    def see(self, period: int, device: int, window: Shapes) -> None:
+        """A device's window of a period."""
+        self.watch, self.tracks[device] = observe(
+            self.settings,
+            self.watch,
+            self.tracks.get(device, Track()),
+            period=period,
+            slot=period,
+            window=window,
+            reference=self.world.reference,
+        )
+
+
 def quiet_evidence(world: World, settings: Settings, seed: int, periods: int) -> list[float]:
     """The watch's highest evidence (natural logarithm) in each period, where nothing changes."""
-    rng, watch, found = np.random.default_rng(seed), Watch(), list[float]()
-    tracks = [Track() for _ in range(world.devices)]
+    rng, fleet, found = np.random.default_rng(seed), Watched(world, settings), list[float]()
     for period in range(periods):
         found.append(-np.inf)
         for device in range(world.devices):
-            window = world.window("", device, rng, 0)
-            watch, tracks[device] = observe(
-                settings,
-                watch,
-                tracks[device],
-                period=period,
-                slot=period,
-                window=window,
-                reference=world.reference,
-            )
-            found[-1] = max(found[-1], watch.log_evidence)
+            fleet.see(period, device, world.window("", device, rng, 0))
+            found[-1] = max(found[-1], fleet.watch.log_evidence)
     return found
 
 

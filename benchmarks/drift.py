@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
-from _drift_data import World, images, people
+from _drift_data import Watched, World, images, people
 from _harness import Row, machine, options, publish
 from scipy.stats import chi2
 
@@ -74,7 +74,7 @@ class Found:
 def run(case: Case, seed: int, periods: int) -> Found:
     """One fleet over so many periods."""
     world, rng = case.world, np.random.default_rng(seed)
-    watch, tracks = Watch(), [Track() for _ in range(world.devices)]
+    fleet = Watched(world, SETTINGS)
     alarms: dict[str, int] = {}
     evidence: list[float] = []
     baseline: Shapes | None = None
@@ -84,19 +84,11 @@ def run(case: Case, seed: int, periods: int) -> Found:
             changes = case.changed and period >= BEGINS and device < case.share * world.devices
             window = world.window(case.changed if changes else "", device, rng, case.answers)
             window = noised(window, case.epsilon, rng) if case.epsilon else window
-            watch, tracks[device] = observe(
-                SETTINGS,
-                watch,
-                tracks[device],
-                period=period,
-                slot=period,
-                window=window,
-                reference=world.reference,
-            )
+            fleet.see(period, device, window)
             pooled = window if pooled is None else pooled + window
-        evidence.append(watch.log_evidence)
+        evidence.append(fleet.watch.log_evidence)
         assert pooled is not None
-        if watch.alarm is not None:
+        if fleet.watch.alarm is not None:
             alarms.setdefault("watch", period)
         if period < BASELINE:
             baseline = pooled if baseline is None else baseline + pooled

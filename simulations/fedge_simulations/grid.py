@@ -5,16 +5,13 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from flwr.app import Context, Error, Message
-from flwr.common.constant import ErrorCode
+from flwr.app import Message
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedge.dataset import Examples, Indices
-from fedge.learning.local import Job
 from fedge.learning.messages import ARRAYS, arrays_named
 from fedge_server.rounds.closing import payload_bytes
 from fedge_server.rounds.grids import OwnGrid
@@ -22,34 +19,12 @@ from fedge_simulations.course import Course, Fate, Ring, Steady
 from fedge_simulations.sizes import answer_bytes, most_examples, passes, sized
 from fedge_simulations.states import States
 from fedge_simulations.summing import Holders, clients_in, failure, sum_of, sum_of_moments
-from fedge_simulations.trainers import OneByOne, Trainers, Turn
+from fedge_simulations.trainers import OneByOne, Trainers
+from fedge_simulations.working import RUN_ID, ClientCall, Clients, Pending, UserConfig
 
-UserConfig = dict[str, bool | float | int | str]
-ClientCall = Callable[[Message, Context], Message]
-"""A ClientApp, or what answers like one; it trains by `trainers.hand_over`, or as it likes."""
+__all__ = ["RUN_ID", "SERVER_NODE", "ClientCall", "UserConfig", "VectorGrid"]
 
-RUN_ID, SERVER_NODE = 1, 0xFED
-
-
-@dataclass(order=True, slots=True)
-class _Pending:
-    """A message under way."""
-
-    arrives: float  # simulated seconds; infinite: never
-    sequence: int  # breaks ties in the order of sending
-    message: Message = field(compare=False)
-    fate: Fate = field(compare=False)
-    context: Context | None = field(compare=False, default=None)  # once the client has worked
-    reply: Message | None = field(compare=False, default=None)  # likewise
-
-
-@dataclass(slots=True)
-class _Working:
-    """A client whose app has begun to answer."""
-
-    item: _Pending
-    context: Context
-    turn: Turn
+SERVER_NODE = 0xFED
 
 
 class VectorGrid(OwnGrid):
@@ -84,13 +59,13 @@ class VectorGrid(OwnGrid):
             sums: clients' updates may be added up without running their app, which does nothing else.
             states: what clients remember; None: kept in memory.
         """
-        self._app, self._nodes, self._run_config = client_app, node_configs, dict(run_config)
         self._trainers: Trainers = trainers or OneByOne()
         self._course: Course = course or Steady()
         self._holders, self._sums, self._states = holders, sums, states or States()
-        self._pending: dict[str, _Pending] = {}
+        self._clients = Clients(client_app, node_configs, run_config, self._trainers, self._states)
+        self._pending: dict[str, Pending] = {}
         self._asked = 0  # messages that were sent together
-        self._attackers: list[_Pending] = []  # of these
+        self._attackers: list[Pending] = []  # of these
         self._rings: dict[str, Ring] = {}  # likewise, by attack
         self._sequence = 0
         self.round = 0
@@ -131,7 +106,7 @@ class VectorGrid(OwnGrid):
 
     def get_node_ids(self) -> Iterable[int]:
         """All nodes, as a range."""
-        return range(1, len(self._nodes) + 1)
+        return range(1, len(self._clients) + 1)
 
     def online(self, node_ids: Sequence[int]) -> list[int]:
         """Those that are there now."""
@@ -157,7 +132,7 @@ class VectorGrid(OwnGrid):
                 message_id = f"m{self._sequence}"
                 message.metadata.__dict__["_message_id"] = message_id  # as Flower's in-memory Grid sets it
                 arrives = self.clock_s + fate.arrives_s
-                item = self._pending[message_id] = _Pending(arrives, self._sequence, message, fate)
+                item = self._pending[message_id] = Pending(arrives, self._sequence, message, fate)
                 if fate.attack and not fate.lost:
                     self._attackers.append(item)
                 ids.append(message_id)
@@ -199,7 +174,7 @@ class VectorGrid(OwnGrid):
         due = [item for item in under_way if item.arrives <= self.clock_s]
         replies = []
         for i, item in enumerate(due):
-            self._work(item, under_way[i + 1 :])  # who answers later may well work along with it
+            self._clients.work(item, under_way[i + 1 :])  # who answers later may well work along with it
             replies.append(self._deliver(item))
         return replies
 
@@ -233,36 +208,29 @@ class VectorGrid(OwnGrid):
         for i, item in enumerate(due):
             if item.message.metadata.message_id not in self._pending:
                 return  # a later call has dropped it
-            self._work(item, due[i + 1 :])
+            self._clients.work(item, due[i + 1 :])
             self.clock_s = max(self.clock_s, item.arrives)
             yield self._deliver(item)
         if len(due) < len(queue) and deadline_s is not None:
             self.clock_s = max(self.clock_s, deadline_s)
 
-    def _deliver(self, item: _Pending) -> Message:
-        """Hand out a reply; only now has the client really done what it did."""
+    def _deliver(self, item: Pending) -> Message:
+        """Hand out a reply."""
         del self._pending[item.message.metadata.message_id]
-        assert item.reply is not None  # noqa: S101 - `_work` came before
-        if item.context is not None:
-            try:
-                self._states.save(item.context.node_id, item.context.state)
-                item.context = None
-            except Exception as error:  # noqa: BLE001 - a client's failure is its reply, whatever it was
-                return _error(item.message, error)
-        reply = item.reply
+        reply = self._clients.done(item)
         if item.fate.attack and not reply.has_error():
             reply = self._course.attack(item.fate, item.message, reply, lambda: self._ring_of(item))
         item.reply = None  # what the caller lets go of is kept by nobody
         return reply
 
-    def _ring_of(self, item: _Pending) -> Ring:
+    def _ring_of(self, item: Pending) -> Ring:
         """Those who make an attacker's attack, whether or not their answers will be waited for."""
         attack = item.fate.attack
         if attack not in self._rings:
             mates = [mate for mate in self._attackers if mate.fate.attack == attack]
             mates.sort(key=lambda mate: mate.message.metadata.dst_node_id)
             for i, mate in enumerate(mates):
-                self._work(mate, mates[i + 1 :])
+                self._clients.work(mate, mates[i + 1 :])
             replies = [mate.reply for mate in mates if mate.reply is not None and mate.reply.has_content()]
             answers = tuple(arrays_named(reply.content, ARRAYS) for reply in replies)
             self._rings[attack] = Ring(answers, self._asked)
@@ -270,55 +238,6 @@ class VectorGrid(OwnGrid):
 
     def _forget_rings(self) -> None:
         self._attackers, self._rings = [], {}
-
-    def _work(self, item: _Pending, later: Sequence[_Pending]) -> None:
-        """Let a client work, and those that come after it along with it as far as that is worth while."""
-        if item.reply is not None:
-            return
-        waiting = self._begin(item)
-        if not waiting:
-            return
-        wanted = self._trainers.at_once(waiting[0][1])
-        for other in later:
-            if len(waiting) >= wanted:
-                break
-            if other.reply is None:
-                waiting += self._begin(other)
-        while waiting:
-            results = self._trainers.train([job for _, job in waiting])
-            pairs = zip(waiting, results, strict=True)
-            waiting = [more for (client, _), result in pairs for more in self._go_on(client, result)]
-
-    def _begin(self, item: _Pending) -> list[tuple[_Working, Job]]:
-        """Start a client; it has handed over a job, or answered already and is not in the list."""
-        message = item.message
-        if item.fate.lost:
-            item.reply = Message(Error(ErrorCode.UNKNOWN, item.fate.lost), reply_to=message)
-            return []
-        node_id = message.metadata.dst_node_id
-        # The same content goes to every client of a round; a copy of the records' table keeps one client's
-        # mods from changing what the next one is sent. The arrays are shared, read-only.
-        sent = Message.__new__(Message)  # its constructor looks at each of a dozen arguments
-        sent.__dict__.update(message.__dict__, _content=message.content.copy())
-        try:
-            config = dict(self._nodes[node_id - 1])
-            context = Context(RUN_ID, node_id, config, self._states.load(node_id), dict(self._run_config))
-        except Exception as error:  # noqa: BLE001 - as above
-            item.reply = _error(message, error)
-            return []
-        return self._go_on(_Working(item, context, Turn(self._app)), sent, context)
-
-    def _go_on(self, client: _Working, *values: object) -> list[tuple[_Working, Job]]:
-        """Let a client go on until it hands over a job, or answers and is not in the list."""
-        try:
-            found = client.turn.switch(*values)
-        except Exception as error:  # noqa: BLE001 - as above
-            client.item.reply = _error(client.item.message, error)
-            return []
-        if not client.turn.dead:
-            return [(client, found)]
-        client.item.reply, client.item.context = found, client.context
-        return []
 
     def held_by(self, node_id: int) -> Indices:
         """Positions of the examples that a node held when it was last sent something."""
@@ -401,11 +320,6 @@ class VectorGrid(OwnGrid):
         if len(group) < wanted and arriving and timeout is not None:
             self.clock_s = max(self.clock_s, timeout)
         return group, lost
-
-
-def _error(message: Message, error: Exception) -> Message:
-    reason = f"{type(error).__name__}: {error}"
-    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
 class _Replies:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fedge.config import Train
 from fedge.errors import DataError
-from fedge.learning import dpsgd, local
+from fedge.learning import dpsgd, objective
 from fedge.learning.dpsgd import Plan, train_privately
 from fedge.learning.guard import Guard, guarded, noised_share
 from fedge.noise import derived_key
@@ -82,7 +82,7 @@ def train(model, x, y, guard, *, settings=None, secret=KEY):
         seen.append({name: value.clone() for name, value in gradients.items()})
 
     train_privately(
-        model, x, y, settings, guard, loss_of=local.losses(settings), step=step, seed=0, secret=secret
+        model, x, y, settings, guard, loss_of=objective.losses(settings), step=step, seed=0, secret=secret
     )
     return seen
 
@@ -100,7 +100,7 @@ def test_each_examples_gradient_is_cut_by_itself():
 def test_one_example_moves_the_sum_by_the_clipping_norm_at_most():
     rng = torch.Generator().manual_seed(0)
     x, y = torch.randn(9, 2, generator=rng) * 100, torch.randint(0, 2, (9,), generator=rng)
-    gradients = dpsgd._Gradients(Linear(), local.losses(Train()))
+    gradients = dpsgd._Gradients(Linear(), objective.losses(Train()))
     grid = 2.0**-20
     whole = gradients.clipped_sum(x, y, 1.0, grid)["layer.weight"] * grid
     for left_out in range(9):
@@ -158,7 +158,7 @@ def test_gradients_of_single_examples_are_those_of_torch_one_by_one(make):
     torch.manual_seed(0)
     model, shape = make()
     x, y = torch.randn(7, *shape), torch.randint(0, 4, (7,))
-    loss_of = local.losses(Train())
+    loss_of = objective.losses(Train())
     found = dpsgd._Gradients(model, loss_of).clipped_sum(x, y, 1e6, 2.0**-30)
     model.zero_grad()
     loss_of(model(x), y).sum().backward()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedge.config import Train
-from fedge.learning import local
+from fedge.learning import local, objective
 from fedge.learning.lessons import answered, softened
 from fedge.learning.terms import Lesson, Terms
 
@@ -29,7 +29,7 @@ def test_a_lessons_loss_mixes_labels_and_answers_as_the_formula_says():
     rng = np.random.default_rng(0)
     student, teacher, y = rng.normal(size=(5, 4)), rng.normal(size=(5, 4)), rng.integers(0, 4, 5)
     targets = torch.from_numpy(np.column_stack([y, teacher]))
-    found = local.losses(Train(), LESSON)(torch.from_numpy(student), targets).numpy()
+    found = objective.losses(Train(), LESSON)(torch.from_numpy(student), targets).numpy()
 
     def softmax(z):
         return np.exp(z) / np.exp(z).sum(1, keepdims=True)
@@ -45,7 +45,7 @@ def test_where_the_teacher_is_wrong_the_label_alone_counts():
     student, teacher, y = rng.normal(size=(40, 4)), rng.normal(size=(40, 4)), rng.integers(0, 4, 40)
     targets = torch.from_numpy(np.column_stack([y, teacher]))
     plain, always, right = (
-        local.losses(Train(), lesson)(torch.from_numpy(student), truth).numpy()
+        objective.losses(Train(), lesson)(torch.from_numpy(student), truth).numpy()
         for lesson, truth in (
             (None, torch.from_numpy(y)),
             (LESSON, targets),

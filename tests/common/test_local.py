@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from fedge.config import Train
-from fedge.learning import local
-from fedge.learning.local import Pull, batch_sizes, gradient, logits, losses, train
+from fedge.learning import objective
+from fedge.learning.local import Pull, batch_sizes, gradient, logits, train
+from fedge.learning.objective import losses
 
 N, F, K = 12, 5, 3
 
@@ -172,7 +173,7 @@ def test_every_optimiser_reduces_every_loss(optimizer: str, loss: str) -> None:
 )
 def test_settings_reach_the_optimiser(optimizer: Train, expected: tuple[Any, dict[str, float]]) -> None:
     kind, values = expected
-    made = local.optimizer(linear().parameters(), optimizer)
+    made = objective.optimizer(linear().parameters(), optimizer)
     assert type(made) is kind
     assert made.defaults["lr"] == 0.1
     assert {key: made.defaults[key] for key in values} == values

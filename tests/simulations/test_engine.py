@@ -320,7 +320,7 @@ def test_a_large_data_set_is_pre_processed_stack_by_stack_to_the_same_sum(
 ) -> None:
     data, clients = cohort([300, 9, 250])
     once = Engine(Simulation(), data).sum(job("mlp", mu=0.1), clients)
-    monkeypatch.setattr("fedge_simulations.engine.WHOLE_BYTES", 4 * data.x.size - 1)
+    monkeypatch.setattr("fedge_simulations.engine.prepared.WHOLE_BYTES", 4 * data.x.size - 1)
     again = Engine(Simulation(), data).sum(job("mlp", mu=0.1), clients)
     assert once.loss == again.loss
     assert all(np.array_equal(value, again.mean[name]) for name, value in once.mean.items())

@@ -21,6 +21,7 @@ from fedge.learning.terms import Lesson
 _CHUNK = 256  # examples that a teacher answers at once
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Logits (B, K) and class indices (B,), in a lesson targets, to the loss of each example (B,)."""
 
 
 def softened(answers: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from fedge.errors import FedgeError
@@ -21,7 +21,9 @@ from fedge.wire.v1 import link_pb2 as link
 from fedge.wire.v1 import records_pb2 as records
 from fedge_server.hub import answers
 from fedge_server.hub.fleet import Fleet
-from fedge_server.monitoring.metrics import EXPIRED, GIVEN_UP, LINK_DOWN, LINK_UP, MESSAGES
+from fedge_server.hub.traffic import Meter
+from fedge_server.hub.watching import Watch, Watches
+from fedge_server.monitoring.metrics import EXPIRED, GIVEN_UP, MESSAGES
 from fedge_server.registry.queue import Answer, CloseCount, Queue, Queued
 
 _log = logging.getLogger("fedge.hub")
@@ -39,30 +41,6 @@ class Flight:
     message: Queued
     touched: float
     sent: float | None = None  # time.monotonic() when its Work was last written to the device
-
-
-@dataclass(slots=True, eq=False)
-class Watch:
-    """Somebody who waits for the ends of some messages."""
-
-    waiting: set[str]
-    ended: list[str] = field(default_factory=list)
-    woken: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def end(self, message_id: str) -> None:
-        """A message was answered or closed."""
-        if message_id in self.waiting:
-            self.waiting.discard(message_id)
-            self.ended.append(message_id)
-            self.woken.set()
-
-    async def take(self) -> list[str]:
-        """The messages that ended since the last call, after waiting for one; empty: there are no more."""
-        while self.waiting and not self.ended:
-            self.woken.clear()
-            await self.woken.wait()
-        ended, self.ended = self.ended, []
-        return ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +67,10 @@ class Exchange:
         self._uses: dict[str, int] = {}
         self._answered: dict[str, tuple[str, int]] = {}  # until closed: run and node
         self._closed: OrderedDict[str, Closed] = OrderedDict()
-        self._watches: dict[str, list[Watch]] = {}
+        self._watches = Watches()
         self._due: list[tuple[float, str, int]] = []  # time, message (deadline) or "", node (grace)
         self._away: dict[int, float] = {}
-        self._traffic: dict[str, list[int]] = {}
+        self._traffic = Meter(queue)
         self._commits: asyncio.Queue[tuple[Answer, asyncio.Future[str]]] = asyncio.Queue()
         self._clock_woken = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -116,7 +94,7 @@ class Exchange:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._save_traffic()
+        await self._traffic.save()
 
     def flight(self, message_id: str) -> Flight | None:
         """The open message of this id."""
@@ -178,11 +156,7 @@ class Exchange:
 
     def count(self, run_id: str, *, down: int = 0, up: int = 0) -> None:
         """Tensor bytes that have travelled."""
-        traffic = self._traffic.setdefault(run_id, [0, 0])
-        traffic[0] += down
-        traffic[1] += up
-        LINK_DOWN.inc(down)
-        LINK_UP.inc(up)
+        self._traffic.count(run_id, down=down, up=up)
 
     async def answer(self, answer: Answer) -> str:
         """Commit an answer, together with others that are waiting: 'accepted', 'again' or 'late'.
@@ -238,7 +212,7 @@ class Exchange:
 
     async def close(self, run_id: str, session: str, message_ids: Sequence[str]) -> CloseCount:
         """Nobody waits for these any more: devices are told, and later answers are late."""
-        await self._save_traffic()
+        await self._traffic.save()
         count = await asyncio.to_thread(self._queue.close, run_id, session, message_ids)
         self._end([m for m in message_ids if self._of_run(m, run_id)])
         for message_id in message_ids:
@@ -247,18 +221,11 @@ class Exchange:
 
     def watch(self, message_ids: Iterable[str]) -> Watch:
         """Hear of the ends of those messages that are open now."""
-        watch = Watch({m for m in message_ids if m in self._flights})
-        for message_id in watch.waiting:
-            self._watches.setdefault(message_id, []).append(watch)
-        return watch
+        return self._watches.add({m for m in message_ids if m in self._flights})
 
     def unwatch(self, watch: Watch) -> None:
         """Stop hearing."""
-        for message_id in watch.waiting:
-            self._watches[message_id].remove(watch)
-            if not self._watches[message_id]:
-                del self._watches[message_id]
-        watch.waiting.clear()
+        self._watches.remove(watch)
 
     async def answered(self, run_id: str, session: str, message_ids: Sequence[str]) -> list[Answer]:
         """The committed answers of these messages."""
@@ -305,8 +272,7 @@ class Exchange:
         self._uses[message.content] -= 1
         if not self._uses[message.content]:
             del self._uses[message.content], self._contents[message.content]
-        for watch in self._watches.pop(message_id, ()):
-            watch.end(message_id)
+        self._watches.end(message_id)
         self.ended(message_id)
         return flight
 
@@ -340,7 +306,7 @@ class Exchange:
                     done.exception()  # its device may have gone: nobody need look
                     self._commits.task_done()
                 continue
-            await self._save_traffic()  # before anybody hears: a run that closes its round sees it
+            await self._traffic.save()  # before anybody hears: a run that closes its round sees it
             for (answer, done), outcome in zip(batch, outcomes, strict=True):
                 if outcome == "late":  # the database has closed it, whatever we held of it
                     self._end([answer.message_id])
@@ -354,17 +320,6 @@ class Exchange:
         if flight is not None:
             self._answered[answer.message_id] = (flight.message.run_id, flight.message.node_id)
             self._remove(answer.message_id)
-
-    async def _save_traffic(self) -> None:
-        """Write down what has travelled; what the database refuses now is written the next time."""
-        traffic, self._traffic = self._traffic, {}
-        for run_id, (down, up) in traffic.items():
-            try:
-                await asyncio.to_thread(self._queue.traffic, run_id, down, up)
-            except Exception as error:  # noqa: BLE001 - a figure must not hold up answers
-                _log.error("run %s: its traffic cannot be kept now: %s", run_id, error)
-                kept = self._traffic.setdefault(run_id, [0, 0])
-                kept[0], kept[1] = kept[0] + down, kept[1] + up
 
     def _at(self, when: float, message_id: str, node_id: int) -> None:
         if len(self._due) > 1000 + 4 * len(self._flights):  # most of them have ended long ago

@@ -19,12 +19,13 @@ from fedge.wire.v1 import admin_pb2_grpc
 from fedge.wire.v1 import records_pb2 as records
 from fedge_server.hub import spool
 from fedge_server.hub.answers import check_content
-from fedge_server.hub.exchange import Exchange, Watch
+from fedge_server.hub.exchange import Exchange
 from fedge_server.hub.fleet import Fleet, Selection
 from fedge_server.hub.gate import Gate
 from fedge_server.hub.home import RUN_ID, Home
 from fedge_server.hub.roster import Roster
 from fedge_server.hub.supervisor import Supervisor
+from fedge_server.hub.watching import Watch
 from fedge_server.registry.queue import Answer, Queued
 
 _log = logging.getLogger("fedge.hub")

@@ -25,7 +25,7 @@ from fedge import tensors
 from fedge.config import Config
 from fedge.dataset import Examples
 from fedge.errors import FormatError, RoundError
-from fedge.learning import draws, local
+from fedge.learning import draws, local, objective
 from fedge.learning.augment import augment
 from fedge.learning.freezing import entries, freeze, training
 from fedge.learning.state import NamedArrays, arrays_of, load_arrays, names_of
@@ -59,7 +59,8 @@ class Trainer:
             self.network = shared_norms(self.network)
         self.network.to(self.device)
         self.preprocess.to(self.device)
-        self.optimizer = local.optimizer([p for p in self.network.parameters() if p.requires_grad], settings)
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimizer = objective.optimizer(trained, settings)
         # Without `find_unused_parameters` gradients are put into other groups after the first step, so that a
         # run that is taken up again would add them up in another order.
         self._shared = DistributedDataParallel(
@@ -110,7 +111,7 @@ class Trainer:
             inputs = augment(self.preprocess(raw), settings.augment, keys)
         self.optimizer.zero_grad(set_to_none=True)
         with draws.keyed_dropout(self.network, own.to(self.device), first=part.first):
-            losses = local.losses(settings)(self._shared(inputs), y)
+            losses = objective.losses(settings)(self._shared(inputs), y)
         total = losses.sum()
         (total * (dist.get_world_size() / part.batch)).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

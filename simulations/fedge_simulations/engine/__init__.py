@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -19,50 +19,26 @@ import numpy as np
 import torch
 
 from fedge.config import Simulation, Train
-from fedge.dataset import Array, Examples, Indices
+from fedge.dataset import Examples, Indices
 from fedge.errors import ConfigError
 from fedge.learning import draws, local
-from fedge.learning.freezing import training
-from fedge.learning.lessons import answered
 from fedge.learning.local import Job, Trained
-from fedge.learning.messages import Instructions
 from fedge.learning.state import NamedArrays, cast_like
 from fedge.learning.threads import limited
-from fedge.statistics import Moments
-from fedge_simulations.engine import gradients
-from fedge_simulations.engine.choice import Way, anywhere, choose
 from fedge_simulations.engine.lanes import Part, Sums, cut
 from fedge_simulations.engine.measured import Plan, fastest
+from fedge_simulations.engine.prepared import Key, Prepared, Say, key_of
 from fedge_simulations.engine.stack import CPU, NO_PULL, Layout, Pull, Stacked, in_order, rows_of, train
 from fedge_simulations.engine.steppers import Recipe
 from fedge_simulations.engine.workers import PAYS_S, Workers
 from fedge_simulations.trainers import Client, Sum, attempt
 
-Say = Callable[[str], None]
 _LOG = logging.getLogger("fedge.simulation")
 
 STACK_BYTES = 13 * 2**19  # of the models that are batched together, until it is measured
 GPU_STACK_BYTES = 2**30  # the same on a GPU, which has no cache to fit into
 ROWS_BYTES = 32 * 1024**2  # of their data
-WHOLE_BYTES = 64 * 1024**2  # of a data set that is pre-processed once and kept, at most
-PREPROCESSED = 256  # examples at a time
-TRIED = 10  # examples that a model is put to the proof with
 MOST_AT_ONCE = 512  # clients; above it nothing is gained (benchmarks/simulation.py)
-
-
-@dataclass(slots=True)
-class _Prepared:
-    """What the jobs of one round have in common."""
-
-    recipe: Recipe
-    preprocess: torch.nn.Module
-    way: Way
-    least: int
-    keep: bool  # whether the data set is small enough to be pre-processed once
-    inputs: torch.Tensor | None = None  # all of it, once that is done
-    classes: torch.Tensor | None = None  # of it, where the inputs are; in a lesson, targets
-    teacher: torch.nn.Module | None = None  # of a lesson, where the models are
-    targets: torch.Tensor | None = None  # (N, 1 + C) of the data set, once a lesson's teacher has answered it
 
 
 class Engine:
@@ -94,7 +70,7 @@ class Engine:
             settings = self._settings = replace(settings, workers=1)
         self.workers, self._plan = Workers(settings, data, say), Plan.of(folder)
         self._most_rows = ROWS_BYTES // (4 * prod(data.x.shape[1:]))  # examples of a stack
-        self._prepared: dict[tuple[Instructions, bytes], _Prepared] = {}
+        self._prepared: dict[Key, Prepared] = {}
 
     def train(self, jobs: Sequence[Job]) -> list[Trained | Exception]:
         """Each job's result in their order; they share instructions, but for the model."""
@@ -118,7 +94,7 @@ class Engine:
             found |= zip(chosen, self._train_stack(prepared, [jobs[i] for i in chosen]), strict=True)
         return [found[i] for i in range(len(jobs))]
 
-    def _train_stack(self, prepared: _Prepared, jobs: Sequence[Job]) -> list[Trained | Exception]:
+    def _train_stack(self, prepared: Prepared, jobs: Sequence[Job]) -> list[Trained | Exception]:
         layout, settings = prepared.recipe.layout, prepared.recipe.settings
         flat = rows_of(len(jobs), layout.size, prepared.way.device)
         layout.fill(flat, [job.state for job in jobs])
@@ -140,7 +116,7 @@ class Engine:
         """How many clients like this one are worth batching together."""
         return self._at_once(self._prepare(job), job, len(job.examples))
 
-    def _at_once(self, prepared: _Prepared, job: Job, examples: int) -> int:
+    def _at_once(self, prepared: Prepared, job: Job, examples: int) -> int:
         if prepared.way.stepper is None or prepared.way.single:
             return 1
         if self._settings.clients_at_once:
@@ -154,7 +130,7 @@ class Engine:
         """Clients whose data are not too much to be held beside one another."""
         return max(1, self._most_rows // examples)
 
-    def _look_ahead(self, prepared: _Prepared, job: Job, clients: Sequence[Client], ahead_s: float) -> None:
+    def _look_ahead(self, prepared: Prepared, job: Job, clients: Sequence[Client], ahead_s: float) -> None:
         """Measure, and start further processes, where so much is to come that it pays.
 
         Args:
@@ -244,7 +220,7 @@ class Engine:
             row = layout.flat(done.arrays, torch.float32)[None]
             found.add(row, [client], [part.lane_of[i]], [done.loss])
 
-    def _add_stacked(self, job: Job, part: Part, prepared: _Prepared, at_once: int, found: Sums) -> None:
+    def _add_stacked(self, job: Job, part: Part, prepared: Prepared, at_once: int, found: Sums) -> None:
         lengths = [len(client.indices) for client in part.clients]
         stacks = -(-len(lengths) // at_once)
         k = -(-len(lengths) // stacks)  # stacks of equal size rather than a small one at the end
@@ -265,7 +241,7 @@ class Engine:
 
     def _train(
         self,
-        prepared: _Prepared,
+        prepared: Prepared,
         flat: torch.Tensor,
         examples: Examples,
         indices: Indices,
@@ -279,7 +255,7 @@ class Engine:
         try:
             with torch.no_grad(), limited(1):
                 keys = draws.key(torch.tensor(seeds, dtype=torch.int64))
-                own = self._inputs(prepared, examples, indices)
+                own = prepared.inputs(examples, indices)
                 altered = prepared.teacher if prepared.recipe.settings.augment else None
                 data = Stacked(*own, torch.tensor(lengths), keys, longest, altered)
                 return train(
@@ -288,94 +264,13 @@ class Engine:
         except Exception:  # noqa: BLE001 - a user's module may raise anything; whose fault it was shows one by one
             return None
 
-    def _inputs(
-        self, prepared: _Prepared, examples: Examples, indices: Indices
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pre-processed examples and their classes, where the models are, and which `indices` names."""
-        device = prepared.way.device
-        if examples is self.data and prepared.keep:
-            prepared.keep = False  # if this raises, because of one client, others are pre-processed apart
-            prepared.inputs = _preprocessed(prepared.preprocess, self.data.x).to(device)
-            prepared.classes = self._truth(prepared, self.data, slice(None)).to(device)
-        if prepared.inputs is not None and prepared.classes is not None and examples is self.data:
-            return prepared.inputs, prepared.classes, torch.from_numpy(indices)
-        own = examples.take(indices) if examples is self.data else examples
-        x = _preprocessed(prepared.preprocess, own.x)
-        y = self._truth(prepared, examples, indices) if examples is self.data else _told(prepared, x, own.y)
-        return x.to(device), y.to(device), torch.arange(len(own))
-
-    def _truth(self, prepared: _Prepared, examples: Examples, indices: Indices | slice) -> torch.Tensor:
-        """Classes of examples of the data set; in a lesson targets, of which all are made once.
-
-        So a teacher answers in the same parts, whoever is batched with whom.
-        """
-        if prepared.teacher is None or prepared.recipe.settings.augment:
-            return torch.from_numpy(examples.y[indices])
-        if prepared.targets is None:
-            parts = [
-                _told(prepared, _preprocessed(prepared.preprocess, part.x), part.y)
-                for start in range(0, len(examples), PREPROCESSED)
-                for part in (examples.take(np.arange(start, min(start + PREPROCESSED, len(examples)))),)
-            ]
-            prepared.targets = torch.cat(parts)
-        return prepared.targets[indices]
-
-    def _prepare(self, job: Job) -> _Prepared:
-        instructions = job.instructions
-        train = instructions.train
-        # A proof makes two passes at most, and holds for every learning rate.
-        alike = replace(train, epochs=min(train.epochs, 2), learning_rate=1.0)
-        key = (
-            replace(instructions, round=0, seed=0, moments=None, void=None, train=alike),
-            _bytes_of(instructions.moments),
-        )
+    def _prepare(self, job: Job) -> Prepared:
+        key = key_of(job.instructions)
         found = self._prepared.get(key)
         if found is None:
-            model = training(
-                local.blank(job.task, instructions.model, instructions.spec, instructions.terms.frozen)
-            )
-            preprocess = job.task.preprocess(
-                instructions.spec, instructions.moments, instructions.noise_filter
-            )
-            whole = instructions.update == "gradient"
-            settings = gradients.in_batches(train) if whole else train
-            shifted = instructions.terms.control
-            lesson = instructions.terms.lesson
-            recipe = Recipe(
-                model, Layout.of(job.state), settings, instructions.proximal_mu, shifted, lesson=lesson
-            )
-            some = self.data.take(np.arange(min(len(self.data), TRIED)))
-            with limited(1):
-                choosing = gradients.choose if whole else choose
-                if instructions.guard is not None and instructions.guard.kind == "example":
-                    way = Way(None)  # DP-SGD batches the examples of one client instead
-                else:
-                    tried = replace(job, examples=some)
-                    way = anywhere(recipe, self._devices, lambda there: choosing(there, tried, preprocess))
-            if way.aside:
-                self._say(f"model {instructions.model}: {way.aside}; its clients are trained on the CPU")
-            if way.why:
-                self._say(f"model {instructions.model}: {way.why}; its clients are trained one by one")
-            keep = 4 * self.data.x.size <= WHOLE_BYTES
-            recipe = replace(recipe, device=way.device)
-            teacher = local.teacher_of(job)
-            found = _Prepared(recipe, preprocess, way, local.least_batch(model), keep)
-            found.teacher = None if teacher is None else teacher.to(way.device)
-            self._prepared[key] = found
-        if instructions.update == "weights" and found.recipe.settings != train:
-            found.recipe = replace(found.recipe, settings=train)
-            if found.way.stepper is not None:
-                found.way.stepper.recipe = found.recipe
+            found = self._prepared[key] = Prepared.of(job, self.data, self._devices, self._say)
+        found.follow(job.instructions)
         return found
-
-
-def _told(prepared: _Prepared, x: torch.Tensor, y: Array) -> torch.Tensor:
-    """Classes of pre-processed examples; in a lesson its answers too, unless steps alter the examples."""
-    classes, teacher = torch.from_numpy(y), prepared.teacher
-    if teacher is None or prepared.recipe.settings.augment:
-        return classes
-    device = prepared.way.device
-    return answered(teacher, x.to(device), classes.to(device)).cpu()
 
 
 def devices_of(settings: Simulation) -> tuple[torch.device, ...]:
@@ -407,18 +302,6 @@ def _pull(recipe: Recipe, jobs: Sequence[Job]) -> Pull:
     return Pull(stacked([job.anchor for job in jobs]), stacked([job.shift for job in jobs]))
 
 
-def _preprocessed(preprocess: torch.nn.Module, x: Array) -> torch.Tensor:
-    """All of x, some at a time: what comes up on the way is never in memory for all of it."""
-    found: torch.Tensor | None = None
-    for start in range(0, len(x), PREPROCESSED):
-        part = preprocess(torch.from_numpy(np.ascontiguousarray(x[start : start + PREPROCESSED])))
-        if found is None:
-            found = torch.empty(len(x), *part.shape[1:], dtype=part.dtype)
-        found[start : start + len(part)] = part
-    assert found is not None  # noqa: S101 - a client has one example at least
-    return found
-
-
 def _result(total: Sums, layout: Layout, job: Job) -> Sum:
     examples, clients = int(total.examples[0]), int(total.clients[0])
     if not clients:
@@ -427,12 +310,6 @@ def _result(total: Sums, layout: Layout, job: Job) -> Sum:
     arrays = {name: view[0].numpy() for name, view in layout.views(mean).items()}
     loss = float(total.losses[0]) / examples
     return Sum(cast_like(arrays, job.state), examples, loss, clients, total.failed)
-
-
-def _bytes_of(moments: Moments | None) -> bytes:
-    if moments is None:
-        return b""
-    return moments.count.tobytes() + moments.total.tobytes() + moments.squares.tobytes()
 
 
 def _steps(job: Job, settings: Train, least: int) -> int:

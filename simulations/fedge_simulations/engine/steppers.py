@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fedge.config import Train
-from fedge.learning import draws, local
+from fedge.learning import draws, objective
+from fedge.learning.lessons import Loss
 from fedge.learning.terms import Lesson
 from fedge_simulations.engine.stack import CPU, NO_PULL, Layout, Named, Pull
 
@@ -42,9 +43,9 @@ class Recipe:
     lesson: Lesson | None = None  # what is learned besides the classes
 
     @property
-    def loss(self) -> local.Loss:
+    def loss(self) -> Loss:
         """Of each example."""
-        return local.losses(self.settings, self.lesson)
+        return objective.losses(self.settings, self.lesson)
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -86,7 +87,7 @@ class Optimised:
         if self.recipe.bare:  # `step` needs no optimiser
             return self.views
         fresh = [self.views[name] for name in self.recipe.trainable]
-        self._optimizer = local.optimizer(fresh, self.recipe.settings)
+        self._optimizer = objective.optimizer(fresh, self.recipe.settings)
         if before is not None:
             for gone, here in zip(old, fresh, strict=True):
                 if gone in before.state:
@@ -117,7 +118,7 @@ class Optimised:
 
 
 def output_error(
-    loss_of: local.Loss, settings: Train, logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None
+    loss_of: Loss, settings: Train, logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss (k,) and its derivative by the logits (k, R, C).
 
@@ -323,7 +324,7 @@ class Single:
             for name, value in self.recipe.layout.views(flat).items():
                 state[name].copy_(value[0])
         if not self.recipe.bare:
-            self._optimizer = local.optimizer(self._parameters, self.recipe.settings)
+            self._optimizer = objective.optimizer(self._parameters, self.recipe.settings)
         views, mu = self.recipe.layout.views, self.recipe.mu
         anchors = views(flat.clone() if pull.anchor is None else pull.anchor) if mu else {}
         self._anchors = [anchors[name][0] for name in self._names] if anchors else []
