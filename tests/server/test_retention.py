@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedge.errors import FedgeError, UserError
+from fedge.files import sha256
 from fedge_server.hub.home import Home
 from fedge_server.registry import schema, store
 from fedge_server.registry.database import Registry
@@ -344,11 +345,35 @@ def test_of_runs_that_are_over_the_newest_keep_their_last_round(home: Home, regi
     ]
     assert (home.run("a") / "report.html").exists()
     assert registry.last_round("b") is not None
-    with pytest.raises(
-        UserError, match=r"run a: its model and state were removed on 2027-01-15 at 08:00 UTC"
-    ):
-        registry.last_round("a")
     check_whole(registry)
+    gone = r"run a: its model and state were removed on 2027-01-15 at 08:00 UTC"
+    with pytest.raises(UserError, match=gone):
+        registry.last_round("a")
+    assert commit(registry, 1) == models["a"][1]  # a release may name the same model, and none the state
+    registry.store.remove(sha256(b"the same state"))
+    with pytest.raises(UserError, match=gone):
+        registry.last_round("a")
+
+
+def test_a_store_stops_growing(home: Home, registry: Registry) -> None:
+    """Twenty cycles of a run and its release: what is left is of the newest, and what tells of lineage."""
+    large = []
+    for cycle in range(1, 21):
+        run = f"digits-{cycle:02}"
+        registry.begin_run(run, task="digits", seed=0, config={}, data="d")
+        for number in range(3):
+            commit(registry, 10 * cycle + number, run)
+        registry.end_run(run, "done", "")
+        release(registry, cycle, "micro")
+        pruned(home, registry, Keep(releases=3, runs=2))
+        with reading(registry.engine) as connection:
+            told = {*connection.scalars(sa.select(schema.variants.c.evidence))}
+            told |= {*connection.scalars(sa.select(schema.releases.c.manifest))}
+        large.append(sum(1 for each in registry.store.lying() if each.digest not in told))
+    assert set(large[3:]) == {
+        3 * 4 + 2 + 1
+    }  # four objects of each release, two models of runs and their state
+    assert len(registry.runs()) == 21
 
 
 # Kills and races

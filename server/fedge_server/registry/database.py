@@ -267,8 +267,8 @@ class Registry:
             row = connection.execute(query).mappings().first()
         if row is None:
             return None
-        if not self.store.has(row["model"]):
-            lost = "the model of its last round is not in the store; restore it from a backup"
+        if not (self.store.has(row["model"]) and self.store.has(row["state"])):
+            lost = "model or state of its last round is not in the store; restore it from a backup"
             raise UserError(f"run {run_id}: {self.why_gone(run_id) or lost}")
         self.store.open(row["model"]).close()  # checks its digest
         model, _ = tensors.load(self.store.path(row["model"]))

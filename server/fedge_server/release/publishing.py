@@ -146,7 +146,8 @@ def draft_again(registry: Registry, version: int, tiers: Sequence[str] | None = 
         try:
             name = registry.drafts.add(replace(release, version=VERSION, created=created, variants=entries))
         except AbsentError as error:
-            gone = removed(registry, version)
+            asked = {entry.tier for entry in entries}
+            gone = {t: since for t, since in removed(registry, version).items() if t in asked}
             raise UserError(f"release {version}: {why_removed(gone) if gone else error}") from error
         if registry.drafts.get(name).open:
             return name
