@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from fedge.errors import DigestError, FedgeError, RoundError, UserError
+from fedge_server.registry import engine
 from fedge_server.registry.database import Registry
 from fedge_server.registry.engine import reading
 from fedge_server.rounds.record import RoundRecord
@@ -190,3 +192,12 @@ def test_a_pool_without_a_free_connection_is_our_error(tmp_path):
     with reading(engine), pytest.raises(FedgeError, match="database"), reading(engine):
         pass
     engine.dispose()
+
+
+def test_a_disk_that_takes_no_more_is_not_called_a_damaged_database():
+    class Full:
+        def execute(self, words: str) -> None:
+            raise sqlite3.OperationalError("disk I/O error")  # as SQLite says it where the disk is full
+
+    with pytest.raises(FedgeError, match="disk I/O error; see whether its disk is full"):
+        engine._durable_sqlite(Full(), None)

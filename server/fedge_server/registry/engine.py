@@ -120,7 +120,12 @@ def _durable_sqlite(connection: Any, _: Any) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")  # a committed round survives a power cut
         connection.execute("PRAGMA foreign_keys=ON")
-    except sqlite3.DatabaseError as error:  # SQLAlchemy wraps only what it runs itself
+    except sqlite3.OperationalError as error:  # SQLAlchemy wraps only what it runs itself
+        raise FedgeError(
+            f"database {DATABASE}: {error}; see whether its disk is full, failing or read-only: what was "
+            "committed is safe"
+        ) from error
+    except sqlite3.DatabaseError as error:
         raise FedgeError(f"database {DATABASE}: {error}; restore a backup") from error
 
 

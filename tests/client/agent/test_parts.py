@@ -8,17 +8,21 @@ import os
 import random
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedge.errors import DigestError, FedgeError, FormatError
+from fedge.errors import DigestError, FedgeError, FormatError, HealthError
 from fedge.wire.v1.records_pb2 import Content, Failure, Object, Result
-from fedge_client.agent import state, status
+from fedge_client.agent import installation, state, status
 from fedge_client.agent.connection import backoff
 from fedge_client.agent.objects import ObjectCache
 from fedge_client.agent.outbox import Outbox, is_message_id
+from fedge_client.device import Device
+from fedge_client.reports import Reports
+from fedge_client.updater import folder
 
 Sender = Callable[[int], AsyncGenerator[bytes, None]]
 
@@ -186,3 +190,28 @@ def test_only_one_agent_holds_a_home_and_others_see_it(tmp_path: Path) -> None:
     (tmp_path / "agent-status.json").write_text("[]")
     with pytest.raises(FormatError, match="restart the agent"):
         status.read(tmp_path)
+
+
+def test_a_release_that_stops_answering_after_its_commit_is_left_and_reported_unhealthy(
+    tmp_path: Path, publisher: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher.offer(1, answer=1)
+    device, fetch = Device.create(tmp_path / "device", "micro", publisher.root), folder(publisher.folder)
+    assert installation.bring(device, fetch, 1).version == 1
+    publisher.offer(2, answer=2)
+    latency = installation._latency_ms
+
+    def of(device: Device) -> float:
+        if device.running()[0].release.version == 2:
+            raise HealthError("its answers are no numbers")
+        return latency(device)
+
+    monkeypatch.setattr(installation, "_latency_ms", of)
+    done = installation.bring(device, fetch, 2)
+    assert (done.version, done.changed, done.fault) == (1, True, "")
+    said = [(report.version, report.kind) for report in Reports(device.home).waiting()]
+    assert said == [
+        (1, "installed"), (1, "healthy"), (1, "latency_ms"), (2, "installed"), (2, "unhealthy"),
+    ]  # fmt: skip
+    again = installation.bring(device, fetch, 2)
+    assert (again.version, "in quarantine" in again.fault) == (1, True)
