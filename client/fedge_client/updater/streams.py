@@ -23,8 +23,8 @@ class Fetcher(Protocol):
 
     It gives up by itself when nothing at all comes (a socket's timeout, a call's deadline). It says that a
     file is not there by AbsentError, and that it is not for this device by ForbiddenError; the gRPC status
-    codes NOT_FOUND and PERMISSION_DENIED, HTTP's 404 and 403, and FileNotFoundError say so too. Whatever
-    else it raises is an outage.
+    codes NOT_FOUND and PERMISSION_DENIED, HTTP's 404 and 403 as errors of the usual libraries carry them, and
+    FileNotFoundError say so too. Whatever else it raises is an outage.
     """
 
     def __call__(self, name: str, maximum: int, offset: int = 0, /) -> Iterator[bytes]:
@@ -156,19 +156,32 @@ def _bounded(
 
 
 _ABSENT: Final = ("NOT_FOUND", 404)
-_FORBIDDEN: Final = ("PERMISSION_DENIED", 403)
+_FORBIDDEN: Final = ("PERMISSION_DENIED", "FORBIDDEN", 403)
+
+
+def _codes(error: Exception) -> Iterator[int | str]:
+    """What an error of a transport says by its status.
+
+    gRPC's is behind a method and gives an enumeration. HTTP's is a number: `code` of urllib, `status` of
+    aiohttp, `status_code` of python-tuf's fetchers, or of the response that requests and httpx name.
+    """
+    for holder in (error, getattr(error, "response", None)):
+        for where in ("code", "status", "status_code"):
+            found: Any = getattr(holder, where, None)
+            found = found() if callable(found) and where == "code" else found
+            found = getattr(found, "name", found)
+            if isinstance(found, int | str):
+                yield found
 
 
 def _ours(error: Exception, name: str) -> FedgeError:
     """Only the source's own word makes a file absent: an outage taken for that would freeze the root."""
     if isinstance(error, FedgeError):
         return error
-    code: Any = getattr(error, "code", None)  # gRPC's is a method that gives an enumeration, HTTP's a number
-    code = code() if callable(code) else code
-    code = getattr(code, "name", code)
-    if code in _ABSENT or isinstance(error, FileNotFoundError):
+    codes = set(_codes(error))
+    if not codes.isdisjoint(_ABSENT) or isinstance(error, FileNotFoundError):
         return AbsentError(f"{name}: the source has no such file")
-    if code in _FORBIDDEN:
+    if not codes.isdisjoint(_FORBIDDEN):
         return ForbiddenError(f"{name}: the source says that this device may not have it; ask who runs it")
     what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return FetchError(f"{name}: cannot be fetched now ({what}); try again later")

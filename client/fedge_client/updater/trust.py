@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tuf.api import exceptions
-from tuf.api.metadata import Key, TargetFile, Targets
+from tuf.api.metadata import Key, Metadata, TargetFile, Targets
 from tuf.ngclient import FetcherInterface, UpdaterConfig
 from tuf.ngclient import Updater as Workflow
 
@@ -243,7 +243,7 @@ class _Workflow(Workflow):
         )
         super().__init__(str(folder), _BASE, fetcher=fetcher, config=config, bootstrap=root)
         self._trusted_set.reference_time = now
-        self.asked = ""  # the file that was fetched last, for messages
+        self.asked, self._given = "", b""  # the file that was fetched last
 
     @property
     def keeps_snapshots(self) -> bool:
@@ -272,11 +272,17 @@ class _Workflow(Workflow):
 
     def _download_metadata(self, rolename: str, length: int, version: int | None = None) -> bytes:
         self.asked = f"{rolename if version is None else f'{version}.{rolename}'}.json"
-        return super()._download_metadata(rolename, length, version)
+        self._given = super()._download_metadata(rolename, length, version)
+        return self._given
 
     def _load_root(self) -> None:
+        """To the newest root; a source that gives the trusted one once more has no newer one (5.3.5)."""
         self._walked = True
-        super()._load_root()
+        try:
+            super()._load_root()
+        except exceptions.BadVersionNumberError:  # after its signatures were found to be those of the trusted
+            if Metadata.from_bytes(self._given).signed.version != self._trusted_set.root.version:
+                raise
 
     def _persist_root(self, version: int, data: bytes) -> None:
         """Keep a root that has just been verified, the one that came with the device too."""

@@ -133,6 +133,21 @@ def test_a_role_needs_as_many_of_its_own_keys_as_its_threshold(
             poll()
 
 
+def test_a_source_that_gives_the_trusted_root_once_more_has_no_newer_one(
+    repository: Repository, poll: Callable[..., Trusted]
+) -> None:
+    repository.publish_root()
+    repository.files["3.root.json"] = repository.files["2.root.json"]
+    assert poll().versions()["root"] == 2
+    repository.files["3.root.json"] = repository.files["1.root.json"]  # an older one is no such thing
+    with pytest.raises(DowngradeError, match="Expected root version 3 instead got version 1"):
+        poll()
+    forged = repository.signed(repository.root, "root", [KEYS[0]])
+    repository.files["3.root.json"] = forged  # nor one that others have signed
+    with pytest.raises(SignatureError):
+        poll()
+
+
 def test_only_the_last_root_must_be_within_its_date(
     repository: Repository, poll: Callable[..., Trusted], tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -550,6 +551,15 @@ class HttpError(OSError):
         self.code = code
 
 
+class StatusError(OSError):
+    """As aiohttp raises, and python-tuf's fetchers; requests and httpx have it in a response."""
+
+    def __init__(self, where: str, status: int) -> None:
+        super().__init__(f"status {status}")
+        first, _, second = where.partition(".")
+        setattr(self, first, SimpleNamespace(**{second: status}) if second else status)
+
+
 def failing(client: Client, name: str, error: Exception, after: bytes = b"") -> Fetcher:
     def fetch(asked: str, maximum: int, offset: int = 0, /) -> Iterator[bytes]:
         if asked == name:  # a generator: nothing is raised before the first chunk is asked for
@@ -564,6 +574,7 @@ def failing(client: Client, name: str, error: Exception, after: bytes = b"") -> 
 @pytest.mark.parametrize(
     "error",
     [CallError("NOT_FOUND"), CallError("PERMISSION_DENIED"), HttpError(404), HttpError(403),
+     StatusError("status", 404), StatusError("status_code", 403), StatusError("response.status_code", 404),
      AbsentError("gone"), ForbiddenError("not yours"), FileNotFoundError(2, "no such file")],
 )  # fmt: skip
 def test_only_a_source_that_says_so_ends_the_chain_of_roots(client: Client, error: Exception) -> None:
@@ -572,7 +583,14 @@ def test_only_a_source_that_says_so_ends_the_chain_of_roots(client: Client, erro
 
 
 @pytest.mark.parametrize(
-    "error", [CallError("UNAVAILABLE"), HttpError(503), TimeoutError("slow"), RuntimeError("odd")]
+    "error",
+    [
+        CallError("UNAVAILABLE"),
+        HttpError(503),
+        StatusError("response.status_code", 500),
+        TimeoutError("slow"),
+        RuntimeError("odd"),
+    ],
 )
 @pytest.mark.parametrize("after", [b"", b"{"])
 def test_an_outage_does_not_freeze_the_chain_of_roots(client: Client, error: Exception, after: bytes) -> None:
