@@ -92,17 +92,19 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 
 def _ls(arguments: argparse.Namespace) -> int:
-    from fedge_server.release.lineage import released
+    from fedge_server.release.lineage import all_removed, released
 
     _, registry = open_registry(arguments.home)
     with registry:
         releases, drafts = released(registry), registry.drafts.all(unpublished=True)
+        removed = all_removed(registry)
     value = {
-        "releases": [release.to_json() for release in releases],
+        "releases": [r.to_json() | {"removed": removed.get(r.version, {})} for r in releases],
         "drafts": [_draft_value(draft) for draft in drafts],
     }
     lines = [
         f"{r.version}  {r.task}  {r.created}  tiers: {', '.join(v.tier for v in r.variants)}"
+        + (f"  bytes removed: {', '.join(sorted(removed[r.version]))}" if r.version in removed else "")
         for r in releases
     ] or ["no releases"]
     for draft in drafts:

@@ -43,14 +43,20 @@ def release_of(registry: Registry, version: int) -> Release:
     return found[version]
 
 
-def removed(registry: Registry, version: int) -> dict[str, float]:
-    """Tiers for which the bytes of a release are not kept any more, and since when (Unix seconds)."""
+def all_removed(registry: Registry) -> dict[int, dict[str, float]]:
+    """By release: tiers for which its bytes are not kept any more, and since when (Unix seconds)."""
     variants = schema.variants.c
-    query = sa.select(variants.tier, variants.retired).where(
-        variants.release == version, variants.retired.is_not(None)
-    )
+    query = sa.select(variants.release, variants.tier, variants.retired).where(variants.retired.is_not(None))
+    found: dict[int, dict[str, float]] = {}
     with reading(registry.engine) as connection:
-        return {row.tier: row.retired for row in connection.execute(query)}
+        for row in connection.execute(query):
+            found.setdefault(row.release, {})[row.tier] = row.retired
+    return found
+
+
+def removed(registry: Registry, version: int) -> dict[str, float]:
+    """The same of one release; empty: all of it is kept."""
+    return all_removed(registry).get(version, {})
 
 
 def why_removed(tiers: Mapping[str, float]) -> str:

@@ -74,6 +74,9 @@ def test_a_release_without_its_bytes_is_shown_as_before_and_says_why_it_cannot_b
     assert [exports.has(model) for model in (*models.values(), "f" * 64)] == [False, False, True, False]
     assert not half.exists()
     assert list(last_variants(registry, ["micro"], besides="")) == ["micro"]
+    assert main(["release", "ls", "--home", str(home)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith("tiers: micro  bytes removed: micro") for line in lines] == [True, True, False]
     assert main(["release", "show", "1", "--home", str(home)]) == 0
     assert "  bytes: removed on " in capsys.readouterr().out
     assert main(["release", "publish", "--again", "1", "--home", str(home)]) == 2
