@@ -7,7 +7,7 @@ looked up here: python-tuf's way to download them is not safe from a kill or a f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tuf.api import exceptions
-from tuf.api.metadata import Key, Metadata, TargetFile, Targets
+from tuf.api.metadata import Key, Metadata, Role, TargetFile, Targets
 from tuf.ngclient import FetcherInterface, UpdaterConfig
 from tuf.ngclient import Updater as Workflow
 
@@ -265,8 +265,9 @@ class _Workflow(Workflow):
                 "a role name has one delegator"
             )
         targets = super()._load_targets(role, parent_role)
-        if targets.delegations is not None:
-            _check_keys(role, targets.delegations.keys)
+        if (found := targets.delegations) is not None:
+            roles = [found.succinct_roles] if found.succinct_roles else (found.roles or {}).values()
+            _check_keys(role, roles, found.keys)
         self._delegators[role] = parent_role
         return targets
 
@@ -286,7 +287,8 @@ class _Workflow(Workflow):
 
     def _persist_root(self, version: int, data: bytes) -> None:
         """Keep a root that has just been verified, the one that came with the device too."""
-        _check_keys(f"root version {version}", self._trusted_set.root.keys)
+        root = self._trusted_set.root
+        _check_keys(f"root version {version}", root.roles.values(), root.keys)
         super()._persist_root(version, data)
 
     def _persist_file(self, filename: str, data: bytes) -> None:
@@ -343,15 +345,18 @@ class _Metadata(FetcherInterface):
         raise exceptions.DownloadError(f"{url}: only metadata is fetched through python-tuf")
 
 
-def _check_keys(delegator: str, keys: Mapping[str, Key]) -> None:
-    """Stops one key that is named twice from reaching a threshold of two by itself (GHSA-3633-5h82-39pq)."""
-    held: dict[str, str] = {}
-    for name, key in keys.items():
-        public = "".join(str(key.to_dict()["keyval"].get("public")).split())  # PEM, or hexadecimal digits
-        if held.setdefault(public, name) != name:
-            raise exceptions.RepositoryError(
-                f"{delegator}: names one key twice, as {held[public][:8]} and as {name[:8]}"
-            )
+def _check_keys(delegator: str, roles: Iterable[Role], keys: Mapping[str, Key]) -> None:
+    """Stops a key with two names in a role from reaching a threshold of two alone (GHSA-3633-5h82-39pq)."""
+    for role in roles:
+        held: dict[str, str] = {}
+        for name in role.keyids:
+            if (key := keys.get(name)) is None:
+                continue
+            public = "".join(str(key.to_dict()["keyval"].get("public")).split())  # PEM, or hexadecimal digits
+            if held.setdefault(public, name) != name:
+                raise exceptions.RepositoryError(
+                    f"{delegator}: names one key twice for a role, as {held[public][:8]} and as {name[:8]}"
+                )
 
 
 def _target(found: TargetFile, by_digest: bool) -> Target:

@@ -226,7 +226,10 @@ def _why_not(
     held = {key.key.keyid for key in at_hand.tiers.get(tier, ())}
     away = f" ({'; '.join(at_hand.away)})" if at_hand.away else ""
     if not held and tier in known and known[tier][0]:
-        return f"it has {place.elsewhere(tier, known[tier][0])}{away}"
+        names = ", ".join(key[:8] for key in known[tier][0])
+        if away:  # it comes back: no reason to replace a key
+            return f"{'; '.join(at_hand.away)}; the tier's keys: {names}"
+        return f"it has {place.elsewhere(tier, known[tier][0])}"
     if not held:
         return (
             f"no key keys/tier-{tier}.key and no signer{away}; run: fedge-server signer serve, and name its "

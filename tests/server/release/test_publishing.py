@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from fedge.errors import FedgeError, RefusedError, UserError
 from fedge_server.registry.database import Registry
 from fedge_server.release import ReleasePlace, publish_draft
 from fedge_server.release.lineage import release_of, released
-from fedge_server.repository import Repository, create_key
+from fedge_server.repository import Repository, create_key, load_key
 from fedge_server.rollout.audit import Audit
 from fedge_server.rollout.service import Rollouts
 
@@ -62,6 +63,22 @@ def test_without_a_key_the_draft_waits_and_says_what_to_run(server, registry, dr
     assert again.release.version == 1
     assert publish_draft(server, registry, name).release is None  # nothing is left to do
     assert [row["version"] for row in registry.releases()] == [1]
+
+
+def test_a_tier_whose_keys_lie_elsewhere_waits_for_them_and_not_for_others(
+    server, registry, drafted, tmp_path
+):
+    server.make(["micro"])
+    key = server.keys / "tier-micro.key"
+    name = load_key(key).key.keyid[:8]
+    key.rename(tmp_path / "away")
+    draft = drafted("micro")
+    (waiting,) = publish_draft(server, registry, draft).waiting
+    assert f"it has keys already ({name}), which are not here; bring one to {key}" in waiting.why
+    away = replace(server, delivery=replace(server.delivery, signers=(str(tmp_path / "socket"),)))
+    (waiting,) = publish_draft(away, registry, draft).waiting
+    assert waiting.why.startswith(f"signer {tmp_path / 'socket'}: does not answer")
+    assert waiting.why.endswith(f"; the tier's keys: {name}")
 
 
 def test_a_new_tier_waits_for_the_targets_key_that_was_carried_away(server, registry, drafted, tmp_path):
