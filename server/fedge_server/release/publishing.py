@@ -28,6 +28,7 @@ from fedge_server.release.lineage import release_of, removed, why_removed
 from fedge_server.release.place import ONLINE, AtHand, ReleasePlace
 from fedge_server.repository import RoleKeys
 from fedge_server.rollout.audit import append
+from fedge_server.rollout.service import Rollouts
 
 PATIENCE_S: Final = 120.0  # for another publisher, and the signers that it asks
 PUBLISHER: Final = "publisher"  # who, in the audit trail, unless a person asked
@@ -182,8 +183,19 @@ def _publish(
     content = _part(draft.release, tiers)
     objects = [registry.store.get(digest) for entry in content.variants for digest in _objects(entry)]
     return place.repository.publish(
-        lambda version: replace(content, version=version), objects, at_hand.of(*tiers), is_floor=is_floor
+        lambda version: replace(content, version=version),
+        objects,
+        at_hand.of(*tiers),
+        is_floor=is_floor,
+        needed=_in_rollouts(registry),
     )
+
+
+def _in_rollouts(registry: Registry) -> dict[str, set[int]]:
+    """Versions that devices may be told to install, by tier: metadata must go on listing them."""
+    rollouts = Rollouts(registry)
+    newest = rollouts.newest()
+    return {state.tier: {state.version, rollouts.channel(state.tier).base} for state in newest}
 
 
 def _part(release: Release, tiers: Sequence[str]) -> Release:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Self
@@ -100,14 +100,20 @@ class TierContent:
                 found[path] = _target(path, entry, offered.note.to_json())
         return found
 
-    def with_release(self, offered: Offered, *, floor: int | None, keep: int) -> Self:
-        """With one release more, the newest; the oldest over `keep`, and those below the floor, go."""
+    def with_release(
+        self, offered: Offered, *, floor: int | None, keep: int, needed: Collection[int] = ()
+    ) -> Self:
+        """With one release more, the newest; those below the floor go, and the oldest over `keep`.
+
+        Those that are `needed` stay, however old, as far as a tier may offer so many.
+        """
         version = offered.note.version
         return self.with_floor(
             self.mark.floor if floor is None else floor,
             newest=max(version, self.mark.newest),
             releases={**self.releases, version: offered},
             keep=keep,
+            needed=needed,
         )
 
     def with_floor(
@@ -117,11 +123,14 @@ class TierContent:
         newest: int | None = None,
         releases: Mapping[int, Offered] | None = None,
         keep: int = MAX_KEPT,
+        needed: Collection[int] = (),
     ) -> Self:
         """With another floor, without what lies below it."""
         mark = TierMark(self.mark.tier, floor, self.mark.newest if newest is None else newest)
         offered = self.releases if releases is None else releases
-        kept = sorted(version for version in offered if version >= floor)[-keep:]
+        may = sorted(version for version in offered if version >= floor)
+        older = [version for version in may[:-keep] if version in needed][1 - MAX_KEPT :]
+        kept = [*older, *may[-min(keep, MAX_KEPT - len(older)) :]]
         return replace(
             self, mark=mark, releases=MappingProxyType({version: offered[version] for version in kept})
         )

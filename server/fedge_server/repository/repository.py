@@ -6,7 +6,7 @@ publisher left, and commits. Killed at any point, devices see the state before o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from datetime import UTC
@@ -133,6 +133,7 @@ class Repository:
         *,
         floors: Mapping[str, int] | None = None,
         is_floor: bool = False,
+        needed: Mapping[str, Collection[int]] | None = None,
     ) -> Release:
         """Offer a release to all tiers that it has variants for, under the next version.
 
@@ -144,6 +145,7 @@ class Repository:
             signing: keys of the tiers, snapshot and timestamp.
             floors: new floors of its tiers, by tier; at most the new version.
             is_floor: whether the new version is the floor of its tiers, as a way back is.
+            needed: versions that stay on offer though newer ones exceed `keep`, by tier.
 
         Raises:
             RefusedError: a rule or a signer is against it; the message has the reasons.
@@ -160,8 +162,10 @@ class Repository:
                 raise UserError(f"publish: a floor for tier {unknown[0]!r}, which the release does not serve")
             change = Change(release=version)
             for entry in release.variants:
+                content, stay = state.content(entry.tier), (needed or {}).get(entry.tier, ())
                 floor = version if is_floor else (floors or {}).get(entry.tier)
-                self._offer(state, change, release, entry, offered, floor)
+                added = self._added(content, change, release, entry, offered)
+                self._set(change, content.with_release(added, floor=floor, keep=self._keep, needed=stay))
             self._commit(state, change, signing)
         return release
 
@@ -285,25 +289,22 @@ class Repository:
         change.tiers[content.mark.tier] = content
         change.files[mark_path(content.mark.tier)] = content.mark.to_bytes()
 
-    def _offer(
+    def _added(
         self,
-        state: State,
+        content: TierContent,
         change: Change,
         release: Release,
         entry: VariantEntry,
         offered: Mapping[str, bytes],
-        floor: int | None,
-    ) -> None:
-        """A release as a further one of a tier."""
-        content, tier = state.content(entry.tier), entry.tier
+    ) -> Offered:
+        """A release as a further one of a tier; its files are in the change."""
+        tier = entry.tier
         wire = self._wire(content, entry, offered)
         if sha256(unpack(wire, entry.installed_bytes)) != entry.installed_sha256:
             raise FormatError(f"publish: tier {tier!r} does not unpack to its installed_sha256")
         report = self._object(content, entry.evidence_sha256, offered)
         if len(report) > MAX_REPORT_BYTES:
-            raise FormatError(
-                f"publish: tier {tier!r} has a report of {len(report)} bytes, over {MAX_REPORT_BYTES}"
-            )
+            raise FormatError(f"publish: tier {tier!r}: a report of {len(report)} > {MAX_REPORT_BYTES} bytes")
         data: dict[Kind, bytes] = {
             "manifest": release.to_bytes(),
             "model": wire,
@@ -315,11 +316,10 @@ class Repository:
         sealing = None
         if self._content_keys is not None:
             sealing, data["model"] = self._content_keys.sealed(wire, tier, release.version)
-        digests = sha256(data["manifest"]), lineage_digest(release.lineage)
-        note = ReleaseNote(release.version, *digests, sealing)
+        digest, lineage = sha256(data["manifest"]), lineage_digest(release.lineage)
+        note = ReleaseNote(release.version, digest, lineage, sealing)
         change.files.update({target_path(tier, release.version, kind): found for kind, found in data.items()})
-        files = {kind: FileEntry.of(found) for kind, found in data.items()}
-        self._set(change, content.with_release(Offered(note, files), floor=floor, keep=self._keep))
+        return Offered(note, {kind: FileEntry.of(found) for kind, found in data.items()})
 
     def _wire(self, content: TierContent, entry: VariantEntry, offered: Mapping[str, bytes]) -> bytes:
         """The variant as it travels unsealed: handed in, or of a release that the tier offers."""

@@ -81,6 +81,20 @@ def test_a_tier_whose_keys_lie_elsewhere_waits_for_them_and_not_for_others(
     assert waiting.why.endswith(f"; the tier's keys: {name}")
 
 
+def test_what_a_rollout_offers_stays_listed_while_newer_releases_are_published(server, registry, drafted):
+    one = replace(server, delivery=replace(server.delivery, keep=1))
+    one.make(["micro"])
+    publish_draft(one, registry, drafted("micro", answer=0))
+    publish_draft(one, registry, drafted("micro", answer=1))
+    assert list(one.repository.content("micro").releases) == [2]
+    Rollouts(registry).start(2, "micro", who="ann")
+    for answer in (2, 0):
+        publish_draft(
+            one, registry, drafted("micro", answer=answer, created=f"2026-02-0{answer + 1}T12:00:00Z")
+        )
+    assert list(one.repository.content("micro").releases) == [2, 4]
+
+
 def test_a_new_tier_waits_for_the_targets_key_that_was_carried_away(server, registry, drafted, tmp_path):
     create_key(server.keys / "tier-micro.key")
     (server.keys / "targets.key").rename(tmp_path / "stick")

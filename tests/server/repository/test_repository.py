@@ -18,6 +18,7 @@ from fedge.errors import DigestError, FedgeError, FormatError, RefusedError, Sig
 from fedge.files import sha256
 from fedge.manifest import Release
 from fedge_server.repository import Lifetimes, Repository, Request, RoleKeys
+from fedge_server.repository.content import Offered, TierContent
 from fedge_server.repository.folder import Folder
 from fedge_server.repository.state import HISTORY, load
 
@@ -80,6 +81,24 @@ def test_a_tier_offers_its_newest_releases_and_none_below_its_floor(place: Place
     assert sorted(place.repository.content("micro").releases) == [5]
     assert sorted(place.repository.content("board").releases) == [3, 4, 5]
     assert client.mark().floor == 5
+
+
+def test_what_a_rollout_needs_stays_on_offer_however_old_as_far_as_a_tier_may_offer_so_many() -> None:
+    content = TierContent.empty("micro")
+    for version in range(1, 40):
+        offered = Offered(ReleaseNote(version, "0" * 64, "0" * 64), {})
+        content = content.with_release(offered, floor=None, keep=3, needed=(2, 5, version))
+        assert version in content.releases
+    assert list(content.releases) == [2, 5, 37, 38, 39]
+    content = content.with_release(offered, floor=4, keep=1, needed=(2, 5))
+    assert list(content.releases) == [5, 39]
+    for version in range(40, 80):
+        offered = Offered(ReleaseNote(version, "0" * 64, "0" * 64), {})
+        content = content.with_release(offered, floor=None, keep=16, needed=range(80))
+        assert version in content.releases
+    assert list(content.releases) == [5, *range(65, 80)]
+    content = content.with_release(offered, floor=None, keep=16)
+    assert len(content.releases) == 16
 
 
 @pytest.mark.parametrize(
