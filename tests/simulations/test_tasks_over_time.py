@@ -60,7 +60,7 @@ def test_people_learn_signals_together_though_one_lacks_a_sensor(tmp_path, model
     assert np.abs(mean).max() < 1  # of waves about 0; computed federated
 
 
-@pytest.mark.slow
+@pytest.mark.quick_where(words=(15,))
 @pytest.mark.parametrize(("model", "words", "most"), [("gru", 15, 2.9), ("gru", 60, 1.5), ("lstm", 60, 1.5)])
 def test_speakers_learn_text_together_and_nobody_is_asked_for_moments(tmp_path, model, words, most, caplog):
     result = run(config("characters", verses(tmp_path / "verses", words), model))
