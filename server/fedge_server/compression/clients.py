@@ -185,6 +185,10 @@ class Clients:
         """Not asked: a second moment says more of one client's data than ranges and counts do."""
         return ()
 
+    def probabilities(self, graph: bytes) -> None:
+        """Not asked: answers are of single examples."""
+        return
+
     def selection(self, wire: bytes, installed_bytes: int) -> Counts:
         """What teacher and variant get right of the clients' examples for selection.
 

@@ -1,13 +1,14 @@
 """What a tier's devices fetch when they have its last variant: candidates that keep near it, and are as good.
 
 A candidate of the same graph as the last variant is offered in two versions: near the last one (`nearness`),
-and freshly rounded. Which distance is far enough, the selection data say, never the gate's: the nearest that
-is as often right as the fresh one, and differs from the global model hardly more often. The gate judges the
+and freshly rounded. Which distance is far enough, the selection data say, never the gate's: the nearest whose
+answers are hardly farther from those of the unrounded network than the fresh one's are. The gate judges the
 bytes that ship, as always; where it refuses what is near, the fresh version is next.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,19 +16,19 @@ from typing import Final
 
 from fedge import delta
 from fedge.artefact import pack
-from fedge.counts import Counts
 from fedge.errors import CompressionError
+from fedge.inference import Float32
 from fedge_server.compression.candidates import Candidate
-from fedge_server.compression.layer_inputs import Inputs
+from fedge_server.compression.layer_inputs import Inputs, divergence
 from fedge_server.compression.nearness import PRICES, Near, alike, near
 from fedge_server.compression.recipes import Architecture, Recipe
 from fedge_server.compression.sources import Source
 from fedge_server.compression.workshop import Workshop
 
-# Against fresh codes, on the selection data, as shares of them: accuracy may be so much less, and so many
-# more may be examples on which only one is right, the global model or the variant.
-MOST_LOST: Final = 0.002
-MOST_APART: Final = 0.003
+# Nats, in the mean over the selection data: so much farther than the fresh version's may a version's answers
+# be from the unrounded network's. Accuracy would not do: it counts the few answers that turn, and in 2,000
+# examples chance turns more of them than rounding does.
+MOST_OFF: Final = 0.0001
 FORM: Final = "int8"  # that has versions
 WORTH: Final = 0.9  # of the delta to fresh codes, at most: else these are taken
 
@@ -76,48 +77,41 @@ class Keeper:
 
     def _near(self, fresh: Candidate, base: bytes) -> Candidate | None:
         """The nearest version that is as good as the fresh one; None: there is none, or nobody can tell."""
-        if fresh.counts is None or fresh.recipe.form != FORM:
+        if fresh.recipe.form != FORM:
             return None
         exact = self.workshop.exact(fresh.recipe.architecture)
-        inputs = self._inputs_of(fresh.recipe.architecture, exact)
-        for each in near(fresh.cost.installed, base, exact, inputs) if inputs else ():
+        inputs, answers = self._inputs_of(fresh.recipe.architecture, exact), self.source.probabilities(exact)
+        if not inputs or answers is None:
+            return None
+        most = MOST_OFF + self._off(answers, fresh.cost.installed)
+        for each in near(fresh.cost.installed, base, exact, inputs):
             if self.deadline is not None and time.monotonic() > self.deadline:
                 self.say(f"compress: {fresh.name} keeps fresh codes: the time is up")
                 return None
-            found = self._candidate(fresh, base, each)
-            if found.counts is not None and as_good(found.counts, fresh.counts):
+            off = self._off(answers, each.graph)
+            self.say(
+                f"compress: {fresh.name} near the last variant: {100 * each.changed:.1f} % of the codes "
+                f"change, {off:.5f} nats from the unrounded network (at most {most:.5f})"
+            )
+            if off <= most:
+                found = self._candidate(fresh, base, each)
                 return found if _is_worth(found, fresh) else None
         return None
+
+    def _off(self, exact: Float32, graph: bytes) -> float:
+        answers = self.source.probabilities(graph)
+        return math.inf if answers is None else divergence(exact, answers)
 
     def _candidate(self, fresh: Candidate, base: bytes, version: Near) -> Candidate:
         graph = version.graph
         cost = replace(fresh.cost, installed=graph, wire=pack(graph))  # memory and speed are the graph's own
-        counts = self.source.selection(cost.wire, len(graph))
-        size = len(delta.make(base, graph))
-        known = "" if counts is None else f", {100 * counts.accuracy:.1f} % on selection data"
-        self.say(
-            f"compress: {fresh.name} near the last variant: {100 * version.changed:.1f} % of the codes "
-            f"change, a delta of {size:,} bytes{known}"
-        )
+        counts, size = self.source.selection(cost.wire, len(graph)), len(delta.make(base, graph))
         return replace(fresh, cost=cost, counts=counts, delta_bytes=size, changed=version.changed)
 
     def _inputs_of(self, architecture: Architecture, exact: bytes) -> Sequence[Inputs | None]:
         if architecture not in self._inputs:
             self._inputs[architecture] = self.source.inputs_of(exact)
         return self._inputs[architecture]
-
-
-def as_good(version: Counts, fresh: Counts) -> bool:
-    """Whether a version is as good as the fresh one, within `MOST_LOST` and `MOST_APART`.
-
-    Accuracy alone would let the last variant pass for ever: between two rounds it hardly falls.
-    """
-    return version.accuracy >= fresh.accuracy - MOST_LOST and _apart(version) <= _apart(fresh) + MOST_APART
-
-
-def _apart(counts: Counts) -> float:
-    """The share of the examples on which only one is right, the global model or the variant."""
-    return float((counts.losses + counts.wins).sum()) / max(counts.examples, 1)
 
 
 def _is_worth(version: Candidate, fresh: Candidate) -> bool:

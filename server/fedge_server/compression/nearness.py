@@ -5,14 +5,16 @@ is within some tolerance would keep the old model: small moves of one direction 
 are chosen together: with weights w, scale s, M the second moment of the layer's inputs and b the codes of the
 earlier release, those codes c that make
 
-    (w - s c) M (w - s c)^T  +  price * |{i : c_i != b_i}|
+    g (w - s c) M (w - s c)^T  +  price * |{i : c_i != b_i}|
 
-small. It begins with c = b and goes through the inputs, one after the other, setting each code to what is
-best while the others stay, as QuantEase does without the price (Behdin et al. 2023, "QuantEase:
-Optimization-based Quantization for Language Models", arXiv:2309.01885). What one code leaves undone, the next
-ones make good, so that a few changed codes carry what all the weights have learned; and the bias takes up
-what is left in the mean (Nagel et al. 2019, "Data-Free Quantization through Weight Equalization and Bias
-Correction", ICCV). Each release is chosen towards its own float weights: errors do not add up over releases.
+small; g is what a squared error of the layer's outputs does to the answers (`layer_inputs`), so that layers
+on which much depends, often small ones, change as they have to, and codes stay where it matters little. It
+begins with c = b and goes through the inputs, one after the other, setting each code to what is best while
+the others stay, as QuantEase does without the price (Behdin et al. 2023, "QuantEase: Optimization-based
+Quantization for Language Models", arXiv:2309.01885). What one code leaves undone, the next ones make good,
+so that a few changed codes carry what all the weights have learned; and the bias takes up what is left in
+the mean (Nagel et al. 2019, "Data-Free Quantization through Weight Equalization and Bias Correction",
+ICCV). Each release is chosen towards its own float weights: errors do not add up over releases.
 
 Scales and ranges stay where the new values fit. Recurrent layers, embeddings, grouped convolutions and
 layers of more than `layer_inputs.MAX_INPUTS` inputs keep their fresh codes.
@@ -29,18 +31,18 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import numpy_helper
 
 from fedge.inference import Float32
-from fedge_server.compression.layer_inputs import Inputs, Layer, constants, layers_of
+from fedge_server.compression.layer_inputs import Inputs, Layer, constants, layers_of, with_constants
 from fedge_server.compression.onnx_graph import LAYERS, copied, dump, load, parents
 
-# Of a changed code, as multiples of the error that rounding one average weight makes (s^2 E[x^2] / 12).
-PRICES: Final = (8192, 2048, 512, 128, 32, 8)
+# Of a changed code, as multiples of what rounding one average weight costs (g s^2 E[x^2] / 12). Each goes on
+# from the codes of the one before: coming from above finds fewer and larger changes.
+PRICES: Final = tuple(2**n for n in range(12, -1, -1))
 LEVELS: Final = 64  # the largest code: weights use 7 of the 8 bits, see `quantise`
 _SWEEPS: Final = 3  # through all inputs, at each price
-_DAMPING: Final = 0.01  # of the mean square input, added to each: weights count where inputs were never seen
-_CLIPPED, _ROOMY = 1.25, 0.6  # an earlier scale stays while the largest weight is so many times its range
+_DAMPING: Final = 0.1  # of the mean square input, added to each: weights count where inputs were never seen
+_CLIPPED, _ROOMY = 1.5, 0.6  # an earlier scale stays while the largest weight is so many times its range
 _RANGE_PAST, _RANGE_LEAST = 0.01, 0.9  # likewise of activations: a hundredth beyond its ends; how wide
 _BLOCK: Final = 128
 _MOST: Final = 2**31 - 1  # of a bias
@@ -79,15 +81,16 @@ def near(fresh: bytes, base: bytes, exact: bytes, inputs: Sequence[Inputs | None
     if not tasks:
         return
     kept = _ranges(model.graph, new, old)
+    total = sum(task.codes.size for task in tasks)
+    unit = sum(task.rounding for task in tasks) / total
     for price in PRICES:
         changed = dict(kept)
         for task in tasks:
-            task.settle(price)
+            task.settle(price * unit)
             changed |= task.weights(new)
         changed |= _biases(model.graph, tasks, new, changed)
-        total = sum(task.codes.size for task in tasks)
         moved = sum(int(np.count_nonzero(task.codes != task.base)) for task in tasks)
-        yield Near(_with(model, changed), price, moved / total)
+        yield Near(dump(with_constants(model, changed)), price, moved / total)
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +105,7 @@ class _Task:
     codes: Float32 = field(init=False)
     _moment: Float32 = field(init=False)  # (I, I)
     _typical: float = field(init=False)
+    _worth: Float32 = field(init=False)  # (O,) nats of a squared error of one step
 
     def __post_init__(self) -> None:
         second = self.inputs.second
@@ -109,27 +113,35 @@ class _Task:
             second = second - np.outer(self.inputs.mean, self.inputs.mean)
         self._typical = float(np.diag(second).mean())
         self._moment = second + np.float32(_DAMPING * self._typical) * np.eye(len(second), dtype=np.float32)
+        self._worth = np.broadcast_to(self.inputs.sensitivity * self.scale[:, 0] ** 2, len(self.exact))
         self.codes = self.base.copy()
 
-    def settle(self, price: int) -> None:
-        """Go on from the present codes until they suit the price."""
-        if self._typical <= 0:
+    @property
+    def rounding(self) -> float:
+        """Nats that rounding all weights costs, about."""
+        weights: int = self.exact.shape[1]  # of an output
+        return weights * float(self._worth.sum()) * self._typical / 12
+
+    def settle(self, price: float) -> None:
+        """Go on from the present codes until they suit the price of a changed one, in nats."""
+        if self.rounding <= 0:
             return
-        lam = np.float32(price * self._typical / 12)
+        with np.errstate(divide="ignore"):  # an output of weights that are all 0 stays as it is
+            lam = (price / self._worth).astype(np.float32)
         left = self.exact / self.scale - self.codes  # (O, I), in steps
         for _ in range(_SWEEPS):
             for start in range(0, left.shape[1], _BLOCK):
                 chosen = slice(start, min(start + _BLOCK, left.shape[1]))
                 self._settle_block(chosen, left, lam)
 
-    def _settle_block(self, chosen: slice, left: Float32, lam: np.float32) -> None:
+    def _settle_block(self, chosen: slice, left: Float32, lam: Float32) -> None:
         pull = left @ self._moment[:, chosen]  # (O, block): half of how fast the error falls with each code
         within = self._moment[chosen, chosen]
         for j, i in enumerate(range(chosen.start, chosen.stop)):
             now, was, weight, gain = self.codes[:, i], self.base[:, i], within[j, j], pull[:, j]
             best = np.clip(np.rint(now + gain / weight), -LEVELS, LEVELS)
             by, back = best - now, was - now
-            cost = by * (weight * by - 2 * gain) + lam * (best != was)
+            cost = by * (weight * by - 2 * gain) + np.where(best != was, lam, np.float32(0))
             free = back * (weight * back - 2 * gain)
             moved = np.where(cost < free, by, back)
             rows = np.flatnonzero(moved)
@@ -242,12 +254,3 @@ def _widens(
     found = [makers.get(name) for name in node.input]
     widens = [each for each in found if each is not None and each.op_type == "DequantizeLinear"]
     return (widens[0], widens[1], widens[2]) if len(widens) == 3 else None
-
-
-def _with(model: onnx.ModelProto, values: _Constants) -> bytes:
-    """The graph with other constants."""
-    result = copied(model)
-    for tensor in result.graph.initializer:
-        if tensor.name in values:
-            tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
-    return dump(result)

@@ -72,6 +72,7 @@ class Known:
 
     built: Mapping[Recipe, Candidate]
     short: Mapping[Architecture, Counts]  # on the selection data, after a short training
+    warm: Collection[Architecture] = ()  # those of `short` that have been trained whole
 
     @property
     def examples(self) -> int:
@@ -97,7 +98,8 @@ class Known:
             return 0.0
         if architecture in self.short:
             counts = self.short[architecture]
-            return counts.teacher_accuracy - 1 + (1 - counts.accuracy) * self._errors_left()
+            left = 1.0 if architecture in self.warm else self._errors_left()
+            return counts.teacher_accuracy - 1 + (1 - counts.accuracy) * left
         return 0.01
 
     def _errors_left(self) -> float:
@@ -105,7 +107,9 @@ class Known:
         seen = []
         for recipe, candidate in self.built.items():
             counts = self.short.get(recipe.architecture)
-            if counts is None or candidate.counts is None or recipe.form != "fp32" or counts.accuracy == 1:
+            if recipe.form != "fp32" or recipe.architecture in self.warm:
+                continue
+            if counts is None or candidate.counts is None or counts.accuracy == 1:
                 continue
             seen.append((1 - candidate.counts.accuracy) / (1 - counts.accuracy))
         return fmean(seen) if seen else _ERRORS_LEFT

@@ -36,7 +36,7 @@ from fedge_server.compression.prospects import Known, Prospect, next_of, useful
 from fedge_server.compression.recipes import Architecture, Recipe, recipes
 from fedge_server.compression.shelf import Shelf
 from fedge_server.compression.sources import Source
-from fedge_server.compression.workshop import Workshop
+from fedge_server.compression.workshop import WARM_EPOCHS, Workshop
 
 _SHORT: Final = 1 / 6  # of the epochs: the training that architectures are compared after
 _FEW: Final = 3  # so many architectures are trained whole without comparing them first
@@ -107,6 +107,7 @@ class Search:
     say: Say
     built: dict[Recipe, Candidate] = field(default_factory=dict)
     short: dict[Architecture, Counts] = field(default_factory=dict)
+    warm: set[Architecture] = field(default_factory=set)  # those of `short` that have been trained whole
     left: list[Trial] = field(default_factory=list)  # what could not be built, and why
 
     def run(self, every: Sequence[Recipe], sittings: Sequence[Sitting]) -> None:
@@ -132,7 +133,7 @@ class Search:
         while turns:
             sitting, prospects = turns.pop(0)
             prospects = [each for each in prospects if each.recipe not in done]
-            known, examples = Known(self.built, self.short), self.source.gate_examples
+            known, examples = Known(self.built, self.short, self.warm), self.source.gate_examples
             chosen = next_of(prospects, known, sitting.tier, examples, self.config, sitting.refused)
             if chosen is None:
                 continue  # nothing more for this tier
@@ -189,9 +190,11 @@ class Search:
                 continue
             if counts is not None:
                 self.short[architecture] = counts
+                warm = self.workshop.is_warm(architecture)
+                self.warm |= {architecture} if warm else set()
                 self.say(
                     f"compress: {architecture.name}: {100 * counts.accuracy:.1f} % on selection data after "
-                    "a short training"
+                    + ("going on from the last search" if warm else "a short training")
                 )
 
     def _build(self, recipe: Recipe) -> None:
@@ -231,6 +234,7 @@ class Search:
         settings = self.config.compress
         needs = 0.0 if name in seconds else whole
         if recipe.trained:
+            whole /= WARM_EPOCHS if self.workshop.is_warm(recipe.architecture) else 1
             needs += whole * settings.grid.epochs / settings.distil.epochs
         return needs
 

@@ -153,6 +153,14 @@ class Source(Protocol):
         """
         ...
 
+    def probabilities(self, graph: bytes) -> Float32 | None:
+        """What a graph answers (N, C) to the selection data; None: nothing is known of these.
+
+        Raises:
+            CompressionError: the graph cannot be run.
+        """
+        ...
+
     def evidence(self, wire: bytes, installed_bytes: int) -> Evidence:
         """What the gate decides from, on data that nothing else has looked at.
 
@@ -320,12 +328,12 @@ class OnServer:
 
     def selection(self, wire: bytes, installed_bytes: int) -> Counts | None:
         """On the proxy data set apart; without labels what the teacher answers there is taken for true."""
-        if not len(self.apart):
-            return None
-        return self._counts(self._answers(wire, installed_bytes))
+        answers = self.probabilities(unpack(wire, installed_bytes))
+        return None if answers is None else self._counts(answers)
 
-    def _answers(self, wire: bytes, installed_bytes: int) -> Float32:
-        return _run(CompactModel(unpack(wire, installed_bytes), self.spec), self.apart.x)
+    def probabilities(self, graph: bytes) -> Float32 | None:
+        """On the proxy data set apart."""
+        return _run(CompactModel(graph, self.spec), self.apart.x) if len(self.apart) else None
 
     def _counts(self, answers: Float32) -> Counts:
         teacher, truth = self._known()
@@ -339,11 +347,12 @@ class OnServer:
 
     def routing(self, wire: bytes, installed_bytes: int, among: int) -> Routing:
         """Calibrated on the proxy data set apart."""
-        if not len(self.apart):
+        answers = self.probabilities(unpack(wire, installed_bytes))
+        if answers is None:
             return Routing(self.calibration.doubt, reason="the server has no proxy data to calibrate on")
         teacher, truth = self._known()
         return routing_of(
-            self._answers(wire, installed_bytes),
+            answers,
             teacher,
             truth,
             self.calibration,

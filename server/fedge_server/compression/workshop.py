@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Final
 
 import torch
 from torch import nn
@@ -28,7 +29,12 @@ from fedge_server.compression.sparsify import sparsify
 _BITS: dict[FormName, Bits] = {"w8": "int8", "w4": "int4", "ternary": "ternary", "binary": "binary"}
 
 _ROUNDED: tuple[FormName, ...] = ("w8", "w4")  # whose values may be rounded from trained ones
-_WARM_EPOCHS, _WARM_RATE = 1 / 6, 0.3  # of a student's training where it starts from what it learned before
+# Of a student's training where it starts from what it learned before: less of it, and slower, since what a
+# student does not need to change no device needs to fetch (docs/results.md). Where that makes it right more
+# often by `_MOVED`, the world has moved: it learns faster, and has to gain as much again by it.
+WARM_EPOCHS: Final = 1 / 6
+_GENTLE, _BOLD = 0.03, 0.3  # shares of the learning rate
+_MOVED = 0.01
 
 Say = Callable[[str], None]
 
@@ -125,8 +131,15 @@ class Workshop:
                 self._networks[key] = self._trained(architecture)
         return self._networks[key]
 
+    def is_warm(self, architecture: Architecture) -> bool:
+        """Whether an earlier search has taught this student: it goes on from there."""
+        before = self._earlier.get(architecture.name) if architecture.student else None
+        return before is not None and _shapes(before) == _shapes(arrays_of(self._new(architecture)))
+
     def tried_out(self, architecture: Architecture, share: float) -> nn.Module:
         """The network after a short training, from which the whole one goes on.
+
+        A student that an earlier search has taught learns no longer than that: it is trained whole.
 
         Args:
             architecture: of a student.
@@ -135,6 +148,8 @@ class Workshop:
         Raises:
             CompressionError, TimeUpError: as `build`.
         """
+        if self.is_warm(architecture):
+            return self.network(architecture)
         settings = self._config.compress.distil
         short = replace(settings, epochs=max(round(share * settings.epochs), 1))
         self._short[architecture] = self._learned(
@@ -179,30 +194,35 @@ class Workshop:
     def _trained(self, architecture: Architecture) -> nn.Module:
         if not architecture.learns:
             return self._teacher.network
-        if architecture.student:
-            first = self._short.get(architecture) or self._first(architecture)
-            return self._learned(architecture.name, architecture.student, first, self._learning(architecture))
-        return self._remembered(architecture.name, architecture, lambda: self._pruned(architecture))
+        if not architecture.student:
+            return self._remembered(architecture.name, architecture, lambda: self._pruned(architecture))
+        first = self._short.get(architecture) or self._first(architecture)
+        if self.is_warm(architecture):
+            return self._remembered(architecture.name, first, lambda: self._taught_on(architecture, first))
+        return self._learned(architecture.name, architecture.student, first, self._config.compress.distil)
 
-    def _learning(self, architecture: Architecture) -> Distil:
-        """A student that an earlier search has taught needs less, and shall not forget where it was."""
+    def _taught_on(self, architecture: Architecture, first: nn.Module) -> nn.Module:
+        """A student that knows what the last search's global model answered."""
+        gentle = self._taught(architecture.student, first, self._warm(_GENTLE))
+        before, after = (self._source.selection_of(each) for each in (first, gentle))
+        if before is None or after is None or after.accuracy < before.accuracy + _MOVED:
+            return gentle
+        bold = self._taught(architecture.student, first, self._warm(_BOLD))
+        counts = self._source.selection_of(bold)
+        return bold if counts is not None and counts.accuracy >= after.accuracy + _MOVED else gentle
+
+    def _warm(self, rate: float) -> Distil:
         settings = self._config.compress.distil
-        if architecture.name not in self._earlier:
-            return settings
-        epochs = max(round(_WARM_EPOCHS * settings.epochs), 1)
-        return replace(settings, epochs=epochs, learning_rate=_WARM_RATE * settings.learning_rate)
+        epochs = max(round(WARM_EPOCHS * settings.epochs), 1)
+        return replace(settings, epochs=epochs, learning_rate=rate * settings.learning_rate)
+
+    def _taught(self, student: str, network: nn.Module, settings: Distil) -> nn.Module:
+        return self._source.teach(
+            network, settings, model=STUDENT + student, seed=self._config.seed, deadline=self._deadline
+        )
 
     def _learned(self, name: str, student: str, network: nn.Module, settings: Distil) -> nn.Module:
-        def learn() -> nn.Module:
-            return self._source.teach(
-                network,
-                settings,
-                model=STUDENT + student,
-                seed=self._config.seed,
-                deadline=self._deadline,
-            )
-
-        return self._remembered(name, network, learn)
+        return self._remembered(name, network, lambda: self._taught(student, network, settings))
 
     def _on_grid(self, architecture: Architecture, form: FormName) -> nn.Module:
         settings = self._config.compress
@@ -260,16 +280,18 @@ class Workshop:
 
     def _first(self, architecture: Architecture) -> nn.Module:
         """A student that has not learned yet: its weights come from the seed, or from the last release's."""
+        network = self._new(architecture)
+        if self.is_warm(architecture):
+            load_arrays(network, self._earlier[architecture.name])
+        return network.eval()
+
+    def _new(self, architecture: Architecture) -> nn.Module:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._config.seed)
-                network = self._task.student(architecture.student)(self.spec)
+                return self._task.student(architecture.student)(self.spec)
         except FedgeError as error:
             raise CompressionError(f"student {architecture.student!r} cannot be built: {error}") from error
-        before = self._earlier.get(architecture.name)
-        if before is not None and _shapes(before) == _shapes(arrays_of(network)):
-            load_arrays(network, before)
-        return network.eval()
 
 
 def _shapes(arrays: NamedArrays) -> dict[str, tuple[int, ...]]:

@@ -11,12 +11,12 @@ from onnx import TensorProto, helper, numpy_helper
 from fedge import delta
 from fedge.artefact import pack
 from fedge.config import Config
-from fedge.counts import Counts
 from fedge.inference import CompactModel
+from fedge_server.compression import keeping
 from fedge_server.compression.candidates import Candidate
 from fedge_server.compression.gate import MAX_ATTEMPTS
-from fedge_server.compression.keeping import Keeper, as_good
-from fedge_server.compression.layer_inputs import inputs_of
+from fedge_server.compression.keeping import MOST_OFF, Keeper
+from fedge_server.compression.layer_inputs import divergence, inputs_of
 from fedge_server.compression.measure import Cost
 from fedge_server.compression.nearness import PRICES, alike, near
 from fedge_server.compression.onnx_graph import load
@@ -131,13 +131,13 @@ def test_inputs_of_a_convolution_are_the_patches_under_its_kernel():
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(4, 2, 3, 2)).astype(np.float32)
     node = helper.make_node(
-        "Conv", ["input", "w"], ["y"], strides=[2, 1], pads=[1, 0, 0, 1], dilations=[1, 2]
+        "Conv", ["input", "w"], ["probabilities"], strides=[2, 1], pads=[1, 0, 0, 1], dilations=[1, 2]
     )
     graph = helper.make_graph(
         [node],
         "g",
         [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 2, 6, 5])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(weight, "w")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
@@ -150,15 +150,28 @@ def test_inputs_of_a_convolution_are_the_patches_under_its_kernel():
     np.testing.assert_allclose(found.mean, rows.mean(axis=0), atol=1e-5)
 
 
-def counted(right: int, losses: int, wins: int) -> Counts:
-    return Counts(*(np.array([each]) for each in (1000, right, losses, wins)))
+def test_an_error_is_worth_what_it_does_to_the_answers(rounds, exported, digits):
+    worth = [each.sensitivity for each in rounds.inputs]
+    assert min(worth) > 0
+    assert max(worth) > 2 * min(worth)
+    again = [each.sensitivity for each in inputs_of(rounds.exact, digits.proxy.x)]
+    assert again == worth
+    dead = load(exported)
+    for tensor in dead.graph.initializer:
+        if tuple(tensor.dims) == (64, 64):
+            tensor.CopyFrom(numpy_helper.from_array(np.zeros((64, 64), np.float32), tensor.name))
+    found = [each.sensitivity for each in inputs_of(dead.SerializeToString(), digits.proxy.x)]
+    assert found[0] == 0.0  # nothing of the first layer comes through the second
+    assert found[1] == 0.0  # which has no weights for the noise to be measured by
 
 
-def test_a_version_is_as_good_within_two_tenths_of_a_point_and_three_tenths_apart():
-    fresh = counted(900, 5, 5)
-    assert as_good(counted(899, 7, 5), fresh)  # 0.2 points less, as many further apart
-    assert not as_good(counted(899, 8, 3), fresh)  # 0.3 points less
-    assert not as_good(counted(898, 7, 7), fresh)  # as often right, but four more are another model's
+def test_divergence_is_that_of_kullback_and_leibler():
+    exact, answers = np.float32([[0.5, 0.5], [1.0, 0.0]]), np.float32([[0.25, 0.75], [1.0, 0.0]])
+    assert divergence(exact, exact) == 0.0
+    assert divergence(exact, answers) == pytest.approx(
+        0.5 * (0.5 * np.log(2) + 0.5 * np.log(2 / 3)), rel=1e-6
+    )
+    assert np.isfinite(divergence(np.float32([[1.0, 0.0]]), np.float32([[0.0, 1.0]])))
 
 
 @pytest.fixture
@@ -183,7 +196,13 @@ def test_a_tier_with_a_last_variant_gets_the_nearest_version_that_is_as_good_the
     first, last = keeper.versions(fresh, "old")
     assert last == replace(fresh, delta_bytes=len(delta.make(rounds.base, rounds.fresh)))
     assert first.delta_bytes == len(delta.make(rounds.base, first.cost.installed)) < 0.5 * last.delta_bytes
-    assert as_good(first.counts, fresh.counts)
+    exact, near_, plain = (
+        keeper.source.probabilities(graph)
+        for graph in (rounds.exact, first.cost.installed, fresh.cost.installed)
+    )
+    assert divergence(exact, near_) <= divergence(exact, plain) + MOST_OFF
+    known = keeper.source.selection(first.cost.wire, len(first.cost.installed))
+    assert (first.counts.losses == known.losses).all()
     assert 0 < first.changed < 0.35
     assert keeper.versions(fresh, "old") == (first, last)
 
@@ -194,12 +213,15 @@ def test_without_a_last_variant_of_the_same_graph_nothing_changes(keeper, rounds
 
 
 @pytest.mark.slow
-def test_where_nothing_near_is_as_good_or_the_time_is_up_only_the_fresh_one_is_left(keeper, rounds):
+def test_where_nothing_near_is_as_good_or_the_time_is_up_only_the_fresh_one_is_left(
+    keeper, rounds, monkeypatch
+):
     fresh = candidate(rounds.fresh, keeper)
-    better = replace(fresh, counts=replace(fresh.counts, both=fresh.counts.n, losses=0 * fresh.counts.n))
-    assert [each.changed for each in keeper.versions(better, "old")] == [None]
-    late = replace(keeper, deadline=0.0)
-    assert [each.changed for each in late.versions(fresh, "old")] == [None]
+    nobody_knows = replace(keeper.source, apart=keeper.source.apart.take(np.arange(0)))
+    for other in (replace(keeper, source=nobody_knows), replace(keeper, deadline=0.0)):
+        assert [each.changed for each in other.versions(fresh, "old")] == [None]
+    monkeypatch.setattr(keeping, "MOST_OFF", -1.0)
+    assert [each.changed for each in keeper.versions(fresh, "old")] == [None]
 
 
 class _Judge:

@@ -116,6 +116,14 @@ def test_what_errors_a_whole_training_leaves_is_learned():
     assert seen.drop(Recipe(LARGE, "fp32")) == pytest.approx(0.12 * 0.11 / 0.14 - 0.1)
 
 
+def test_a_student_that_went_on_from_the_last_search_keeps_the_errors_it_has():
+    built = {each.recipe: each for each in [candidate(SMALL, "fp32", 400, 10, counted(10))]}
+    seen = Known(built, {SMALL: counted(20), LARGE: counted(20)}, {SMALL})
+    assert seen.drop(Recipe(LARGE, "fp32")) == pytest.approx(0.12 * 0.85 - 0.1)
+    seen = Known({}, {LARGE: counted(20)}, {LARGE})
+    assert seen.drop(Recipe(LARGE, "fp32")) == pytest.approx(0.02)
+
+
 def test_that_one_student_beats_its_teacher_says_little_of_a_smaller_one():
     better = counted(0, wins=15)
     seen = known(candidate(LARGE, "fp32", 400, 10, better), short={LARGE: counted(10), SMALL: counted(50)})

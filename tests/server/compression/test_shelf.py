@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,6 +90,61 @@ def test_students_start_from_what_an_earlier_search_taught_them_and_learn_less(
     assert right >= helpers.share_right(workshop.network(SMALL), digits.gate) - 0.02
     moved = float((again.network(SMALL).state_dict()["0.weight"] - began["0.weight"]).norm())
     assert moved < 0.5 * float(began["0.weight"].norm())
+
+
+class _World:
+    """A source whose selection data say what they are told to, and that remembers how fast it taught."""
+
+    def __init__(self, *accuracies):
+        self._accuracies, self.rates = list(accuracies), []
+
+    def teach(self, student, settings, **_):
+        self.rates.append(settings.learning_rate)
+        taught = copy.deepcopy(student)
+        with torch.no_grad():
+            taught[0].bias += settings.learning_rate
+        return taught
+
+    def selection_of(self, _network):
+        right = self._accuracies.pop(0)
+        return None if right is None else SimpleNamespace(accuracy=right)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "rates", "kept"),
+    [
+        ((0.9, 0.905), (0.03,), 0.03),
+        ((0.8, 0.82, 0.9), (0.03, 0.3), 0.3),
+        ((0.8, 0.82, 0.825), (0.03, 0.3), 0.03),
+        ((None, None), (0.03,), 0.03),
+    ],
+    ids=["the world stays", "it has moved", "it has moved little", "nobody knows"],
+)
+def test_a_student_goes_on_gently_and_faster_where_the_world_has_moved(
+    made, teacher, accuracies, rates, kept
+):
+    workshop, shelf = made(config(distil={"epochs": 30, "learning_rate": 1.0}))
+    workshop.network(SMALL)
+    os.utime(shelf.folder, (1, 1))
+    with torch.no_grad():
+        teacher.network[0].weight.mul_(1.001)
+    again, _ = made(config(distil={"epochs": 30, "learning_rate": 1.0}))
+    assert again.is_warm(SMALL)
+    again._source = world = _World(*accuracies)
+    before = again.untrained(SMALL)[0].bias
+    moved = again.tried_out(SMALL, 0.5)[0].bias - before
+    assert world.rates == pytest.approx(rates)
+    torch.testing.assert_close(moved, torch.full_like(moved, kept))
+    assert again.network(SMALL) is again.tried_out(SMALL, 0.5)
+
+
+def test_what_was_learned_in_another_shape_is_no_beginning(made, teacher):
+    _, shelf = made()
+    shelf.keep_network(SMALL.name, {"w": np.zeros(2, np.float32)}, 1.0)
+    os.utime(shelf.folder, (1, 1))
+    with torch.no_grad():
+        teacher.network[0].weight.mul_(1.001)
+    assert not made()[0].is_warm(SMALL)
 
 
 def test_two_searches_are_kept(made, teacher):
