@@ -76,7 +76,7 @@ periods = 100
 
 [keeping]
 releases = 16                   # of each tier: the newest, whose bytes are kept (docs/releases.md)
-runs = 16                       # that are over: the same
+runs = 100                      # that are over: the newest, whose model is kept
 unseen_days = 90                # what a device runs is kept for so long after it was seen last
 
 [workers]

@@ -120,7 +120,7 @@ class Keeping:
 
     automatic: bool = True  # the hub removes what is not kept, once an hour
     releases: Count = 16  # of each tier: the newest
-    runs: Count = 16  # that are over: the newest
+    runs: Count = 100  # that are over: the newest
     unseen_days: Days = 90  # what a device runs is kept for so long after it was seen last
 
     def terms(self) -> Keep:

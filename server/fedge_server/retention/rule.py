@@ -19,7 +19,7 @@ class Keep:
     """
 
     releases: int = 16  # of each tier: the newest, and as many drafts that were refused
-    runs: int = 16  # that are over: the newest
+    runs: int = 100  # that are over: the newest
     unseen_s: float = 90 * 86_400.0  # what a device runs is kept for so long after it was seen last
 
     def __post_init__(self) -> None:
