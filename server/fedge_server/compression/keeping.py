@@ -16,7 +16,7 @@ from typing import Final
 
 from fedge import delta
 from fedge.artefact import pack
-from fedge.errors import CompressionError
+from fedge.errors import CompressionError, FormatError
 from fedge.inference import Float32
 from fedge_server.compression.candidates import Candidate
 from fedge_server.compression.layer_inputs import Inputs, divergence
@@ -70,14 +70,14 @@ class Keeper:
         fresh = replace(candidate, delta_bytes=len(delta.make(base, candidate.cost.installed)))
         try:
             found = self._near(fresh, base)
-        except CompressionError as error:
+        except (CompressionError, FormatError) as error:
             self.say(f"compress: {candidate.name} keeps fresh codes: {error}")
             return (fresh,)
         return (fresh,) if found is None else (found, fresh)
 
     def _near(self, fresh: Candidate, base: bytes) -> Candidate | None:
         """The nearest version that is as good as the fresh one; None: there is none, or nobody can tell."""
-        if fresh.recipe.form != FORM:
+        if fresh.recipe.form != FORM or self._is_late(fresh):
             return None
         exact = self.workshop.exact(fresh.recipe.architecture)
         inputs, answers = self._inputs_of(fresh.recipe.architecture, exact), self.source.probabilities(exact)
@@ -85,8 +85,7 @@ class Keeper:
             return None
         most = MOST_OFF + self._off(answers, fresh.cost.installed)
         for each in near(fresh.cost.installed, base, exact, inputs):
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                self.say(f"compress: {fresh.name} keeps fresh codes: the time is up")
+            if self._is_late(fresh):
                 return None
             off = self._off(answers, each.graph)
             self.say(
@@ -97,6 +96,12 @@ class Keeper:
                 found = self._candidate(fresh, base, each)
                 return found if _is_worth(found, fresh) else None
         return None
+
+    def _is_late(self, fresh: Candidate) -> bool:
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        if late:
+            self.say(f"compress: {fresh.name} keeps fresh codes: the time is up")
+        return late
 
     def _off(self, exact: Float32, graph: bytes) -> float:
         answers = self.source.probabilities(graph)

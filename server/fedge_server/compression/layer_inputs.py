@@ -95,7 +95,10 @@ def inputs_of(graph: bytes, x: npt.NDArray[Any]) -> tuple[Inputs | None, ...]:
         CompressionError: onnxruntime cannot run the graph.
     """
     model, probed = load(graph), x[:_PROBED]
-    layers = [layer for layer in layers_of(model.graph) if layer is not None]
+    every = layers_of(model.graph)
+    layers = [layer for layer in every if layer is not None]
+    if not layers:
+        return tuple(None for _ in every)
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     sums: dict[str, tuple[Float32, Float32, int]] = {}
     x = x[:MAX_EXAMPLES]
@@ -112,7 +115,7 @@ def inputs_of(graph: bytes, x: npt.NDArray[Any]) -> tuple[Inputs | None, ...]:
         moment, total, count = sums[layer.weight]
         second, mean = moment / np.float32(count), total / np.float32(count)
         found[layer.weight] = Inputs(second, mean, _sensitivity(model, layer, second, exact, probed))
-    return tuple(None if each is None else found.get(each.weight) for each in layers_of(model.graph))
+    return tuple(None if each is None else found.get(each.weight) for each in every)
 
 
 def divergence(exact: Float32, answers: Float32) -> float:

@@ -118,16 +118,16 @@ class _Task:
 
     @property
     def rounding(self) -> float:
-        """Nats that rounding all weights costs, about."""
+        """Nats that rounding all weights costs, about; onnxruntime's scale of weights that are all 0 is 1."""
+        lives = np.abs(self.exact).max(axis=1) > 0
         weights: int = self.exact.shape[1]  # of an output
-        return weights * float(self._worth.sum()) * self._typical / 12
+        return weights * float(self._worth[lives].sum()) * self._typical / 12
 
     def settle(self, price: float) -> None:
         """Go on from the present codes until they suit the price of a changed one, in nats."""
         if self.rounding <= 0:
             return
-        with np.errstate(divide="ignore"):  # an output of weights that are all 0 stays as it is
-            lam = (price / self._worth).astype(np.float32)
+        lam = (price / np.maximum(self._worth, np.finfo(np.float32).tiny)).astype(np.float32)
         left = self.exact / self.scale - self.codes  # (O, I), in steps
         for _ in range(_SWEEPS):
             for start in range(0, left.shape[1], _BLOCK):
@@ -202,7 +202,7 @@ def _task(layer: Layer, exact: Float32, new: _Constants, old: _Constants, inputs
         return None
     before, was = layer.rows(old[name]).astype(np.float32), old[scale_name].reshape(-1, 1)
     top = np.abs(exact).max(axis=1 if len(scale) > 1 else None, keepdims=True)
-    fits = (top <= _CLIPPED * LEVELS * was) & (top >= _ROOMY * LEVELS * was)
+    fits = (top <= _CLIPPED * LEVELS * was) & (top >= _ROOMY * LEVELS * was) | (top == 0)
     kept = np.where(fits, was, scale)
     base = np.clip(np.rint(before * (was / kept)), -LEVELS, LEVELS)
     return _Task(layer, np.ascontiguousarray(exact), kept, base, inputs)

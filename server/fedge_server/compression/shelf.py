@@ -1,8 +1,9 @@
 """What a search has made so far, kept in a folder: one that was stopped or killed goes on from there.
 
 A shelf belongs to one teacher, one set of data, one seed and one set of stages; another search has another
-folder, named by a digest over all of them. Files are written whole or not at all; a damaged one is made
-again.
+folder, named by a digest over all of them. Searches of one task on data of one place lie together: students
+go on from what the last of them taught, and never from another task's. Files are written whole or not at all;
+a damaged one is made again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, Self
@@ -26,7 +27,8 @@ from fedge.learning.whole import WholeModel
 from fedge.task import Task
 from fedge.task_digest import task_digest
 
-_VERSION: Final = 1  # of what stages do: raised when the same settings give something else
+_VERSION: Final = 2  # of what stages do: raised when the same settings give something else
+MAX_TASKS: Final = 16  # whose searches are kept, each with its place of data
 _MAX_BYTES: Final = 2**31 - 1
 _DIGEST_BYTES: Final = 64  # a graph's file begins with the digest of the rest, in hexadecimal digits
 
@@ -48,12 +50,12 @@ class Shelf:
         stages = replace(config.compress, max_seconds=1.0, forms=(), gate=Gate())
         sha.update(json.dumps([_VERSION, config.seed, task.name, _section(stages)], sort_keys=True).encode())
         sha.update(task_digest(config.task).encode())
-        return cls(root / sha.hexdigest()[:16])
+        kin = hashlib.sha256(json.dumps([task.name, task_digest(config.task), config.data]).encode())
+        return cls(root / kin.hexdigest()[:16] / sha.hexdigest()[:16])
 
     def before(self) -> Mapping[str, NamedArrays]:
-        """Networks of the newest other search in the same root, by name, as far as they can be read."""
-        others = [each for each in self.folder.parent.glob("*/") if each.name != self.folder.name]
-        newest = max(others, key=lambda each: each.stat().st_mtime, default=None)
+        """Networks of the newest other search of the same task, by name, as far as they can be read."""
+        newest = next(iter(self._others()), None)
         found = {}
         for path in sorted(newest.glob("*.safetensors")) if newest is not None else []:
             if (kept := Shelf(path.parent).network(path.stem)) is not None:
@@ -61,10 +63,16 @@ class Shelf:
         return found
 
     def tidy(self) -> None:
-        """Remove all other searches of this root but the newest."""
-        others = [each for each in self.folder.parent.glob("*/") if each.name != self.folder.name]
-        for folder in sorted(others, key=lambda each: each.stat().st_mtime)[:-1]:
+        """Remove all other searches of this task but the newest, and tasks not seen for long."""
+        tasks = [each for each in self.folder.parent.parent.glob("*/") if each != self.folder.parent]
+        flat = [
+            each for each in tasks if any(path.is_file() for path in each.iterdir())
+        ]  # of an earlier fedge
+        for folder in (*self._others()[1:], *flat, *_newest_first(tasks)[MAX_TASKS - 1 :]):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _others(self) -> list[Path]:
+        return _newest_first(each for each in self.folder.parent.glob("*/") if each.name != self.folder.name)
 
     def network(self, name: str) -> tuple[NamedArrays, float] | None:
         """What a network had learned, and the seconds that it took; None: it is not here."""
@@ -102,3 +110,7 @@ class Shelf:
 
 def _section(settings: Compress) -> str:
     return replace(Config(), compress=settings).section_json("compress")
+
+
+def _newest_first(folders: Iterable[Path]) -> list[Path]:
+    return sorted(folders, key=lambda each: each.stat().st_mtime, reverse=True)

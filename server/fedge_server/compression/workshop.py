@@ -207,7 +207,11 @@ class Workshop:
         before, after = (self._source.selection_of(each) for each in (first, gentle))
         if before is None or after is None or after.accuracy < before.accuracy + _MOVED:
             return gentle
-        bold = self._taught(architecture.student, first, self._warm(_BOLD))
+        try:
+            bold = self._taught(architecture.student, first, self._warm(_BOLD))
+        except CompressionError as error:  # the time is up, or its loss ceased to be finite: nothing is lost
+            self._say(f"compress: {architecture.name} is taught gently alone: {error}")
+            return gentle
         counts = self._source.selection_of(bold)
         return bold if counts is not None and counts.accuracy >= after.accuracy + _MOVED else gentle
 

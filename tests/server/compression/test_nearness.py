@@ -150,6 +150,33 @@ def test_inputs_of_a_convolution_are_the_patches_under_its_kernel():
     np.testing.assert_allclose(found.mean, rows.mean(axis=0), atol=1e-5)
 
 
+def test_an_output_whose_weights_died_is_all_but_silenced_and_the_others_keep_codes(rounds, digits):
+    """onnxruntime gives the scale 1 to weights that are all 0, which must price nothing."""
+    model = load(rounds.exact)
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor).copy()
+        if values.shape == (64, 64):
+            values[3] = 0
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    dead = model.SerializeToString(deterministic=True)
+    fresh = quantise(dead, digits.proxy.x[:64])
+    made = list(near(fresh, rounds.base, dead, inputs_of(dead, digits.proxy.x)))
+    assert 0 < made[0].changed < 0.1
+    assert made[-1].changed > 0.1
+    codes, scale = _weights(made[-1].graph, (64, 64))
+    before, _ = _weights(rounds.base, (64, 64))
+    assert np.abs(before[3]).max() == 64
+    assert np.abs(codes[3]).max() <= 1
+    assert scale.max() < 0.1
+
+
+def _weights(graph: bytes, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    values = constants(graph)
+    name = next(key for key, value in values.items() if value.dtype == np.int8 and value.shape == shape)
+    widen = next(node for node in load(graph).graph.node if name in node.input)
+    return values[name].astype(int), values[widen.input[1]].reshape(-1, 1)
+
+
 def test_an_error_is_worth_what_it_does_to_the_answers(rounds, exported, digits):
     worth = [each.sensitivity for each in rounds.inputs]
     assert min(worth) > 0

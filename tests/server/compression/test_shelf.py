@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedge.config import Config
+from fedge.errors import TimeUpError
 from fedge_server.compression.choose import source_of
 from fedge_server.compression.recipes import Architecture, Recipe
 from fedge_server.compression.shelf import Shelf
@@ -100,6 +101,8 @@ class _World:
 
     def teach(self, student, settings, **_):
         self.rates.append(settings.learning_rate)
+        if len(self.rates) > 1 and isinstance(self._accuracies[0], Exception):
+            raise self._accuracies[0]
         taught = copy.deepcopy(student)
         with torch.no_grad():
             taught[0].bias += settings.learning_rate
@@ -117,8 +120,9 @@ class _World:
         ((0.8, 0.82, 0.9), (0.03, 0.3), 0.3),
         ((0.8, 0.82, 0.825), (0.03, 0.3), 0.03),
         ((None, None), (0.03,), 0.03),
+        ((0.8, 0.82, TimeUpError("the time is up")), (0.03, 0.3), 0.03),
     ],
-    ids=["the world stays", "it has moved", "it has moved little", "nobody knows"],
+    ids=["the world stays", "it has moved", "it has moved little", "nobody knows", "the time is up"],
 )
 def test_a_student_goes_on_gently_and_faster_where_the_world_has_moved(
     made, teacher, accuracies, rates, kept
@@ -136,6 +140,26 @@ def test_a_student_goes_on_gently_and_faster_where_the_world_has_moved(
     assert world.rates == pytest.approx(rates)
     torch.testing.assert_close(moved, torch.full_like(moved, kept))
     assert again.network(SMALL) is again.tried_out(SMALL, 0.5)
+
+
+def test_searches_of_another_task_or_of_data_elsewhere_are_no_beginning_and_are_not_tidied_away(
+    made, teacher, tmp_path
+):
+    shelves = []
+    for number, data in enumerate(["a", "b", "a", "a"]):
+        with torch.no_grad():
+            teacher.network[0].bias[0] += 1
+        _, shelf = made(replace(config(), data=data))
+        shelf.keep_network(data, {"w": np.zeros(2, np.float32)}, 1.0)
+        os.utime(shelf.folder, (number, number))
+        shelves.append(shelf)
+    assert [list(each.before()) for each in shelves] == [["a"], [], ["a"], ["a"]]
+    flat = tmp_path / "0123456789abcdef"  # of an earlier fedge
+    flat.mkdir()
+    (flat / "n.safetensors").write_bytes(b"")
+    shelves[-1].tidy()
+    assert [each.folder.exists() for each in shelves] == [False, True, True, True]
+    assert not flat.exists()
 
 
 def test_what_was_learned_in_another_shape_is_no_beginning(made, teacher):
