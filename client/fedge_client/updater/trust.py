@@ -7,7 +7,7 @@ looked up here: python-tuf's way to download them is not safe from a kill or a f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tuf.api import exceptions
-from tuf.api.metadata import Key, Metadata, Role, TargetFile, Targets
+from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 from tuf.ngclient import FetcherInterface, UpdaterConfig
 from tuf.ngclient import Updater as Workflow
 
@@ -33,6 +33,7 @@ from fedge.errors import (
     TrustError,
 )
 from fedge.files import sole_holder, write_atomically
+from fedge_client.updater.keys import check_keys
 from fedge_client.updater.streams import DEFAULT_PACE, Fetcher, Pace, whole
 
 Clock = Callable[[], datetime]
@@ -267,7 +268,7 @@ class _Workflow(Workflow):
         targets = super()._load_targets(role, parent_role)
         if (found := targets.delegations) is not None:
             roles = [found.succinct_roles] if found.succinct_roles else (found.roles or {}).values()
-            _check_keys(role, roles, found.keys)
+            check_keys(role, roles, found.keys)
         self._delegators[role] = parent_role
         return targets
 
@@ -279,16 +280,24 @@ class _Workflow(Workflow):
     def _load_root(self) -> None:
         """To the newest root; a source that gives the trusted one once more has no newer one (5.3.5)."""
         self._walked = True
+        self._forget_roots()
         try:
             super()._load_root()
         except exceptions.BadVersionNumberError:  # after its signatures were found to be those of the trusted
             if Metadata.from_bytes(self._given).signed.version != self._trusted_set.root.version:
                 raise
 
+    def _forget_roots(self) -> None:
+        """Roots are kept once they are checked; one that was kept by less of a check is fetched again."""
+        for path in Path(self._dir, "root_history").glob("*.root.json"):
+            try:
+                _check_root(Metadata[Root].from_bytes(path.read_bytes()).signed)
+            except exceptions.RepositoryError:
+                path.unlink()
+
     def _persist_root(self, version: int, data: bytes) -> None:
         """Keep a root that has just been verified, the one that came with the device too."""
-        root = self._trusted_set.root
-        _check_keys(f"root version {version}", root.roles.values(), root.keys)
+        _check_root(self._trusted_set.root)
         super()._persist_root(version, data)
 
     def _persist_file(self, filename: str, data: bytes) -> None:
@@ -345,18 +354,8 @@ class _Metadata(FetcherInterface):
         raise exceptions.DownloadError(f"{url}: only metadata is fetched through python-tuf")
 
 
-def _check_keys(delegator: str, roles: Iterable[Role], keys: Mapping[str, Key]) -> None:
-    """Stops a key with two names in a role from reaching a threshold of two alone (GHSA-3633-5h82-39pq)."""
-    for role in roles:
-        held: dict[str, str] = {}
-        for name in role.keyids:
-            if (key := keys.get(name)) is None:
-                continue
-            public = "".join(str(key.to_dict()["keyval"].get("public")).split())  # PEM, or hexadecimal digits
-            if held.setdefault(public, name) != name:
-                raise exceptions.RepositoryError(
-                    f"{delegator}: names one key twice for a role, as {held[public][:8]} and as {name[:8]}"
-                )
+def _check_root(root: Root) -> None:
+    check_keys(f"root version {root.version}", root.roles.values(), root.keys)
 
 
 def _target(found: TargetFile, by_digest: bool) -> Target:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from securesystemslib.signer import CryptoSigner, SSlibKey
 from tuf.api.metadata import DelegatedRole, Delegations, MetaFile, SuccinctRoles, Targets
 from tuf_repository import NOW, Repository
@@ -217,6 +220,99 @@ def test_one_key_under_two_names_does_not_reach_a_threshold_of_two(
     with pytest.raises(TrustError, match="root version 3: names one key twice"):
         poll()
     assert kept(tmp_path, "root") == 2
+
+
+def in_capitals(public: str) -> str:
+    return public.upper()
+
+
+def after_a_line(public: str) -> str:
+    return f"the same key\n{public}"
+
+
+def with_its_point_compressed(public: str) -> str:
+    point = load_pem_public_key(public.encode()).public_bytes(Encoding.X962, PublicFormat.CompressedPoint)  # type: ignore[union-attr]
+    head = bytes.fromhex("3039301306072a8648ce3d020106082a8648ce3d030107032200")  # P-256, 33 bytes follow
+    der = base64.encodebytes(head + point).decode()
+    return f"-----BEGIN PUBLIC KEY-----\n{der}-----END PUBLIC KEY-----\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "spelled"),
+    [
+        (CryptoSigner.generate_ed25519, in_capitals),
+        (CryptoSigner.generate_ecdsa, after_a_line),
+        (CryptoSigner.generate_ecdsa, with_its_point_compressed),
+        (CryptoSigner.generate_rsa, after_a_line),
+    ],
+    ids=["ed25519 in capitals", "EC after a line", "EC compressed", "RSA after a line"],
+)
+def test_one_key_in_two_spellings_does_not_reach_a_threshold_of_two(
+    repository: Repository,
+    poll: Callable[..., Trusted],
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], CryptoSigner],
+    spelled: Callable[[str], str],
+) -> None:
+    key, other = make(), make()
+    value = key.public_key.to_dict()
+    value["keyval"] = {"public": spelled(value["keyval"]["public"])}
+    twin = CryptoSigner(key._private_key, SSlibKey.from_dict("cd" * 32, value))
+    set_keys(repository, "timestamp", (), 2)
+    for one in (key, other):
+        repository.root.add_key(one.public_key, "timestamp")
+    repository.keys["timestamp"] = [key, other]
+    repository.publish_root()
+    repository.publish_timestamp()
+    assert poll().versions()["root"] == 2  # two keys are two
+    repository.root.revoke_key(other.public_key.keyid, "timestamp")
+    repository.root.add_key(twin.public_key, "timestamp")
+    repository.keys["timestamp"] = [key, twin]
+    repository.publish_root()
+    repository.publish_timestamp()
+    with pytest.raises(TrustError, match="root version 3: names one key twice"):
+        poll()
+    monkeypatch.setattr("fedge_client.updater.trust.check_keys", lambda *_: None)
+    assert poll().versions()["root"] == 3  # both would verify
+
+
+def test_keys_that_cannot_be_loaded_are_compared_as_they_are_written(
+    repository: Repository, poll: Callable[..., Trusted]
+) -> None:
+    for name, public in (("ab" * 32, "no key"), ("cd" * 32, "no other key")):
+        repository.root.add_key(
+            SSlibKey(name, "ecdsa", "ecdsa-sha2-nistp256", {"public": public}), "timestamp"
+        )
+    repository.publish_root()
+    assert poll().versions()["root"] == 2
+    repository.root.add_key(
+        SSlibKey("ef" * 32, "rsa", "rsassa-pss-sha256", {"public": "no\nkey"}), "timestamp"
+    )
+    repository.publish_root()
+    with pytest.raises(TrustError, match="root version 3: names one key twice"):
+        poll()
+
+
+def test_a_root_that_was_kept_before_keys_were_compared_is_refused_until_its_publisher_mends_it(
+    repository: Repository, poll: Callable[..., Trusted], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    repository.publish_root()
+    good = copy.deepcopy(repository.root)
+    repository.root.add_key(twin_of(repository.keys["snapshot"][0]).public_key, "snapshot")
+    repository.publish_root()
+    repository.root = copy.deepcopy(good)
+    repository.root.version = 3
+    repository.publish_root()  # the last one is as it should be again
+    with monkeypatch.context() as earlier:
+        earlier.setattr("fedge_client.updater.trust.check_keys", lambda *_: None)
+        assert poll().versions()["root"] == 4
+    with pytest.raises(TrustError, match="root version 3: names one key twice"):
+        poll()
+    assert kept(tmp_path, "root") == 2
+    repository.root = good
+    repository.publish_root()
+    assert poll().versions()["root"] == 4
+    assert kept(tmp_path, "root") == 4
 
 
 def test_a_poll_that_finds_nothing_new_leaves_the_link_to_the_newest_root_alone(
