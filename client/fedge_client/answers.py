@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from fedge.errors import FormatError
 from fedge.files import read_bounded, sole_holder
-from fedge_client.device import ANSWERS, DELIVERY, tier_at
+from fedge_client.device import ANSWERS, DELIVERY, of_this_tier, tier_at
 
 _MAX_BYTES: Final = 4096
 
@@ -46,7 +46,7 @@ def tally(home: Path) -> Tally:
     """What is counted of the version that answered last; nothing of another tier's."""
     try:
         value: Any = json.loads(read_bounded(home / DELIVERY / ANSWERS, _MAX_BYTES))
-        if value.get("tier", "") not in ("", tier_at(home)):  # absent before it was named
+        if not of_this_tier(home, value.get("tier")):
             return Tally()
         return Tally(value["version"], value["answers"], float(value["confidence"]))
     except (FormatError, ValueError, TypeError, KeyError, AttributeError, RecursionError):

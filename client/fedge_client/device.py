@@ -38,6 +38,7 @@ SCHEMA: Final = 1
 _MAX_REFERENCES: Final = 4  # two slots, and what is being installed
 _log = logging.getLogger("fedge.telemetry")
 _MAX_TIER_BYTES: Final = 1024
+_MAX_KEPT_BYTES: Final = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,14 @@ class Device:
         return cls(home, check_tier(followed or named))
 
     def _name_tier(self) -> None:
-        """Say in the file of the tier what is so: it makes a new device, and tells a person of a move."""
+        """Say in the file of the tier what is so: it makes a new device, and tells a person of a move.
+
+        What was kept of the tier before goes first: a file that names no tier is of the one named here.
+        """
         if not exists(self.home) or _named_tier(self.home) != self.tier:
+            for path in (self.home / DELIVERY / REPORTS, self.home / DELIVERY / ANSWERS):
+                if path.exists() and _tier_in(path) != self.tier:  # not what was kept since the move
+                    path.unlink(missing_ok=True)
             content = json.dumps({"schema": SCHEMA, "tier": self.tier}).encode() + b"\n"
             write_atomically(self.home / DELIVERY / TIER, content)
 
@@ -234,6 +241,29 @@ def tier_at(home: Path) -> str:
         return Device.open(home).tier
     except (UserError, TrustError):
         return ""
+
+
+def of_this_tier(home: Path, tier: object) -> bool:
+    """Whether what a file keeps is of the tier that the device at a folder follows now.
+
+    Args:
+        home: the device's folder.
+        tier: the tier that the file names. Files of earlier versions name none: they are of the tier in
+            `delivery/tier.json`, which after a move is written when they are gone.
+    """
+    try:
+        named = _named_tier(home) if exists(home) else ""
+    except TrustError:
+        named = ""
+    return (tier or named) == tier_at(home)
+
+
+def _tier_in(path: Path) -> object:
+    """The tier that a file names; None: it names none, or is damaged."""
+    try:
+        return _load(path, _MAX_KEPT_BYTES).get("tier")
+    except FormatError:
+        return None
 
 
 def _named_tier(home: Path) -> str:

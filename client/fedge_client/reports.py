@@ -16,7 +16,7 @@ from typing import Any, Final
 from fedge.errors import FormatError
 from fedge.files import read_bounded, sole_holder, write_atomically
 from fedge_client.delivery import Report
-from fedge_client.device import DELIVERY, REPORTS, tier_at
+from fedge_client.device import DELIVERY, REPORTS, of_this_tier, tier_at
 
 MAX_WAITING: Final = 64  # the oldest is forgotten first
 MAX_SAID: Final = 256
@@ -86,8 +86,7 @@ class Reports:
             return _Kept()
         try:
             value: Any = json.loads(read_bounded(self._path, _MAX_BYTES))
-            tier = value.get("tier", "")  # absent before it was named
-            if value["schema"] != SCHEMA or tier not in ("", tier_at(self._home)):
+            if value["schema"] != SCHEMA or not of_this_tier(self._home, value.get("tier")):
                 return _Kept()
             waiting = tuple(Report(one["version"], one["kind"], one["value"]) for one in value["waiting"])
             return _Kept(waiting, tuple(map(str, value["said"])))

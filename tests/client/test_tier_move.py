@@ -113,6 +113,36 @@ def test_a_device_that_is_killed_while_it_moves_is_of_one_tier_or_the_other_with
     assert seen.count(after) > 1  # killed between the two writes, too
 
 
+@pytest.mark.parametrize("killed", [False, True], ids=["moved", "killed before the files went"])
+def test_reports_and_counts_from_before_they_named_a_tier_are_of_the_tier_before_a_move(
+    tmp_path: Path, publisher: Any, killed: bool
+) -> None:
+    device = Device.create(tmp_path, "micro", publisher.root)
+    Reports(tmp_path).add([Report(7, "installed")])
+    count(tmp_path, 7, [0.5])
+    for name in ("reports.json", "answers.json"):
+        path = tmp_path / "delivery" / name
+        value = json.loads(path.read_bytes())
+        assert value.pop("tier") == "micro"
+        path.write_text(json.dumps(value))
+    assert Reports(tmp_path).waiting() == [Report(7, "installed")]  # nothing is lost by an upgrade
+    assert tally(tmp_path) == Tally(7, 1, 0.5)
+    if killed:
+        device.store.commit(device.store.state().in_channel("mini"))
+        assert Device.open(tmp_path).tier == "mini"
+    else:
+        Device.create(tmp_path, "mini", publisher.root)
+        assert not (tmp_path / "delivery" / "reports.json").exists()
+        assert not (tmp_path / "delivery" / "answers.json").exists()
+    assert (Reports(tmp_path).waiting(), tally(tmp_path)) == ([], Tally())
+    assert not Reports(tmp_path).has_said(7, "installed")
+    Reports(tmp_path).add([Report(7, "installed")])  # of the new tier: what it says since is kept
+    count(tmp_path, 7, [1.0])
+    Device.create(tmp_path, "mini", publisher.root)  # called again, for good
+    assert Reports(tmp_path).waiting() == [Report(7, "installed")]
+    assert tally(tmp_path) == Tally(7, 1, 1.0)
+
+
 def test_what_was_fetched_for_the_tier_before_is_not_installed_after_the_move(
     tmp_path: Path, publisher: Any
 ) -> None:
