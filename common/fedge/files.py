@@ -113,7 +113,7 @@ def joint_holder(path: Path, *, patience_s: float = 1.0) -> Iterator[None]:
 @contextmanager
 def _holding(path: Path, kind: int, patience_s: float) -> Iterator[None]:
     end = time.monotonic() + patience_s
-    with path.open("a", encoding="ascii") as lock:
+    with path.open("a+", encoding="ascii") as lock:  # NFS: read to share it, write to hold it alone
         while True:
             try:
                 fcntl.flock(lock, kind | fcntl.LOCK_NB)

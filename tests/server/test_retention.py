@@ -189,6 +189,12 @@ def _ran_on_a_device(connection: sa.Connection) -> None:
     _report(connection, 4)
 
 
+def _went_back_to_it_by_itself(connection: sa.Connection) -> None:
+    _ran_on_a_device(connection)
+    _report(connection, 4, "healthy")
+    _report(connection, 4, "unhealthy")
+
+
 def _runs_on_a_device_that_is_gone(connection: sa.Connection) -> None:
     _device(connection, seen=NOW - 91 * DAY)
     _report(connection, 1)
@@ -267,6 +273,7 @@ def _is_learned_from(connection: sa.Connection) -> None:
             (_runs_on_a_device, True),
             (_has_failed_on_a_device, False),
             (_ran_on_a_device, False),
+            (_went_back_to_it_by_itself, True),
             (_runs_on_a_device_that_is_gone, False),
             (_was_told_of, True),
             (_is_the_base, True),
@@ -353,6 +360,57 @@ def test_of_runs_that_are_over_the_newest_keep_their_last_round(home: Home, regi
     registry.store.remove(sha256(b"the same state"))
     with pytest.raises(UserError, match=gone):
         registry.last_round("a")
+
+
+def test_a_run_that_others_begin_with_by_its_folder_or_file_stays_until_they_are_done(
+    home: Home, registry: Registry
+) -> None:
+    starts = {"first": None, "second": "/home/runs/first/model.safetensors", "third": "runs/second/"}
+    for run, start in starts.items():
+        config = {"model": {"name": "cnn", "start": start}}
+        registry.begin_run(run, task="digits", seed=0, config=config, data="d")
+        commit(registry, 1, run)
+        registry.end_run(run, "failed", "")
+    for ended, left in (("", "r third second first"), ("third", "r third first"), ("third", "r third")):
+        if ended:
+            registry.end_run(ended, "done", "")
+        pruned(home, registry, Keep(runs=1))
+        assert {run["id"] for run in registry.runs() if run["retired"] is None} == set(left.split())
+
+
+def test_a_run_that_goes_on_though_it_was_retired_keeps_its_rounds_and_is_begun_no_more(
+    home: Home, registry: Registry
+) -> None:
+    for run in ("a", "b"):
+        registry.begin_run(run, task="digits", seed=0, config={}, data="d")
+        commit(registry, 1, run)
+        registry.end_run(run, "stopped", "")
+    model = home.run_model("a")
+    model.parent.mkdir(parents=True)
+    model.write_bytes(b"the model")
+    with writing(registry.engine) as connection:
+        connection.execute(schema.runs.update().where(schema.runs.c.id == "a").values(retired=NOW))
+    for again in (
+        lambda: registry.begin_run("a", task="digits", seed=0, config={}, data="d"),
+        lambda: registry.queue_again("a"),
+    ):
+        with pytest.raises(UserError, match="run a: its model and state were removed on 2027"):
+            again()
+    registry.set_status("a", "running")  # by a process from before
+    digest = commit(registry, 2, "a")
+    pruned(home, registry)
+    assert registry.store.has(digest)
+    assert model.exists()
+    assert registry.last_round("a") is not None
+    registry.end_run("a", "done", "")
+    pruned(home, registry)
+    assert not registry.store.has(digest)
+    assert not model.exists()
+    registry.queue_again("b")
+    with pytest.raises(UserError, match="run b: is queued; only a failed or stopped run is resumed"):
+        registry.queue_again("b")
+    with pytest.raises(UserError, match="run 'x': there is none"):
+        registry.queue_again("x")
 
 
 def test_a_store_stops_growing(home: Home, registry: Registry) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -159,3 +160,26 @@ def test_a_large_stream_is_written_and_read_without_holding_it(store: ContentSto
     tracemalloc.stop()
     assert store.path(digest).stat().st_size == 64 << 20
     assert peak < 4 << 20
+
+
+def test_a_lock_that_cannot_be_taken_is_named_and_what_goes_wrong_under_it_stays_what_it_is(
+    store: ContentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, modes, real = store.folder.with_name("objects.lock"), list[int](), fcntl.flock
+
+    def flock(file: IO[str], kind: int) -> None:
+        modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE)
+        real(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for hold in (store.adding, store.removing):
+        for wrong in (BlockingIOError(errno.EAGAIN, "a pipe is full"), OSError(errno.ENOSPC, "no space")):
+            with pytest.raises(type(wrong)) as caught, hold():
+                raise wrong
+            assert caught.value is wrong
+        lock.unlink()
+        lock.mkdir()  # as little to be opened as a file of somebody else
+        with pytest.raises(FedgeError, match=r"objects\.lock: cannot be locked \(Is a directory\)"), hold():
+            pass
+        lock.rmdir()
+    assert set(modes) == {os.O_RDWR}  # NFS shares no lock on what is open to be written alone

@@ -255,14 +255,8 @@ def _stop(arguments: argparse.Namespace) -> int:
 def _resume(arguments: argparse.Namespace) -> int:
     home, registry = open_registry(arguments.home)
     with registry:
-        run = find_run(registry, arguments.which)
-        if run["status"] not in ("failed", "stopped"):
-            raise UserError(
-                f"run {arguments.which}: is {run['status']}; only a failed or stopped run is resumed"
-            )
-        if (why := registry.why_gone(arguments.which)) is not None:
-            raise UserError(f"run {arguments.which}: {why}")
-        registry.set_status(arguments.which, "queued")
+        find_run(registry, arguments.which)
+        registry.queue_again(arguments.which)
         up = _tell_hub(home)
     lines = [f"run {arguments.which}: queued"] + ([] if up else [_NO_HUB])
     return show(arguments, {"id": arguments.which, "status": "queued", "hub": up}, lines)

@@ -17,8 +17,12 @@ _log = logging.getLogger("fedge.hub")
 
 
 async def tidy_always(home: Home, registry: Registry, keep: Keep, *, interval_s: float = INTERVAL_S) -> None:
-    """Prune again and again, in a thread; whatever goes wrong is logged, and the hub goes on."""
+    """Prune again and again, in a thread; whatever goes wrong is logged, and the hub goes on.
+
+    The first time comes after one interval: whoever has upgraded can still set what is kept.
+    """
     while True:
+        await asyncio.sleep(interval_s)
         try:
             done = await asyncio.to_thread(prune, home, registry, keep)
             for line in done.retired.lines():
@@ -29,4 +33,3 @@ async def tidy_always(home: Home, registry: Registry, keep: Keep, *, interval_s:
             _log.error("what is old cannot be removed: %s", error)
         except Exception:  # noqa: BLE001 - a hub that cannot tidy still keeps its devices
             _log.exception("what is old cannot be removed")
-        await asyncio.sleep(interval_s)

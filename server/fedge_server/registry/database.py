@@ -117,7 +117,8 @@ class Registry:
             data: digest of the server's data, by purpose.
 
         Raises:
-            UserError: it is there with another configuration or other data; going on would mix the two.
+            UserError: it is there with another configuration or other data; going on would mix the two. Or
+                what it would go on from is not kept any more.
         """
         values = {"task": task, "seed": seed, "config": dict(config), "data": data}
         with writing(self.engine) as connection:
@@ -125,6 +126,7 @@ class Registry:
             if known is None:
                 _insert(connection, run_id, "running", values)
                 return
+            _check_kept(known)
             for name, value in (("configuration", dict(config)), ("data", data)):
                 before = known["config" if name == "configuration" else name]
                 if before not in (value, ""):  # a queued run does not know its data yet
@@ -138,6 +140,22 @@ class Registry:
         with writing(self.engine) as connection:
             changed = connection.execute(_runs.update().where(queued).values(status="running", reason=""))
         return bool(changed.rowcount)
+
+    def queue_again(self, run_id: str) -> None:
+        """Write down that a worker shall go on with a run that has failed or was stopped.
+
+        Raises:
+            UserError: there is no such run, it is in another state, or what it would go on from is not kept
+                any more.
+        """
+        with writing(self.engine) as connection:  # whoever retires decides in a transaction too
+            run = _run(connection, run_id)
+            if run is None:
+                raise UserError(f"run {run_id!r}: there is none")
+            if run["status"] not in ("failed", "stopped"):
+                raise UserError(f"run {run_id}: is {run['status']}; only a failed or stopped run is resumed")
+            _check_kept(run)
+            _update(connection, run_id, status="queued", reason="")
 
     def end_run(self, run_id: str, status: str, reason: str) -> None:
         """Set a run to done, stopped or failed."""
@@ -277,13 +295,7 @@ class Registry:
 
     def why_gone(self, run_id: str) -> str | None:
         """Why model and state of a run are not kept any more, and what to do; None: they are."""
-        retired = (self.run(run_id) or {}).get("retired")
-        if retired is None:
-            return None
-        return (
-            f"its model and state were removed {when(retired)}, as newer runs took their place "
-            "([keeping] runs); begin a new run, or restore a backup from before"
-        )
+        return _why_gone(self.run(run_id) or {})
 
     def record_release(
         self,
@@ -339,6 +351,21 @@ def _now() -> str:
 def _run(connection: sa.Connection, run_id: str) -> dict[str, Any] | None:
     row = connection.execute(sa.select(_runs).where(_runs.c.id == run_id)).mappings().first()
     return dict(row) if row else None
+
+
+def _why_gone(run: Mapping[str, Any]) -> str | None:
+    retired = run.get("retired")
+    if retired is None:
+        return None
+    return (
+        f"its model and state were removed {when(retired)}, as newer runs took their place "
+        "([keeping] runs); begin a new run, or restore a backup from before"
+    )
+
+
+def _check_kept(run: Mapping[str, Any]) -> None:
+    if (why := _why_gone(run)) is not None:
+        raise UserError(f"run {run['id']}: {why}")
 
 
 def _insert(connection: sa.Connection, run_id: str, status: str, values: Mapping[str, Any]) -> None:

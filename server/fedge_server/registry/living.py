@@ -113,19 +113,20 @@ def kept_models(connection: sa.Connection, besides: Retired = NOTHING) -> set[st
 
 def _of_runs(connection: sa.Connection, rounds: int, besides: Retired) -> Iterator[str]:
     for row in connection.execute(_last_rounds(rounds)):
-        if row.retired is None and row.run_id not in besides.runs:
+        retired = row.retired is not None or row.run_id in besides.runs
+        if not (retired and row.status in OVER):  # one that goes on needs what it goes on from
             yield from (row.model, row.state)
 
 
 def _last_rounds(rounds: int) -> sa.Select[Any]:
-    """Run, model, state and `retired` of each run's last rounds, of unfinished runs first."""
+    """Run, status, model, state and `retired` of each run's last rounds, of unfinished runs first."""
     last = sa.select(_rounds.run_id, sa.func.max(_rounds.number).label("number")).group_by(_rounds.run_id)
     newest, over = last.subquery(), _runs.status.in_(OVER)
     of_run = (_rounds.run_id == newest.c.run_id) & (
         _rounds.number > newest.c.number - sa.case((over, 1), else_=rounds)
     )
     return (
-        sa.select(_rounds.run_id, _rounds.model, _rounds.state, _runs.retired)
+        sa.select(_rounds.run_id, _runs.status, _rounds.model, _rounds.state, _runs.retired)
         .select_from(schema.rounds.join(schema.runs).join(newest, of_run))
         .order_by(over, _runs.created.desc(), _rounds.number.desc())
     )

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO, Final
@@ -51,16 +51,20 @@ class ContentStore:
         """Nothing is removed meanwhile: from the first `put` until the row that names it is committed.
 
         Raises:
-            FedgeError: another process has been removing for all the time that one waits.
+            FedgeError: another process has been removing for all the time that one waits, or the file of the
+                lock cannot be used.
         """
-        try:
-            self._lock.parent.mkdir(parents=True, exist_ok=True)
-            with joint_holder(self._lock, patience_s=ADDING_PATIENCE_S):
-                yield
-        except BlockingIOError as error:
-            raise FedgeError(
-                f"store {self.folder}: another process removes from it; is it hanging? try again later"
-            ) from error
+        with ExitStack() as held:
+            try:
+                self._lock.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(joint_holder(self._lock, patience_s=ADDING_PATIENCE_S))
+            except BlockingIOError as error:
+                raise FedgeError(
+                    f"store {self.folder}: another process removes from it; is it hanging? try again later"
+                ) from error
+            except OSError as error:
+                raise self._no_lock(error) from error
+            yield
 
     @contextmanager
     def removing(self, *, patience_s: float = 0.0) -> Iterator[None]:
@@ -68,10 +72,23 @@ class ContentStore:
 
         Raises:
             BlockingIOError: something is being put.
+            FedgeError: the file of the lock cannot be used.
         """
-        self._lock.parent.mkdir(parents=True, exist_ok=True)
-        with sole_holder(self._lock, patience_s=patience_s):
+        with ExitStack() as held:
+            try:
+                self._lock.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(sole_holder(self._lock, patience_s=patience_s))
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                raise self._no_lock(error) from error
             yield
+
+    def _no_lock(self, error: OSError) -> FedgeError:
+        return FedgeError(
+            f"{self._lock}: cannot be locked ({error.strerror}); give it to the user that runs fedge, or "
+            "remove it while no fedge is up: it is made anew"
+        )
 
     def lying(self) -> Iterator[Lying]:
         """All that lies in the store: objects, and rests of those whose writer was killed."""
@@ -147,7 +164,7 @@ class ContentStore:
     def _remove_leftovers(self) -> None:
         """Parts of objects whose writer was killed: nobody holds their lock."""
         for path in self.folder.glob(f"{_PARTIAL}*"):
-            with suppress(OSError), path.open("rb") as file:
+            with suppress(OSError), path.open("r+b") as file:  # NFS: write to hold it alone
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
 

@@ -88,7 +88,8 @@ def publish_draft(
             be used.
         FedgeError: the repository or the disk refuses, or another process publishes; nothing was published.
     """
-    with _alone(place):
+    # One that was refused may be retired while signers are asked: its bytes stay until a release names them.
+    with _alone(place), registry.store.adding():
         return _publish_alone(place, registry, draft_id, who, is_floor)
 
 

@@ -125,14 +125,17 @@ class TierContent:
         keep: int = MAX_KEPT,
         needed: Collection[int] = (),
     ) -> Self:
-        """With another floor, without what lies below it."""
+        """With another floor, without what lies below it; see `with_release` for the rest."""
         mark = TierMark(self.mark.tier, floor, self.mark.newest if newest is None else newest)
         offered = self.releases if releases is None else releases
         may = sorted(version for version in offered if version >= floor)
-        older = [version for version in may[:-keep] if version in needed][1 - MAX_KEPT :]
-        kept = [*older, *may[-min(keep, MAX_KEPT - len(older)) :]]
+        older = [version for version in reversed(may[:-keep]) if version in needed]
+        recent = sorted(may[-keep:], key=lambda version: (version not in needed, -version))
+        kept = list(dict.fromkeys([*may[-1:], *older, *recent]))[:MAX_KEPT]
         return replace(
-            self, mark=mark, releases=MappingProxyType({version: offered[version] for version in kept})
+            self,
+            mark=mark,
+            releases=MappingProxyType({version: offered[version] for version in sorted(kept)}),
         )
 
 

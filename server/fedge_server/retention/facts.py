@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -38,14 +39,17 @@ def facts(connection: sa.Connection, keep: Keep, now: float) -> Facts:
         .where(_runs.status.in_(OVER), _runs.retired.is_(None))
         .order_by(_runs.created.desc(), _runs.id.desc())
     )
+    beginnings = set(_beginnings(connection))
+    running = _pairs(connection, _reported(now - keep.unseen_s))
+    running |= _pairs(connection, _reported(now - keep.unseen_s, ~_is_bad()))
     return Facts(
         variants=_pairs(connection, kept),
         rolling=frozenset(_rolling(connection)),
-        running=_pairs(connection, _reported(now - keep.unseen_s)) | _pairs(connection, _told(kept)),
-        named=frozenset(_named(connection)),
+        running=running | _pairs(connection, _told(kept)),
+        named=frozenset(int(match[1]) for each in beginnings if (match := _RELEASE.fullmatch(each))),
         refused=tuple((row.draft, row.tier) for row in connection.execute(refused)),
         over=tuple(connection.scalars(over)),
-        busy=frozenset(_busy(connection)),
+        busy=frozenset({*_busy(connection), *_runs_in(beginnings)}),
     )
 
 
@@ -83,11 +87,18 @@ def _rolling(connection: sa.Connection) -> Iterator[tuple[int, str]]:
             yield from ((state[key] or 0, tier) for key in ("version", "base", "replacement"))
 
 
-def _reported(since: float) -> sa.Select[Any]:
-    """What devices that were seen since then have installed last, as far as they have said it."""
+def _is_bad() -> sa.Exists:
+    """Whether a report's device has said that this version works badly: it may have gone back by itself."""
+    other = schema.rollout_reports.alias()
+    same = (other.c.device_id == _reports.device_id) & (other.c.version == _reports.version)
+    return sa.exists().where(same, other.c.kind == "unhealthy")
+
+
+def _reported(since: float, *which: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """What devices that were seen since then have installed last, of `which`, as far as they have said it."""
     newest = (
         sa.select(sa.func.max(_reports.version))
-        .where(_reports.device_id == _devices.id, _reports.kind == "installed")
+        .where(_reports.device_id == _devices.id, _reports.kind == "installed", *which)
         .scalar_subquery()
     )
     seen = sa.func.coalesce(_devices.last_seen, _devices.enrolled) >= since
@@ -101,18 +112,19 @@ def _told(kept: sa.Select[Any]) -> sa.Select[Any]:
     return kept.where(windows)
 
 
-def _named(connection: sa.Connection) -> Iterator[int]:
-    """Releases whose global model a run begins with, which may yet begin or be resumed, or a learning."""
+def _beginnings(connection: sa.Connection) -> Iterator[str]:
+    """What a run begins with, which may yet begin or be resumed, or a learning: `release:N`, or a path."""
     runs = sa.select(_runs.config).where(_runs.status != "done", _runs.retired.is_(None))
     for query in (runs, sa.select(_learnings.config)):
         for config in connection.scalars(query):
-            yield from _releases_in(config)
+            named = (config.get("model", {}).get(key) for key in ("start", "distil_from"))
+            yield from (value for value in named if isinstance(value, str))
 
 
-def _releases_in(config: Mapping[str, Any]) -> Iterator[int]:
-    for value in config.get("model", {}).values():
-        if isinstance(value, str) and (match := _RELEASE.fullmatch(value)):
-            yield int(match[1])
+def _runs_in(beginnings: Iterable[str]) -> Iterator[str]:
+    """Names of what may be runs: of the folder that a path names, and of the one in which its file lies."""
+    for path in map(Path, beginnings):
+        yield from (path.name, path.parent.name)
 
 
 def _busy(connection: sa.Connection) -> Iterator[str]:

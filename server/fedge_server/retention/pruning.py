@@ -22,7 +22,7 @@ from fedge_server.hub.home import Home
 from fedge_server.registry import schema
 from fedge_server.registry.database import KEPT_ROUNDS, Registry
 from fedge_server.registry.engine import reading, writing
-from fedge_server.registry.living import NOTHING, Retired, kept_models, living, spared
+from fedge_server.registry.living import NOTHING, OVER, Retired, kept_models, living, spared
 from fedge_server.retention.facts import facts, write
 from fedge_server.retention.forgetting import forget
 from fedge_server.retention.rule import Keep, retire
@@ -63,7 +63,7 @@ class _Needed:
 
     objects: frozenset[str]
     models: frozenset[str]  # global ones, whose exports answer devices
-    retired: frozenset[str]  # runs
+    retired: frozenset[str]  # runs, that are over
 
     @classmethod
     def now(cls, registry: Registry, besides: Retired = NOTHING) -> _Needed:
@@ -71,10 +71,10 @@ class _Needed:
         with reading(registry.engine) as connection:
             objects = {*living(connection, rounds=KEPT_ROUNDS, besides=besides), *spared(connection)}
             models = kept_models(connection, besides)
-            retired = connection.scalars(
-                sa.select(schema.runs.c.id).where(schema.runs.c.retired.is_not(None))
-            )
-            return cls(frozenset(objects), frozenset(models), frozenset(retired) | besides.runs)
+            runs = schema.runs.c
+            over = connection.execute(sa.select(runs.id, runs.retired).where(runs.status.in_(OVER)))
+            retired = {row.id for row in over if row.retired is not None or row.id in besides.runs}
+            return cls(frozenset(objects), frozenset(models), frozenset(retired))
 
     def has(self, file: _File) -> bool:
         """Whether a file is needed."""

@@ -41,7 +41,7 @@ class Facts:
     named: frozenset[int] = frozenset()  # releases that configurations begin with
     refused: tuple[tuple[str, str], ...] = ()  # draft and tier, newest first
     over: tuple[str, ...] = ()  # runs, newest first
-    busy: frozenset[str] = field(default=frozenset())  # of these, whose draft waits or whose cycle goes on
+    busy: frozenset[str] = field(default=frozenset())  # runs that a draft, a cycle or another run still needs
 
 
 def retire(facts: Facts, keep: Keep) -> Retired:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedge.config import Config
-from fedge.errors import ConfigError, RefusedError, UserError
+from fedge.errors import ConfigError, FedgeError, RefusedError, UserError
 from fedge.files import sha256
 from fedge.manifest import Lineage
 from fedge_server.backup import backup
@@ -22,9 +22,13 @@ from fedge_server.hub.home import Home
 from fedge_server.hub.settings import Settings
 from fedge_server.inference.exports import Exports
 from fedge_server.registry.database import Registry
+from fedge_server.registry.drafts import mark
+from fedge_server.registry.engine import writing
 from fedge_server.release import ReleasePlace, draft_again, publish_draft
 from fedge_server.release.lineage import last_variants, release_of, story
+from fedge_server.repository import Repository
 from fedge_server.restore import restore
+from fedge_server.retention import pruning
 from fedge_server.retention.pruning import prune
 from fedge_server.retention.rule import Keep
 from fedge_server.rollout.service import Rollouts
@@ -130,6 +134,37 @@ def test_a_draft_that_waits_keeps_all_it_needs_and_refused_ones_only_the_newest(
     assert again == refused[0]
     assert registry.drafts.get(again).open == ("micro",)
     assert pruned(server, registry).retired.drafts == {(again, "micro")}
+
+
+def test_a_refused_draft_that_is_retired_while_its_signer_is_asked_is_published_whole(
+    server, registry, drafted, monkeypatch, tmp_path
+):
+    server.make(["micro"])
+    lineage = release_of(registry, publish_draft(server, registry, drafted("micro")).release.version).lineage
+    drafts = [
+        drafted("micro", answer=number, lineage=_of(lineage, registry, number), task=f"digits{number}")
+        for number in (1, 2)
+    ]
+    for draft in drafts:
+        with writing(registry.engine) as connection:
+            mark(connection, draft, "micro", "refused", reason="the memory of its signer is away")
+    monkeypatch.setattr(pruning, "PATIENCE_S", 0.0)
+    real, retired = Repository.publish, []
+
+    def publish(*given: Any, **more: Any) -> Any:
+        with pytest.raises(FedgeError, match="something is being put into it all the time"):
+            pruned(server, registry)
+        retired.extend(each.id for each in registry.drafts.of_run("run-1") if each.variants[0].retired)
+        return real(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Repository, "publish", publish)
+        release = publish_draft(server, registry, drafts[0]).release
+    assert retired == [drafts[0]]
+    pruned(server, registry)
+    assert registry.store.has(release.lineage.global_model)
+    assert registry.store.has(release.variants[0].wire_sha256)
+    backup(server.home, None, tmp_path / "saved.tar.gz")  # it holds all that rows name
 
 
 def test_the_model_of_a_draft_outlives_its_round(server, registry, drafted):

@@ -99,6 +99,9 @@ def test_what_a_rollout_needs_stays_on_offer_however_old_as_far_as_a_tier_may_of
     assert list(content.releases) == [5, *range(65, 80)]
     content = content.with_release(offered, floor=None, keep=16)
     assert len(content.releases) == 16
+    found = dict.fromkeys(range(1, 21), offered)
+    content = TierContent.empty("micro").with_floor(0, newest=20, releases=found, keep=16, needed={1, 5})
+    assert list(content.releases) == [1, 5, *range(7, 21)]
 
 
 @pytest.mark.parametrize(
