@@ -36,7 +36,7 @@ from fedge_server.compression.prospects import Known, Prospect, next_of, useful
 from fedge_server.compression.recipes import Architecture, Recipe, recipes
 from fedge_server.compression.shelf import Shelf
 from fedge_server.compression.sources import Source
-from fedge_server.compression.workshop import WARM_EPOCHS, Workshop
+from fedge_server.compression.workshop import Workshop
 
 _SHORT: Final = 1 / 6  # of the epochs: the training that architectures are compared after
 _FEW: Final = 3  # so many architectures are trained whole without comparing them first
@@ -234,7 +234,7 @@ class Search:
         settings = self.config.compress
         needs = 0.0 if name in seconds else whole
         if recipe.trained:
-            whole /= WARM_EPOCHS if self.workshop.is_warm(recipe.architecture) else 1
+            whole = self.workshop.lessons.get(name, whole)
             needs += whole * settings.grid.epochs / settings.distil.epochs
         return needs
 

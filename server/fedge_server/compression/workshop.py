@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
 
 import torch
 from torch import nn
@@ -31,10 +30,10 @@ _BITS: dict[FormName, Bits] = {"w8": "int8", "w4": "int4", "ternary": "ternary",
 _ROUNDED: tuple[FormName, ...] = ("w8", "w4")  # whose values may be rounded from trained ones
 # Of a student's training where it starts from what it learned before: less of it, and slower, since what a
 # student does not need to change no device needs to fetch (docs/results.md). Where that makes it right more
-# often by `_MOVED`, the world has moved: it learns faster, and has to gain as much again by it.
-WARM_EPOCHS: Final = 1 / 6
-_GENTLE, _BOLD = 0.03, 0.3  # shares of the learning rate
-_MOVED = 0.01
+# often by `_MOVED`, or leaves it far behind the global model, the world has moved: it learns as a new one
+# does, and has to gain as much by it.
+_WARM_EPOCHS, _GENTLE = 1 / 6, 0.03  # shares of the epochs and of the learning rate
+_MOVED, _FAR = 0.01, 0.1
 
 Say = Callable[[str], None]
 
@@ -73,6 +72,7 @@ class Workshop:
         self._networks: dict[tuple[Architecture, FormName], nn.Module] = {}
         self._graphs: dict[Architecture, bytes] = {}
         self.seconds: dict[str, float] = {}  # that each training took, by its name
+        self.lessons: dict[str, float] = {}  # that a whole one would take, where a gentle one was enough
 
     def build(self, recipe: Recipe) -> bytes:
         """The candidate as ONNX, trained as far as its form needs.
@@ -203,22 +203,28 @@ class Workshop:
 
     def _taught_on(self, architecture: Architecture, first: nn.Module) -> nn.Module:
         """A student that knows what the last search's global model answered."""
-        gentle = self._taught(architecture.student, first, self._warm(_GENTLE))
+        began, settings = time.monotonic(), self._gently()
+        gentle = self._taught(architecture.student, first, settings)
+        whole = self._config.compress.distil
+        self.lessons[architecture.name] = (time.monotonic() - began) * whole.epochs / settings.epochs
         before, after = (self._source.selection_of(each) for each in (first, gentle))
-        if before is None or after is None or after.accuracy < before.accuracy + _MOVED:
+        if before is None or after is None:
+            return gentle
+        rise, behind = after.accuracy - before.accuracy, after.teacher_accuracy - after.accuracy
+        if rise < _MOVED and behind < _FAR:
             return gentle
         try:
-            bold = self._taught(architecture.student, first, self._warm(_BOLD))
+            bold = self._taught(architecture.student, first, whole)
         except CompressionError as error:  # the time is up, or its loss ceased to be finite: nothing is lost
             self._say(f"compress: {architecture.name} is taught gently alone: {error}")
             return gentle
         counts = self._source.selection_of(bold)
         return bold if counts is not None and counts.accuracy >= after.accuracy + _MOVED else gentle
 
-    def _warm(self, rate: float) -> Distil:
+    def _gently(self) -> Distil:
         settings = self._config.compress.distil
-        epochs = max(round(WARM_EPOCHS * settings.epochs), 1)
-        return replace(settings, epochs=epochs, learning_rate=rate * settings.learning_rate)
+        epochs = max(round(_WARM_EPOCHS * settings.epochs), 1)
+        return replace(settings, epochs=epochs, learning_rate=_GENTLE * settings.learning_rate)
 
     def _taught(self, student: str, network: nn.Module, settings: Distil) -> nn.Module:
         return self._source.teach(

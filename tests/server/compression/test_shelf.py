@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fedge.config import Config
 from fedge.errors import TimeUpError
+from fedge.learning.whole import WholeModel
 from fedge_server.compression.choose import source_of
 from fedge_server.compression.recipes import Architecture, Recipe
 from fedge_server.compression.shelf import Shelf
@@ -110,19 +112,27 @@ class _World:
 
     def selection_of(self, _network):
         right = self._accuracies.pop(0)
-        return None if right is None else SimpleNamespace(accuracy=right)
+        return None if right is None else SimpleNamespace(accuracy=right, teacher_accuracy=0.92)
 
 
 @pytest.mark.parametrize(
     ("accuracies", "rates", "kept"),
     [
         ((0.9, 0.905), (0.03,), 0.03),
-        ((0.8, 0.82, 0.9), (0.03, 0.3), 0.3),
-        ((0.8, 0.82, 0.825), (0.03, 0.3), 0.03),
+        ((0.88, 0.89, 0.9), (0.03, 1.0), 1.0),
+        ((0.88, 0.89, 0.895), (0.03, 1.0), 0.03),
+        ((0.8, 0.8, 0.9), (0.03, 1.0), 1.0),
         ((None, None), (0.03,), 0.03),
-        ((0.8, 0.82, TimeUpError("the time is up")), (0.03, 0.3), 0.03),
+        ((0.8, 0.82, TimeUpError("the time is up")), (0.03, 1.0), 0.03),
     ],
-    ids=["the world stays", "it has moved", "it has moved little", "nobody knows", "the time is up"],
+    ids=[
+        "the world stays",
+        "it has moved",
+        "it has moved little",
+        "the student is far behind",
+        "nobody knows",
+        "the time is up",
+    ],
 )
 def test_a_student_goes_on_gently_and_faster_where_the_world_has_moved(
     made, teacher, accuracies, rates, kept
@@ -138,6 +148,7 @@ def test_a_student_goes_on_gently_and_faster_where_the_world_has_moved(
     before = again.untrained(SMALL)[0].bias
     moved = again.tried_out(SMALL, 0.5)[0].bias - before
     assert world.rates == pytest.approx(rates)
+    assert again.lessons[SMALL.name] > 0
     torch.testing.assert_close(moved, torch.full_like(moved, kept))
     assert again.network(SMALL) is again.tried_out(SMALL, 0.5)
 
@@ -160,6 +171,43 @@ def test_searches_of_another_task_or_of_data_elsewhere_are_no_beginning_and_are_
     shelves[-1].tidy()
     assert [each.folder.exists() for each in shelves] == [False, True, True, True]
     assert not flat.exists()
+
+
+class _Turned(nn.Module):
+    """A network that knows the world upright, and sees it turned by a quarter."""
+
+    def __init__(self, upright):
+        super().__init__()
+        self.upright = upright
+
+    def forward(self, x):
+        return self.upright(torch.rot90(x.reshape(-1, 8, 8), -1, (1, 2)).flatten(1))
+
+
+@pytest.mark.slow
+def test_a_student_learns_a_world_that_has_turned_as_a_gentle_lesson_alone_does_not(
+    made, teacher, digits, tmp_path, helpers
+):
+    given = config(distil={"epochs": 60})
+    workshop, shelf = made(given)
+    workshop.network(SMALL)
+    os.utime(shelf.folder, (1, 1))
+    proxy, gate = (
+        replace(part, x=np.ascontiguousarray(np.rot90(part.x, 1, (1, 2))))
+        for part in (digits.proxy, digits.gate)
+    )
+    turned = WholeModel(teacher.preprocess, _Turned(teacher.network)).eval()
+    task, data = helpers.task(small=8), ServerData(digits.spec, proxy, gate, gate)
+    source = source_of(given, task, data, turned)
+    other = Shelf.of(tmp_path, turned, task, source.identity(), given)
+    again = Workshop(turned, task, digits.spec, source, given, shelf=other)
+    first = again.untrained(SMALL)
+    gentle = again._taught("small", first, again._gently())
+    before, slow, learned = (
+        helpers.share_right(each, gate) for each in (first, gentle, again.network(SMALL))
+    )
+    assert before < 0.5
+    assert learned > max(slow + 0.1, 0.8)
 
 
 def test_what_was_learned_in_another_shape_is_no_beginning(made, teacher):
