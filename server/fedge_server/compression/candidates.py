@@ -24,9 +24,7 @@ class Candidate:
     parameters: int
     counts: Counts | None  # on the selection data; None: there is none
     seconds: float  # that its own stages took
-    delta_bytes: int | None = (
-        None  # that make it of the tier's last variant; None: there is none of its graph
-    )
+    delta_bytes: int | None = None  # that make it of the tier's last variant; None: none has its graph
     changed: float | None = None  # share of codes that are not the last variant's; None: freshly rounded
 
     @property

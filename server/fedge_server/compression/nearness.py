@@ -202,7 +202,7 @@ def _task(layer: Layer, exact: Float32, new: _Constants, old: _Constants, inputs
         return None
     before, was = layer.rows(old[name]).astype(np.float32), old[scale_name].reshape(-1, 1)
     top = np.abs(exact).max(axis=1 if len(scale) > 1 else None, keepdims=True)
-    fits = (top <= _CLIPPED * LEVELS * was) & (top >= _ROOMY * LEVELS * was) | (top == 0)
+    fits = ((top <= _CLIPPED * LEVELS * was) & (top >= _ROOMY * LEVELS * was)) | (top == 0)
     kept = np.where(fits, was, scale)
     base = np.clip(np.rint(before * (was / kept)), -LEVELS, LEVELS)
     return _Task(layer, np.ascontiguousarray(exact), kept, base, inputs)

@@ -29,6 +29,7 @@ from fedge.task_digest import task_digest
 
 _VERSION: Final = 2  # of what stages do: raised when the same settings give something else
 MAX_TASKS: Final = 16  # whose searches are kept, each with its place of data
+_OURS: Final = "[0-9a-f]" * 16 + "/"  # names of folders: what else lies beside them is not ours to remove
 _MAX_BYTES: Final = 2**31 - 1
 _DIGEST_BYTES: Final = 64  # a graph's file begins with the digest of the rest, in hexadecimal digits
 
@@ -64,15 +65,13 @@ class Shelf:
 
     def tidy(self) -> None:
         """Remove all other searches of this task but the newest, and tasks not seen for long."""
-        tasks = [each for each in self.folder.parent.parent.glob("*/") if each != self.folder.parent]
-        flat = [
-            each for each in tasks if any(path.is_file() for path in each.iterdir())
-        ]  # of an earlier fedge
+        tasks = [each for each in self.folder.parent.parent.glob(_OURS) if each != self.folder.parent]
+        flat = [each for each in tasks if any(each.glob("*.*"))]  # of an earlier fedge: files and no searches
         for folder in (*self._others()[1:], *flat, *_newest_first(tasks)[MAX_TASKS - 1 :]):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _others(self) -> list[Path]:
-        return _newest_first(each for each in self.folder.parent.glob("*/") if each.name != self.folder.name)
+        return _newest_first(each for each in self.folder.parent.glob(_OURS) if each.name != self.folder.name)
 
     def network(self, name: str) -> tuple[NamedArrays, float] | None:
         """What a network had learned, and the seconds that it took; None: it is not here."""

@@ -168,9 +168,13 @@ def test_searches_of_another_task_or_of_data_elsewhere_are_no_beginning_and_are_
     flat = tmp_path / "0123456789abcdef"  # of an earlier fedge
     flat.mkdir()
     (flat / "n.safetensors").write_bytes(b"")
+    theirs = tmp_path / "notes"
+    theirs.mkdir()
+    (theirs / "todo.txt").write_bytes(b"")
     shelves[-1].tidy()
     assert [each.folder.exists() for each in shelves] == [False, True, True, True]
     assert not flat.exists()
+    assert (theirs / "todo.txt").exists()
 
 
 class _Turned(nn.Module):
